@@ -1,0 +1,204 @@
+"""The configuration of a run: typed, strict, one sentence a field.
+
+A YAML file, perhaps with ``base: other.yaml`` (read first, relative to the file), then ``key=value`` overrides
+(``optimizer.encoder_lr=1e-4``). Anything unknown, of the wrong type or impossible together is one clear error
+before any work begins.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, Literal
+
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, PositiveFloat, PositiveInt, ValidationError
+from pydantic import model_validator
+
+Task = Literal["generation", "representation", "joint"]
+
+
+class ConfigError(ValueError):
+    """A configuration that cannot be run; the message names the key and what to do."""
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class DataConfig(_Section):
+    shards: str = Field("data/digits", description="Folder of WebDataset shards and their manifest.")
+    embedded: Literal["none", "digits"] = Field(
+        "none", description="An embedded data set to write to `shards` where it is missing."
+    )
+    global_batch: PositiveInt = Field(256, description="Samples an optimiser step, over all ranks.")
+    image_size: PositiveInt = Field(8, description="Height and width of the images in pixels.")
+    image_channels: Literal[1, 3] = Field(1, description="1 for grey, 3 for RGB.")
+    num_classes: NonNegativeInt = Field(10, description="Number of classes; 0 where there are no labels.")
+    cache_decoded: bool = Field(False, description="Keep decoded images in memory (small data sets).")
+    workers: NonNegativeInt = Field(0, description="Loader processes a rank; 0 reads in a background thread.")
+    flip: bool = Field(False, description="Mirror images horizontally with probability 1/2 (generation).")
+
+
+class LatentConfig(_Section):
+    dim: PositiveInt = Field(32, description="Dimension D of the shared latent space.")
+    solver: Literal["euler", "dpm_solver_pp", "dopri5"] = Field("euler", description="Solver of latent computation.")
+    steps: PositiveInt = Field(20, description="Steps of latent computation.")
+    noise_scale: float = Field(1.0, ge=0.0, description="Scale of the noise that places a latent in its zone.")
+
+
+class AlignmentConfig(_Section):
+    steps: PositiveInt = Field(20, description="Steps of latent alignment.")
+    cutoff: float = Field(0.2, ge=0.0, lt=1.0, description="Leading fraction of the steps that the loss skips.")
+    kind: Literal["cross_entropy", "probability"] = Field("cross_entropy", description="Loss on the assignment.")
+    both_directions: bool = Field(False, description="Align view 1 to view 2 and view 2 to view 1.")
+    class_weights: bool = Field(True, description="Weight label anchors by the global batch's class frequencies.")
+    weight: float = Field(1.0, ge=0.0, description="Weight of the alignment loss beside rectified flow's.")
+
+
+class NetworkConfig(_Section):
+    channels: PositiveInt = Field(32, description="Channels of the first level.")
+    channel_multipliers: tuple[PositiveInt, ...] = Field((1, 2), description="Channels of each level, as factors.")
+    residual_blocks: PositiveInt = Field(1, description="Residual blocks a level.")
+    attention_resolutions: tuple[PositiveInt, ...] = Field((), description="Resolutions with self-attention.")
+    dropout: float = Field(0.0, ge=0.0, lt=1.0, description="Dropout rate in residual blocks.")
+    fir: bool = Field(False, description="Resample with the FIR filter [1, 3, 3, 1].")
+
+
+class EncoderConfig(NetworkConfig):
+    kind: Literal["ncsnpp", "resnet"] = Field("ncsnpp", description="NCSN++ down half, or ResNet with GroupNorm.")
+    blocks: tuple[PositiveInt, ...] = Field((3, 4, 6, 3), description="ResNet: bottleneck blocks a stage.")
+    stem: Literal["imagenet", "small"] = Field("imagenet", description="ResNet: 7x7/2 and pooling, or 3x3.")
+    feature_resolutions: tuple[PositiveInt, ...] | None = Field(
+        None, description="NCSN++: resolutions whose feature maps are read out; null for all."
+    )
+
+
+class DecoderConfig(NetworkConfig):
+    embedding: Literal["positional", "fourier"] = Field("positional", description="Embedding of the time.")
+    progressive: bool = Field(False, description="Output skips and input skips, summed (256 pixels).")
+    scale_by_sigma: bool = Field(False, description="Divide the output by 999 t (256 pixels).")
+
+
+class OptimizerConfig(_Section):
+    encoder_lr: PositiveFloat = Field(1e-3, description="Learning rate of the image encoder.")
+    decoder_lr: PositiveFloat = Field(1e-3, description="Learning rate of the image decoder.")
+    label_lr: PositiveFloat = Field(1e-3, description="Learning rate of the label anchors.")
+    betas: tuple[float, float] = Field((0.9, 0.999), description="Adam's decay rates.")
+    eps: PositiveFloat = Field(1e-8, description="Adam's epsilon.")
+    clip_norm: PositiveFloat = Field(1.0, description="Largest norm of the gradient over all parameters.")
+    warmup_steps: NonNegativeInt = Field(5000, description="Linear warm-up from lr/warmup_steps, then constant.")
+    ema_decay: float = Field(0.9999, ge=0.0, lt=1.0, description="Decay of the averaged weights.")
+
+
+class FlowConfig(_Section):
+    t_min: float = Field(1e-3, gt=0.0, lt=1.0, description="Smallest time of rectified flow.")
+    sampler: Literal["euler", "dopri5"] = Field("euler", description="Sampler of evaluation's images.")
+    sampler_steps: PositiveInt = Field(10, description="Steps of the Euler sampler.")
+
+
+class EvaluationConfig(_Section):
+    batch: PositiveInt = Field(360, description="Images of an evaluation batch, the same on any number of ranks.")
+    noise_scales: tuple[float, ...] = Field((0.0, 0.25, 0.5, 0.75, 1.0), description="Noise scales of accuracy.")
+    alignment_steps: PositiveInt = Field(100, description="Steps of alignment with labels in evaluation.")
+    samples_per_class: PositiveInt = Field(50, description="Conditional samples drawn a class.")
+
+
+class TrackingConfig(_Section):
+    wandb: Literal["auto", "offline", "online", "off"] = Field(
+        "auto", description="auto: online where the user is logged in, else offline."
+    )
+    project: str = Field("lzn_dist", description="Project name for wandb.")
+
+
+class Config(_Section):
+    """A run. `step` counts completed optimiser steps everywhere."""
+
+    task: Task = Field(description="generation, representation or joint.")
+    output_dir: str = Field(description="Folder of the run.")
+    max_steps: PositiveInt = Field(description="Total optimiser steps, also after resuming.")
+    log_every: PositiveInt = Field(10, description="Steps between lines of metrics.jsonl.")
+    checkpoint_every: PositiveInt = Field(1000, description="Steps between checkpoints.")
+    keep_last: PositiveInt = Field(2, description="Newest checkpoints that are kept.")
+    evaluate_every: NonNegativeInt = Field(0, description="Steps between evaluations on EMA weights; 0: at the end.")
+    seed: int = Field(0, description="Seed of every random number of the run.")
+    resume: str = Field("auto", description="auto: the newest complete checkpoint; none; or a checkpoint's path.")
+    precision: Literal["float32", "float64", "bf16"] = Field(
+        "float32", description="Arithmetic of the networks; zones and label anchors stay in float32 at least."
+    )
+    tf32: bool = Field(False, description="Allow TF32 products in the networks on CUDA.")
+    compile: bool = Field(False, description="Compile the networks with torch.compile.")
+    backend: Literal["auto", "tiled", "plain"] = Field("auto", description="How the zones' field is computed.")
+    data: DataConfig = DataConfig()
+    latent: LatentConfig = LatentConfig()
+    alignment: AlignmentConfig = AlignmentConfig()
+    encoder: EncoderConfig = EncoderConfig()
+    decoder: DecoderConfig = DecoderConfig()
+    optimizer: OptimizerConfig = OptimizerConfig()
+    flow: FlowConfig = FlowConfig()
+    evaluation: EvaluationConfig = EvaluationConfig()
+    tracking: TrackingConfig = TrackingConfig()
+
+    @model_validator(mode="after")
+    def _possible(self) -> Config:
+        if self.task == "joint" and self.data.num_classes == 0:
+            raise ValueError("task=joint needs labels: set data.num_classes")
+        if int(self.alignment.steps * self.alignment.cutoff) >= self.alignment.steps:
+            raise ValueError("alignment.cutoff leaves no step of alignment.steps; lower it")
+        if self.task != "representation" and self.encoder.kind == "resnet" and self.data.image_channels != 3:
+            raise ValueError("encoder.kind=resnet with one image channel is for task=representation")
+        if self.data.embedded == "digits" and (self.data.image_size, self.data.image_channels) != (8, 1):
+            raise ValueError("data.embedded=digits holds 8x8 grey images: set data.image_size=8 data.image_channels=1")
+        return self
+
+
+def _read(path: Path, seen: tuple[Path, ...] = ()) -> Any:
+    if not path.is_file():
+        raise ConfigError(f"no configuration file {path}")
+    if path.resolve() in seen:
+        raise ConfigError(f"{path}: `base` goes round in a circle")
+    try:
+        own = OmegaConf.load(path)
+    except Exception as error:
+        raise ConfigError(f"{path} is not readable YAML: {error}") from error
+    base = own.pop("base", None) if OmegaConf.is_dict(own) else None
+    if base is None:
+        return own
+    return OmegaConf.merge(_read(path.parent / str(base), (*seen, path.resolve())), own)
+
+
+def load_config(path: str | Path, overrides: list[str] | None = None) -> Config:
+    """Read a configuration file, apply ``key=value`` overrides, check everything.
+
+    Raises ConfigError, one line a problem: a missing file, an unknown key, a wrong type, an impossible combination.
+    """
+    for item in overrides or []:
+        if "=" not in item:
+            raise ConfigError(f"override {item!r} is not of the form key=value")
+    try:
+        merged = OmegaConf.merge(_read(Path(path)), OmegaConf.from_dotlist(list(overrides or [])))
+        values = OmegaConf.to_container(merged, resolve=True)
+    except OmegaConfBaseException as error:
+        raise ConfigError(f"{path}: {error}") from error
+    try:
+        return Config.model_validate(values)
+    except ValidationError as error:
+        raise ConfigError("\n".join(_explain(path, e) for e in error.errors())) from None
+
+
+def _explain(path: str | Path, error: Any) -> str:
+    key = ".".join(str(part) for part in error["loc"])
+    if error["type"] == "extra_forbidden":
+        section: Any = Config
+        for part in error["loc"][:-1]:
+            section = section.model_fields[part].annotation
+        return f"{path}: unknown key {key!r}; known here: {', '.join(sorted(section.model_fields))}"
+    if error["type"] == "missing":
+        return f"{path}: key {key!r} is missing"
+    message = error["msg"].removeprefix("Value error, ")
+    return f"{path}: {key + ': ' if key else ''}{message}" + (f" (got {error['input']!r})" if key else "")
+
+
+def save_config(config: Config, path: Path) -> None:
+    """Write the resolved configuration as YAML that load_config reads back to an equal one."""
+    path.write_text(OmegaConf.to_yaml(OmegaConf.create(config.model_dump(mode="json"))))

@@ -1,0 +1,10 @@
+"""Latent zones: the analytic flow between the Gaussian prior and a set of anchors (arXiv 2509.15591, section 2).
+
+Time, everywhere in this folder: ``sigma`` is the noise level, 1 = prior, 0 = anchors, x = (1−σ) a + σ ε.
+The folder imports torch (and torchdiffeq for the adaptive solver) alone and knows no rank.
+"""
+
+from lzn_dist.zones.alignment import Alignment, align, alignment_loss, nearest_anchor
+from lzn_dist.zones.trajectory import SIGMA_MIN, compute_latents
+
+__all__ = ["SIGMA_MIN", "Alignment", "align", "alignment_loss", "compute_latents", "nearest_anchor"]

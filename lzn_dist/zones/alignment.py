@@ -1,0 +1,114 @@
+"""Latent alignment: do latents of one kind flow to the right anchors of another? (paper, section 2)"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from lzn_dist.zones.trajectory import (
+    Backend,
+    alignment_schedule,
+    check_backend,
+    check_index,
+    check_points,
+    check_steps,
+    integrate,
+)
+from lzn_dist.zones.velocity import posterior_mean
+
+
+@dataclass
+class Alignment:
+    """log_probs [steps, b]: log w_target at each step, from σ = 1 to σ = 1/steps. endpoint [b, d]: at σ = 0."""
+
+    log_probs: Tensor
+    endpoint: Tensor
+
+
+def align(
+    latents: Tensor,
+    anchors: Tensor,
+    targets: Tensor,
+    *,
+    log_weights: Tensor | None = None,
+    steps: int = 20,
+    backend: Backend = "auto",
+) -> Alignment:
+    """Carry latents [b, d] from the prior along the flow of anchors [n, d] and record the targets' log-weights.
+
+    targets: int64 [b], the anchor that each latent should reach. log_weights [n]: log π of the anchors, −inf for an
+    absent one, for example the classes' log-frequencies in the global batch (default: equal); not differentiated.
+    Differentiable in latents and anchors. Float32 or float64; never allocates b × n × d.
+    Raises ValueError, naming the argument, for wrong shapes, dtypes, a target out of range or steps < 1.
+    """
+    check_points("latents", latents)
+    check_points("anchors", anchors, latents.shape[1], latents.dtype)
+    check_index("targets", targets, len(latents), len(anchors))
+    check_steps(steps)
+    check_backend(backend)
+    if log_weights is not None:
+        if log_weights.shape != (len(anchors),) or not log_weights.is_floating_point():
+            raise ValueError(f"log_weights must be floating point [{len(anchors)}], got {tuple(log_weights.shape)}")
+        log_weights = log_weights.detach()
+    if not len(latents):
+        return Alignment(latents.new_zeros(steps, 0), latents)
+    if backend == "plain":
+        return _plain_align(latents, anchors, targets, log_weights, steps)
+    reference, absent = targets, None
+    if log_weights is not None:
+        # logits are taken relative to the target; an absent one is no reference, and its log-weight is −inf
+        absent = torch.isneginf(log_weights[targets])
+        reference = torch.where(absent, log_weights.argmax(), targets)
+    own = anchors[reference]
+    _, delta, lse = integrate(
+        latents, own, anchors, reference, log_weights, alignment_schedule(steps), from_anchors=False
+    )
+    log_probs = -lse.to(latents.dtype)
+    if absent is not None:
+        log_probs = log_probs.masked_fill(absent, -math.inf)
+    return Alignment(log_probs, own + delta)
+
+
+def _plain_align(
+    latents: Tensor, anchors: Tensor, targets: Tensor, log_weights: Tensor | None, steps: int
+) -> Alignment:
+    """Plain twin, on x and from the definitions; use float64."""
+    x, recorded = latents, []
+    for k in range(steps):
+        sigma = 1.0 - k / steps
+        log_w, mean = posterior_mean(x, sigma, anchors, log_weights)
+        recorded.append(log_w.gather(1, targets[:, None]).squeeze(1))
+        x = x - (x - mean) / sigma / steps
+    return Alignment(torch.stack(recorded), x)
+
+
+def alignment_loss(
+    log_probs: Tensor, *, cutoff: float = 0.2, kind: Literal["cross_entropy", "probability"] = "cross_entropy"
+) -> Tensor:
+    """Scalar loss of log_probs [steps, b]: each sample's best step after the first int(steps · cutoff).
+
+    cross_entropy: −mean_i max_k log w; probability: −mean_i exp(max_k log w). The early steps are left out because
+    they saturate (paper, section 2). Raises ValueError for another kind or a cutoff that leaves no step.
+    """
+    if log_probs.ndim != 2 or not len(log_probs):
+        raise ValueError(f"log_probs must be [steps, b], got {tuple(log_probs.shape)}")
+    first = int(len(log_probs) * cutoff)
+    if not 0 <= first < len(log_probs):
+        raise ValueError(f"cutoff must leave at least one of {len(log_probs)} steps, got {cutoff}")
+    best = log_probs[first:].max(0).values
+    if kind == "cross_entropy":
+        return -best.mean()
+    if kind == "probability":
+        return -best.exp().mean()
+    raise ValueError(f"kind must be cross_entropy or probability, got {kind!r}")
+
+
+def nearest_anchor(endpoint: Tensor, anchors: Tensor) -> Tensor:
+    """int64 [b]: the anchor of anchors [k, d] that is nearest to each endpoint [b, d]."""
+    check_points("endpoint", endpoint)
+    check_points("anchors", anchors, endpoint.shape[1], endpoint.dtype)
+    return torch.cdist(endpoint, anchors, compute_mode="donot_use_mm_for_euclid_dist").argmin(1)
