@@ -9,6 +9,8 @@ the states [steps, b, d] and the log-sum-exps [steps, b], nothing of size b × n
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -89,11 +91,31 @@ def dpm_solver_schedule(steps: int) -> Schedule:
     return Schedule(tuple(_ratio(s) for s in sigmas[:-1]), tuple(updates), sigmas[-1])
 
 
+@contextmanager
+def _full_precision(device: torch.device) -> Iterator[None]:
+    """Neither autocast nor TF32: both would round the products to 3 digits, whatever the networks around use."""
+    allowed = torch.backends.cuda.matmul.allow_tf32
+    torch.backends.cuda.matmul.allow_tf32 = False
+    try:
+        with torch.autocast(device.type, enabled=False):
+            yield
+    finally:
+        torch.backends.cuda.matmul.allow_tf32 = allowed
+
+
 class _Trajectory(torch.autograd.Function):
     """(e₀ [b, d], references [b, d], anchors [n, d]) → (last e [b, d], last Δ [b, d], lse [steps, b] float64)."""
 
     @staticmethod
     def forward(
+        ctx: Any, e: Tensor, references: Tensor, anchors: Tensor,
+        index: Tensor, log_weights: Tensor | None, schedule: Schedule, from_anchors: bool,
+    ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+        with _full_precision(e.device):
+            return _Trajectory._forward(ctx, e, references, anchors, index, log_weights, schedule, from_anchors)
+
+    @staticmethod
+    def _forward(
         ctx: Any, e: Tensor, references: Tensor, anchors: Tensor,
         index: Tensor, log_weights: Tensor | None, schedule: Schedule, from_anchors: bool,
     ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
@@ -146,7 +168,11 @@ class _Trajectory(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        grad_e, grad_last, grad_lse = grads
+        with _full_precision(grads[0].device):
+            return _Trajectory._backward(ctx, *grads)
+
+    @staticmethod
+    def _backward(ctx: Any, grad_e: Tensor, grad_last: Tensor, grad_lse: Tensor) -> tuple[Tensor | None, ...]:
         field, own, first, last, partner, pairs, schedule, from_anchors = ctx.plan
         references, anchors, index, *saved = ctx.saved_tensors
         steps = len(schedule.r)
@@ -319,8 +345,9 @@ class _Field(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, e: Tensor, references: Tensor, anchors: Tensor, index: Tensor, r: float) -> Tensor:
-        field = AnchorField(anchors)
-        part = field.posterior(e, references - field.centre, index, r)
+        with _full_precision(e.device):
+            field = AnchorField(anchors)
+            part = field.posterior(e, references - field.centre, index, r)
         ctx.save_for_backward(e, references, anchors, index, part.lse)
         ctx.r = r
         return part.delta
@@ -328,11 +355,12 @@ class _Field(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         e, references, anchors, index, lse = ctx.saved_tensors
-        field = AnchorField(anchors)
-        into = AnchorGradient(anchors, references)
-        own = references - field.centre
-        grad_e = field.vjp(e, own, index, ctx.r, lse, grads[0], None, into, slice(None))
-        field.finish(into)
+        with _full_precision(e.device):
+            field = AnchorField(anchors)
+            into = AnchorGradient(anchors, references)
+            own = references - field.centre
+            grad_e = field.vjp(e, own, index, ctx.r, lse, grads[0], None, into, slice(None))
+            field.finish(into)
         return grad_e, into.references, into.anchors, None, None
 
 
