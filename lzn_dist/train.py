@@ -91,13 +91,13 @@ def _checkpoint_to_resume(config: Config) -> str | None:
     return str(find_checkpoint(config.resume))
 
 
-def evaluate(state: TrainState, accelerator: Accelerator, tracker: Tracker, *, final: bool) -> None:
-    """Evaluate the EMA weights on the main process; the others wait."""
+def evaluate(state: TrainState, accelerator: Accelerator, tracker: Tracker) -> None:
+    """Measure the EMA weights in seconds, on the main process; the others wait. evaluate.py does it in full."""
     if accelerator.is_main_process:
         state.networks.eval()
         with state.ema.applied(state.networks), torch.no_grad():
             model = LZN(state.networks, state.config)
-            values = evaluate_model(model, Path(state.config.output_dir), figures=False, quick=not final)
+            values = evaluate_model(model, Path(state.config.output_dir), figures=False, quick=True)
         state.networks.train()
         tracker.evaluation(state.step, values)
     accelerator.wait_for_everyone()
@@ -106,9 +106,13 @@ def evaluate(state: TrainState, accelerator: Accelerator, tracker: Tracker, *, f
 def train(config: Config, accelerator: Accelerator) -> None:
     """The loop."""
     folder = Path(config.output_dir)
-    folder.mkdir(parents=True, exist_ok=True)
-    stream = open_stream(config, accelerator)
-    state = build_state(config, accelerator)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        stream = open_stream(config, accelerator)
+        state = build_state(config, accelerator)
+    except (ValueError, OSError) as error:
+        # nothing has been computed yet: what stands in the way is named in one line, without a traceback
+        raise ConfigError(str(error)) from error
     if accelerator.is_main_process:
         save_config(config, folder / "config.yaml")
     parameters = sum(p.numel() for p in state.networks.parameters())
@@ -148,7 +152,7 @@ def _loop(state: TrainState, accelerator: Accelerator, stream: BatchStream, trac
             accelerator.wait_for_everyone()
             tracker.status("running", state.step)
         if last or (config.evaluate_every and state.step % config.evaluate_every == 0):
-            evaluate(state, accelerator, tracker, final=last)
+            evaluate(state, accelerator, tracker)
 
 
 def main(arguments: list[str] | None = None) -> int:
