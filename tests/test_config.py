@@ -1,0 +1,59 @@
+"""Configurations are read strictly: every mistake is one clear line before anything starts."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from lzn_dist.config import ConfigError, load_config, save_config
+
+ROOT = Path(__file__).parents[1]
+JOINT = ROOT / "configs" / "digits_joint.yaml"
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "configs").glob("digits_[!b]*.yaml")), ids=lambda p: p.stem)
+def test_every_configuration_loads_and_survives_being_saved(path: Path, tmp_path: Path) -> None:
+    config = load_config(path)
+    save_config(config, tmp_path / "config.yaml")
+    assert load_config(tmp_path / "config.yaml") == config
+
+
+def test_base_and_overrides_are_merged_in_order() -> None:
+    config = load_config(JOINT, ["optimizer.encoder_lr=1e-4", "encoder.channel_multipliers=[1,2,2]", "seed=7"])
+    assert config.optimizer.encoder_lr == 1e-4
+    assert config.encoder.channel_multipliers == (1, 2, 2)
+    assert config.seed == 7
+    assert config.data.embedded == "digits"  # from the base
+    assert config.optimizer.decoder_lr == 2e-3  # from the file
+
+
+@pytest.mark.parametrize(
+    ("override", "says"),
+    [
+        ("latent.dmi=3", "unknown key 'latent.dmi'; known here: dim"),
+        ("max_steps=many", "max_steps: .*integer"),
+        ("max_steps=1.5", "max_steps: .*integer"),
+        ("latent.solver=heun", "latent.solver: .*euler"),
+        ("task=detection", "task: "),
+        ("alignment.cutoff=1.5", "alignment.cutoff: "),
+        ("data.num_classes=0", "data.num_classes"),
+        ("data.image_size=32", "8x8"),
+        ("nonsense", "not of the form key=value"),
+    ],
+)
+def test_a_mistake_is_one_line_that_names_the_key(override: str, says: str) -> None:
+    with pytest.raises(ConfigError, match=says) as error:
+        load_config(JOINT, [override])
+    assert "\n" not in str(error.value)
+
+
+def test_missing_files_and_keys_and_circles(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="no configuration file"):
+        load_config(tmp_path / "absent.yaml")
+    (tmp_path / "a.yaml").write_text("base: a.yaml\n")
+    with pytest.raises(ConfigError, match="circle"):
+        load_config(tmp_path / "a.yaml")
+    (tmp_path / "b.yaml").write_text("task: joint\nmax_steps: 3\n")
+    with pytest.raises(ConfigError, match="'output_dir' is missing"):
+        load_config(tmp_path / "b.yaml")
