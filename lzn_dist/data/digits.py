@@ -12,7 +12,7 @@ import tempfile
 from pathlib import Path
 
 import numpy as np
-import webdataset as wds  # type: ignore[import-untyped]
+import webdataset as wds
 
 from lzn_dist import __version__
 from lzn_dist.data.shards import MANIFEST, write_manifest
@@ -23,7 +23,7 @@ HELD_OUT = 360
 
 def digits_pixels() -> tuple[np.ndarray, np.ndarray]:
     """All digits as scikit-learn orders them: pixels uint8 [1797, 8, 8], levels 0…16 scaled to 0…255, labels [1797]."""
-    from sklearn.datasets import load_digits  # type: ignore[import-untyped]
+    from sklearn.datasets import load_digits
 
     digits = load_digits()
     return np.rint(digits.images * (255 / 16)).astype(np.uint8), digits.target.astype(np.int64)
@@ -31,7 +31,7 @@ def digits_pixels() -> tuple[np.ndarray, np.ndarray]:
 
 def digits_splits(labels: np.ndarray) -> dict[str, np.ndarray]:
     """The rows of each split, ascending: ``test`` has HELD_OUT of them, stratified; always the same."""
-    from sklearn.model_selection import train_test_split  # type: ignore[import-untyped]
+    from sklearn.model_selection import train_test_split
 
     train, test = train_test_split(np.arange(len(labels)), test_size=HELD_OUT, stratify=labels, random_state=0)
     return {"train": np.sort(train), "test": np.sort(test)}

@@ -24,10 +24,10 @@ from typing import Any
 
 import numpy as np
 import torch
-import webdataset as wds  # type: ignore[import-untyped]
+import webdataset as wds
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
-from webdataset.autodecode import DecodingError  # type: ignore[import-untyped]
+from webdataset.autodecode import DecodingError
 
 from lzn_dist.keyed_random import make_key, permutation
 
@@ -381,7 +381,7 @@ class Batch:
         return Batch(self.index.to(device), self.images.to(device), self.labels.to(device), self.epoch)
 
 
-class BatchStream(Dataset[Batch]):
+class BatchStream:
     """The batches of a training run, addressed by step: ``batch(k)`` is the rank's part of global batch k.
 
     An epoch is a permutation of the split keyed by (seed, epoch), cut into ``batches_per_epoch`` global batches;
@@ -451,8 +451,6 @@ class BatchStream(Dataset[Batch]):
         pixels, labels = self.dataset.read(index.tolist())
         return Batch(index, to_unit_range(pixels), labels, step // self.batches_per_epoch)
 
-    __getitem__ = batch  # a map-style data set whose items are batches, for the loader processes
-
     def iterate(self, start_step: int, stop_step: int) -> Iterator[Batch]:
         """Batches ``start_step`` … ``stop_step - 1`` in order, the next ones being decoded meanwhile.
 
@@ -460,15 +458,18 @@ class BatchStream(Dataset[Batch]):
         """
         steps = range(start_step, stop_step)
         if self.workers and len(steps):
-            # a generator of its own, as the loader would otherwise draw from torch's global one
-            yield from DataLoader(
-                self,
+            loader = DataLoader(
+                _BatchOrError(self),
                 batch_size=None,
                 sampler=steps,
                 num_workers=min(self.workers, len(steps)),
                 prefetch_factor=_PREFETCH,
-                generator=torch.Generator(),
+                generator=torch.Generator(),  # the loader would otherwise draw from torch's global one
             )
+            for item in loader:
+                if isinstance(item, Exception):
+                    raise item
+                yield item
             return
         remaining = iter(steps)
         with ThreadPoolExecutor(1, thread_name_prefix="batches") as reader:
@@ -480,3 +481,17 @@ class BatchStream(Dataset[Batch]):
                     yield batch
             finally:
                 reader.shutdown(wait=True, cancel_futures=True)
+
+
+class _BatchOrError(Dataset["Batch | Exception"]):
+    """What a loader process runs. An error comes back as a value: raised there, torch would bury its message in the
+    worker's traceback, and keep the processes waiting in a reference cycle."""
+
+    def __init__(self, stream: BatchStream) -> None:
+        self.stream = stream
+
+    def __getitem__(self, step: int) -> Batch | Exception:
+        try:
+            return self.stream.batch(step)
+        except (CorruptSampleError, OSError, ValueError) as error:
+            return error

@@ -20,7 +20,9 @@ def test_views_are_keyed_by_sample_epoch_and_view(batch: tuple[torch.Tensor, tor
     images, index = batch
     views = two_views(images, index, 2, 7, DigitsPolicy())
     for parts in ([5, 59], [1] * 64, [32, 32]):
-        pieces = [two_views(*p, 2, 7, DigitsPolicy()) for p in zip(images.split(parts), index.split(parts))]
+        pieces = [
+            two_views(*p, 2, 7, DigitsPolicy()) for p in zip(images.split(parts), index.split(parts), strict=True)
+        ]
         for view in range(2):
             torch.testing.assert_close(torch.cat([p[view] for p in pieces]), views[view], rtol=0, atol=1e-6)
     shuffled = torch.randperm(64, generator=torch.Generator().manual_seed(0))

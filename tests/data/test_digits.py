@@ -11,9 +11,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import webdataset as wds  # type: ignore[import-untyped]
+import webdataset as wds
 from PIL import Image
-from sklearn.datasets import load_digits  # type: ignore[import-untyped]
+from sklearn.datasets import load_digits
 
 from lzn_dist.data import ShardIndex, ensure_digits, write_digits
 from lzn_dist.data.digits import HELD_OUT, digits_splits
