@@ -63,6 +63,8 @@ def test_policy_draws_what_it_says() -> None:
         assert values.min() == pytest.approx(middle - reach, abs=0.02 * reach)
         assert values.max() == pytest.approx(middle + reach, abs=0.02 * reach)
         assert values.mean() == pytest.approx(middle, abs=0.05 * reach)
+    draws = torch.stack((scale, angle, matrices[:, 0, 2], matrices[:, 1, 2]))
+    torch.testing.assert_close(torch.corrcoef(draws), torch.eye(4), rtol=0, atol=0.07)  # independent of each other
 
 
 def test_affine_against_exact_maps() -> None:

@@ -6,6 +6,7 @@ import multiprocessing
 import pickle
 import shutil
 import threading
+import time
 from pathlib import Path
 from typing import Any
 
@@ -164,6 +165,16 @@ def test_leaving_early_ends_the_thread_and_changes_nothing(index: ShardIndex) ->
     iterator.close()  # type: ignore[attr-defined]
     assert not [thread for thread in threading.enumerate() if thread.name.startswith("batches")]
     assert_equal(next(batches.iterate(1, 1000)), stream(index).batch(1))
+
+
+def test_the_thread_reads_no_further_than_two_batches_ahead(index: ShardIndex, monkeypatch: pytest.MonkeyPatch) -> None:
+    batches = stream(index, cache_decoded=True)
+    read: list[int] = []
+    monkeypatch.setattr(batches, "batch", read.append)
+    for step, _ in enumerate(batches.iterate(0, 20)):
+        assert step < 19 or read == list(range(20))
+        time.sleep(0.002)
+        assert len(read) <= step + 3
 
 
 def test_cache_is_not_handed_out(index: ShardIndex) -> None:
