@@ -7,6 +7,9 @@ state dicts of arXiv 2509.15591.
 from __future__ import annotations
 
 import math
+from contextlib import suppress
+from importlib import import_module
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -14,10 +17,9 @@ from torch import Tensor, nn
 
 from lzn_dist.keyed_random import fold, uniform
 
-try:
-    from xformers.ops import memory_efficient_attention
-except (ImportError, OSError):  # not installed, or built for another torch
-    memory_efficient_attention = None
+memory_efficient_attention: Any = None
+with suppress(ImportError, OSError):  # not installed, or built for another torch
+    memory_efficient_attention = import_module("xformers.ops").memory_efficient_attention
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
