@@ -270,7 +270,7 @@ class LZN:
 
     def _check_labels(self, labels: Tensor) -> Tensor:
         count = len(self._label_anchors())
-        if len(labels) and not (0 <= int(labels.min()) and int(labels.max()) < count):
+        if bool(((labels < 0) | (labels >= count)).any()):
             raise ValueError(f"labels must be in 0..{count - 1}, got {int(labels.min())}..{int(labels.max())}")
         return labels.to(self.device, torch.int64)
 

@@ -1,0 +1,88 @@
+"""Evaluate a trained run: python -m lzn_dist.evaluate RUN
+
+Prints one table, writes RUN/evaluation.json and figures to RUN/figures/. What is measured depends on the task: for a
+joint model classification accuracy over noise scales, recognised samples, Fréchet distances, reconstruction and
+probes; for a generation model the same without labels; for a representation model linear probe, nearest neighbours
+and a probe from 10 labels a class, beside raw pixels and an untrained encoder. Averaged (EMA) weights are used.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+import time
+from pathlib import Path
+
+import torch
+
+from lzn_dist.checkpoint import CheckpointError
+from lzn_dist.config import ConfigError
+from lzn_dist.evaluation import EvaluationData, evaluate_model
+from lzn_dist.model import LZN, load
+
+
+def table(values: dict[str, float], title: str) -> str:
+    """Two aligned columns, a rule under the title."""
+    width = max((len(key) for key in values), default=0)
+    rule = "─" * max(width + 10, len(title))
+    return "\n".join([title, rule, *(f"{key:<{width}}  {value:8.4f}" for key, value in values.items()), rule])
+
+
+def write_results(path: Path, model: LZN, values: dict[str, float]) -> None:
+    """The values with the step they belong to, as JSON; a reader sees the old file or the new one."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(path.name + ".tmp")
+    temporary.write_text(json.dumps({"step": model.step, "task": model.config.task, **values}, indent=1) + "\n")
+    temporary.replace(path)
+
+
+def parse(arguments: list[str] | None = None) -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(
+        prog="lzn_dist.evaluate", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("run", type=Path, metavar="RUN", help="folder of a run, as output_dir names it")
+    parser.add_argument("--checkpoint", type=Path, metavar="PATH", help="one checkpoint instead of RUN's newest")
+    parser.add_argument("--output", type=Path, metavar="DIR", help="where results go (default: RUN)")
+    parser.add_argument("--quick", action="store_true", help="fewer samples, no sweep, no comparisons: seconds")
+    parser.add_argument("--no-figures", action="store_true", help="numbers only")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the evaluation's random numbers (default: 0)")
+    parser.add_argument("--shards", metavar="DIR", help="folder of the shards, where it is not the one of training")
+    return parser.parse_args(arguments)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Entry point; returns the exit status: 0, or 2 for what the user can mend, said in one line."""
+    options = parse(arguments)
+    if int(os.environ.get("RANK", "0")) > 0:
+        return 0  # launched on many processes: the first one does it all
+    start = time.perf_counter()
+    try:
+        if not options.run.is_dir():
+            raise FileNotFoundError(f"no run in {options.run}: give the output_dir of a training run")
+        model = load(options.checkpoint or options.run)
+        if options.shards:
+            shards = model.config.data.model_copy(update={"shards": options.shards})
+            model.config = model.config.model_copy(update={"data": shards})
+        if torch.cuda.is_available():
+            model.networks.to("cuda")
+        data = EvaluationData(model.config)
+        output = options.output or options.run
+        values = evaluate_model(
+            model, output, figures=not options.no_figures, quick=options.quick, data=data, seed=options.seed,
+            run=options.run,
+        )  # fmt: skip
+        write_results(output / "evaluation.json", model, values)
+    except (CheckpointError, ConfigError, FileNotFoundError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    seconds = time.perf_counter() - start
+    print(table(values, f"{options.run} · {model.config.task} · step {model.step} · {seconds:.1f} s"))
+    print(f"written: {output / 'evaluation.json'}" + ("" if options.no_figures else f", {output / 'figures'}/"))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

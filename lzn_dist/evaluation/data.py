@@ -1,0 +1,98 @@
+"""The images that evaluation looks at: fixed batches in a fixed order, the same on any number of ranks."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from lzn_dist.config import Config
+from lzn_dist.data import EvaluationBatch, ShardedDataset, ShardIndex, ensure_digits
+from lzn_dist.evaluation.frechet import DigitClassifier
+
+IN_MEMORY = 50_000  # images of a split that are held at once: enough for probes and figures
+
+
+@dataclass
+class ImageSet:
+    """images [n, c, h, w] in [−1, 1], labels int64 [n] (−1 without one)."""
+
+    images: Tensor
+    labels: Tensor
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    @property
+    def pixels(self) -> np.ndarray:
+        """float64 [n, c·h·w]."""
+        return self.images.flatten(1).double().numpy()
+
+    def map(self, function: Callable[[Tensor], Tensor], batch: int) -> np.ndarray:
+        """float64 [n, F] of a function from images to features, ``batch`` images at a time."""
+        parts = [function(part).double().cpu().numpy() for part in self.images.split(batch)]
+        return np.concatenate(parts)
+
+
+class EvaluationData:
+    """A data set's train and test splits as the configuration names them; an embedded one is written if missing.
+
+    Raises FileNotFoundError where the shards are not there.
+    """
+
+    def __init__(self, config: Config, train: str = "train", test: str = "test") -> None:
+        self.config, self.names = config, {"train": train, "test": test}
+        if config.data.embedded == "digits":
+            ensure_digits(config.data.shards)
+        self.index = ShardIndex.load(config.data.shards)
+
+    def batches(self, split: str) -> Iterator[EvaluationBatch]:
+        """Batches of exactly `evaluation.batch` images; the last is filled up with rows that are not valid."""
+        data = self.config.data
+        dataset = ShardedDataset(self.index, self.names[split], data.image_channels, data.image_size)
+        return dataset.fixed_batches(self.config.evaluation.batch)
+
+    def _load(self, split: str) -> ImageSet:
+        images, labels, count = [], [], 0
+        for batch in self.batches(split):
+            images.append(batch.images[batch.valid])
+            labels.append(batch.labels[batch.valid])
+            count += len(images[-1])
+            if count >= IN_MEMORY:
+                break
+        return ImageSet(torch.cat(images)[:IN_MEMORY], torch.cat(labels)[:IN_MEMORY])
+
+    @cached_property
+    def train(self) -> ImageSet:
+        """The first IN_MEMORY training images."""
+        return self._load("train")
+
+    @cached_property
+    def test(self) -> ImageSet:
+        """The first IN_MEMORY test images."""
+        return self._load("test")
+
+    @property
+    def labelled(self) -> bool:
+        return self.config.data.num_classes > 0
+
+    def class_name(self, label: int) -> str:
+        """The manifest's name of a class, or its number."""
+        return self.index.classes[label] if label < len(self.index.classes) else str(label)
+
+    @cached_property
+    def class_frequencies(self) -> Tensor:
+        """Frequencies [K] of the classes among the training images, in float32."""
+        counts = torch.bincount(self.train.labels, minlength=self.config.data.num_classes).float()
+        return counts / counts.sum()
+
+    @cached_property
+    def judge(self) -> DigitClassifier | None:
+        """A classifier trained on the real training images; for digits alone: raw pixels are enough for them."""
+        if self.config.data.embedded != "digits":
+            return None
+        return DigitClassifier(self.train.pixels, self.train.labels.numpy())

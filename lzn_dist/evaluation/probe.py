@@ -1,0 +1,109 @@
+"""How much of the class do features hold? Linear probe, nearest neighbours, and a probe from few labels.
+
+For comparison the same is asked of raw pixels and of an untrained encoder of the same configuration.
+"""
+
+from __future__ import annotations
+
+import warnings
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from sklearn.exceptions import ConvergenceWarning
+from sklearn.linear_model import LogisticRegression
+from sklearn.preprocessing import StandardScaler
+
+from lzn_dist.config import Config
+from lzn_dist.model import LZN
+from lzn_dist.networks import build_networks
+
+NEIGHBOURS = 10
+LABELS_A_CLASS = 10
+DRAWS = 10
+
+
+@dataclass
+class FeatureSet:
+    """Features [n, F] and labels [n] of the training and the test images."""
+
+    train: np.ndarray
+    train_labels: np.ndarray
+    test: np.ndarray
+    test_labels: np.ndarray
+
+
+def linear_probe(data: FeatureSet, c: float = 1.0) -> float:
+    """Test accuracy of L2-regularised logistic regression (inverse strength c) on standardised features."""
+    scale = StandardScaler().fit(data.train)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ConvergenceWarning)
+        probe = LogisticRegression(C=c, max_iter=500).fit(scale.transform(data.train), data.train_labels)
+    return float(probe.score(scale.transform(data.test), data.test_labels))
+
+
+def few_label_probe(
+    data: FeatureSet, labels_a_class: int = LABELS_A_CLASS, draws: int = DRAWS, seed: int = 0
+) -> tuple[float, float]:
+    """Mean test accuracy of the linear probe from ``labels_a_class`` training images of each class, over ``draws``
+    random choices of them, and the standard deviation over the draws. Features are standardised on the chosen images.
+    """
+    random = np.random.default_rng(seed)
+    scores = []
+    for _ in range(draws):
+        rows = np.concatenate(
+            [
+                random.permutation(np.flatnonzero(data.train_labels == label))[:labels_a_class]
+                for label in np.unique(data.train_labels)
+            ]
+        )
+        chosen = FeatureSet(data.train[rows], data.train_labels[rows], data.test, data.test_labels)
+        scores.append(linear_probe(chosen))
+    return float(np.mean(scores)), float(np.std(scores))
+
+
+def knn_accuracy(data: FeatureSet, k: int = NEIGHBOURS, chunk: int = 1024) -> float:
+    """Test accuracy of the majority of the k training images with the largest cosine similarity.
+
+    Features are centred on the training mean first; of classes with equal votes, the one with the larger sum of
+    similarities wins.
+    """
+    mean = data.train.mean(0)
+    train, test = (_unit(features - mean) for features in (data.train, data.test))
+    k = min(k, len(train))
+    classes, codes = np.unique(data.train_labels, return_inverse=True)
+    right = 0
+    for start in range(0, len(test), chunk):
+        similarity = test[start : start + chunk] @ train.T
+        nearest = np.argpartition(-similarity, k - 1, axis=1)[:, :k]
+        votes = np.zeros((len(similarity), len(classes)))
+        rows = np.arange(len(similarity))
+        for column in nearest.T:
+            # a vote is worth 1; similarities, at most 1 in size, only break ties
+            votes[rows, codes[column]] += 1.0 + similarity[rows, column] / (4 * k)
+        right += int((classes[votes.argmax(1)] == data.test_labels[start : start + chunk]).sum())
+    return right / len(test)
+
+
+def _unit(features: np.ndarray) -> np.ndarray:
+    norms = np.linalg.norm(features, axis=1, keepdims=True)
+    unit: np.ndarray = features / np.maximum(norms, 1e-12)
+    return unit
+
+
+def probe_all(data: FeatureSet, prefix: str = "", draws: int = DRAWS) -> dict[str, float]:
+    """linear_probe, knn, probe_10_labels and its deviation over draws, under ``prefix``."""
+    mean, deviation = few_label_probe(data, draws=draws)
+    return {
+        f"{prefix}linear_probe": linear_probe(data),
+        f"{prefix}knn": knn_accuracy(data),
+        f"{prefix}probe_10_labels": mean,
+        f"{prefix}probe_10_labels_std": deviation,
+    }
+
+
+def untrained_model(config: Config, seed: int = 0) -> LZN:
+    """A model of the same configuration with its initial weights; torch's global generator is left as it was."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return LZN(build_networks(config), config)

@@ -1,0 +1,159 @@
+"""Everything that is measured of a model, as one flat dictionary, and its figures."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+
+from lzn_dist.evaluation.accuracy import classification_accuracy
+from lzn_dist.evaluation.data import EvaluationData
+from lzn_dist.evaluation.figures import interpolation_grid, reconstruction_grid, sample_grid, training_curves
+from lzn_dist.evaluation.frechet import frechet_distance
+from lzn_dist.evaluation.generation import (
+    balanced_labels,
+    disagreement,
+    image_error,
+    interpolate,
+    latent_only_error,
+    recognised,
+)
+from lzn_dist.evaluation.probe import FeatureSet, few_label_probe, knn_accuracy, probe_all, untrained_model
+from lzn_dist.evaluation.zone_figure import zone_figure
+from lzn_dist.model import LZN
+
+QUICK_SAMPLES_PER_CLASS = 10
+QUICK_DRAWS = 2
+
+
+def evaluate_model(
+    model: LZN, output_dir: Path | None = None, *, figures: bool = True, quick: bool = False,
+    data: EvaluationData | None = None, seed: int = 0, run: Path | None = None,
+) -> dict[str, float]:  # fmt: skip
+    """Measure what the model's task allows; keys that do not apply are absent.
+
+    joint: accuracy_centre (noise scale 0; with _low and _high, a 95 % Wilson interval), accuracy@S and
+    accuracy_weighted@S for every scale S of the configuration (weighted by the training images' class frequencies).
+    joint and generation: recognised, recognised_prior, disagreement_latent, disagreement_label, frechet,
+    frechet_prior, frechet_real (test against training images: the floor), judge_accuracy, reconstruction_error,
+    latent_only_error, and embeddings' linear_probe, knn, probe_10_labels. representation: those three, and the same
+    under untrained. and pixels. for comparison.
+    quick: a few seconds, for looks during training: fewer samples and draws, no sweep, no comparisons.
+    figures: written to output_dir/figures; the training curves are those of ``run``, by default output_dir.
+    Randomness is keyed by seed; the same model gives the same values.
+    """
+    data = data or EvaluationData(model.config)
+    values: dict[str, float] = {}
+    if model.has_labels:
+        values |= accuracy_values(model, data, quick, seed)
+    if model.has_decoder:
+        values |= generation_values(model, data, quick, seed)
+    if data.labelled and not (quick and model.has_decoder):
+        values |= probe_values(model, data, quick)
+    if figures and output_dir is not None:
+        write_figures(model, data, output_dir, seed, run)
+    return values
+
+
+def accuracy_values(model: LZN, data: EvaluationData, quick: bool, seed: int) -> dict[str, float]:
+    """Classification on the test split over noise scales, with and without class weights."""
+    scales = sorted({0.0} if quick else {0.0, 1.0, *model.config.evaluation.noise_scales})
+    weights = None if quick else data.class_frequencies
+    found = classification_accuracy(model, data.batches("test"), scales, weights, seed)
+    low, high = found[0.0, False].interval()
+    values = {"accuracy_centre": found[0.0, False].value, "accuracy_centre_low": low, "accuracy_centre_high": high}
+    if not quick:
+        for (scale, weighted), proportion in found.items():
+            values[f"accuracy{'_weighted' if weighted else ''}@{scale:g}"] = proportion.value
+    return values
+
+
+def generation_values(model: LZN, data: EvaluationData, quick: bool, seed: int) -> dict[str, float]:
+    """Recognised samples, Fréchet distances (where there is a judge), reconstruction."""
+    values: dict[str, float] = {}
+    config, judge = model.config, data.judge
+    per_class = config.evaluation.samples_per_class
+    if quick:
+        per_class = min(per_class, QUICK_SAMPLES_PER_CLASS)
+    if judge is not None:
+        values["judge_accuracy"] = judge.accuracy(data.test.pixels, data.test.labels.numpy())
+        real = judge.features(data.train.pixels)
+
+        def distance(images: torch.Tensor) -> float:
+            return frechet_distance(judge.features(images.flatten(1).double().cpu().numpy()), real)
+
+        classes = config.data.num_classes
+        prior = model.generate_with_latents(classes * per_class, seed=seed)
+        if model.has_labels and prior.labels is not None:
+            labels = balanced_labels(classes, per_class)
+            images = model.generate(len(labels), labels, seed)
+            values["recognised"] = recognised(judge, images, labels).value
+            values["recognised_prior"] = recognised(judge, prior.images, prior.labels).value
+            values["frechet"] = distance(images)
+            values["frechet_prior"] = distance(prior.images)
+            if not quick and classes > 1:
+                fight = disagreement(model, judge, per_class, seed)
+                values["disagreement_latent"] = fight.latent_wins.value
+                values["disagreement_label"] = fight.label_wins.value
+        else:
+            values["frechet"] = distance(prior.images)
+        values["frechet_real"] = distance(data.test.images)
+    if not quick:
+        batch = data.test.images[: config.evaluation.batch]
+        values["reconstruction_error"] = image_error(model.reconstruct(batch, seed), batch)
+        values["latent_only_error"] = latent_only_error(model, batch, seed)
+    return values
+
+
+def probe_values(model: LZN, data: EvaluationData, quick: bool) -> dict[str, float]:
+    """Probes of the features, and for a representation model of pixels and an untrained encoder beside them."""
+    train_labels, test_labels = data.train.labels.numpy(), data.test.labels.numpy()
+
+    def features(of: LZN) -> FeatureSet:
+        batch = model.config.evaluation.batch
+        return FeatureSet(data.train.map(of.embed, batch), train_labels, data.test.map(of.embed, batch), test_labels)
+
+    own = features(model)
+    if quick:
+        return {"knn": knn_accuracy(own), "probe_10_labels": few_label_probe(own, draws=QUICK_DRAWS)[0]}
+    values = probe_all(own)
+    if model.config.task == "representation":
+        fresh = untrained_model(model.config, model.config.seed)
+        fresh.networks.to(model.device)
+        values |= probe_all(features(fresh), "untrained.")
+        pixels = FeatureSet(data.train.pixels, train_labels, data.test.pixels, test_labels)
+        values |= probe_all(pixels, "pixels.")
+    return values
+
+
+def write_figures(
+    model: LZN, data: EvaluationData, output_dir: Path, seed: int = 0, run: Path | None = None
+) -> list[Path]:
+    """Draw what the model's task allows, into output_dir/figures."""
+    folder = output_dir / "figures"
+    written: list[Path | None] = [training_curves(run or output_dir, folder / "training.png")]
+    config = model.config
+    if model.has_decoder:
+        columns, rows = 16, min(config.data.num_classes, 10) if model.has_labels else 8
+        if model.has_labels:
+            labels = torch.arange(rows).repeat_interleave(columns)
+            images = model.generate(len(labels), labels, seed)
+            names = [data.class_name(label)[:12] for label in range(rows)]
+            written.append(sample_grid(images, columns, folder / "samples.png", names, "Samples by class"))
+        prior = model.generate_with_latents(8 * columns, seed=seed)
+        written.append(sample_grid(prior.images, columns, folder / "samples_prior.png", title="Samples of the prior"))
+        batch = data.test.images[: config.evaluation.batch]
+        shown = min(32, len(batch))
+        rebuilt = model.reconstruct(batch, seed)[:shown]
+        written.append(reconstruction_grid(batch[:shown], rebuilt, folder / "reconstructions.png"))
+        pairs = [(2 * i, 2 * i + 1) for i in range(min(6, len(batch) // 2))]
+        paths = [interpolate(model, batch, first, second, 12, seed) for first, second in pairs]
+        if paths:
+            written.append(interpolation_grid(paths, folder / "interpolation.png"))
+    if model.networks.label_anchors is not None and config.data.num_classes <= 20 and config.latent.dim > 1:
+        with torch.no_grad():
+            anchors = model.networks.label_anchors()
+        names = [data.class_name(label) for label in range(len(anchors))]
+        labels = torch.arange(len(anchors))
+        written.append(zone_figure(anchors, labels, folder / "zones.png", lines=48, class_names=names))
+    return [path for path in written if path is not None]

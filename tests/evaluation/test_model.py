@@ -1,0 +1,129 @@
+from pathlib import Path
+
+import pytest
+import torch
+from hand_made import CLASSES, DIM, class_images, hand_made
+
+from lzn_dist.model import LZN, MissingCapability
+
+
+def test_classify_finds_the_class_of_every_image(joint: LZN) -> None:
+    torch.manual_seed(0)
+    labels = torch.arange(20) % CLASSES  # 8 + 8 + 4: the last batch is filled up
+    images = class_images(labels) + 0.02 * torch.randn(20, 1, 8, 8)
+    assert torch.equal(joint.classify(images), labels)
+    assert joint.classify(images[:0]).shape == (0,)
+
+
+def test_rows_that_fill_up_a_batch_are_the_first_images(joint: LZN) -> None:
+    batches = list(joint._fixed_batches(11))
+    assert [counted for _, counted in batches] == [8, 3]
+    assert (batches[1][0] % 11).tolist() == [8, 9, 10, 0, 1, 2, 3, 4]
+    assert [len(rows) for rows, _ in joint._fixed_batches(3)] == [3]
+
+
+def test_class_weights_shift_the_decision(joint: LZN) -> None:
+    latents = joint.prior_latents(400, seed=1)
+    equal = joint.read_class(latents)
+    assert torch.bincount(equal, minlength=CLASSES).min() > 50  # symmetric anchors: a quarter each
+    only = joint.read_class(latents, torch.tensor([0.0, 0.0, 1.0, 0.0]))
+    assert torch.equal(only, torch.full_like(only, 2))
+    many = joint.read_class(latents, torch.tensor([100.0, 1.0, 1.0, 1.0]))
+    assert (many == 0).sum() > (equal == 0).sum()
+
+
+def test_a_labels_latents_are_random_points_of_its_zone(joint: LZN) -> None:
+    labels = torch.arange(200) % CLASSES
+    latents = joint.label_latents(labels, seed=3)
+    assert (joint.read_class(latents) == labels).float().mean() > 0.95
+    assert latents.std() > 0.5
+    assert not torch.equal(latents, joint.label_latents(labels, seed=4))
+
+
+@pytest.mark.parametrize("task", ["joint", "generation"])
+def test_generate_is_a_function_of_seed_and_sample_number(task: str) -> None:
+    model = hand_made(task, flow={"sampler_steps": 3, "t_min": 0.1}, decoder={})
+    # stop short of the target, so that the noise still shows
+    model.networks.decoder = torch.nn.Identity()
+    model.networks.decoder.forward = lambda x, t, latents, labels=None: latents[:, :1, None, None] - 0.5 * x  # type: ignore[method-assign, assignment, return-value]
+    whole = model.generate(7, seed=5)
+    assert whole.shape == (7, 1, 8, 8) and whole.abs().max() <= 1
+    assert torch.equal(whole, model.generate(7, seed=5))
+    torch.testing.assert_close(whole, torch.cat((model.generate(3, seed=5), model.generate(4, seed=5, first=3))))
+    assert not torch.allclose(whole, model.generate(7, seed=6))
+    assert not torch.allclose(whole[0], whole[1])
+
+
+def test_conditional_samples_are_split_independent(joint: LZN) -> None:
+    labels = torch.tensor([0, 3, 1, 2, 2])
+    whole = joint.generate_with_latents(5, labels, seed=2)
+    end = joint.generate_with_latents(3, labels[2:], seed=2, first=2)
+    torch.testing.assert_close(whole.latents[2:], end.latents)
+    torch.testing.assert_close(whole.images, class_images(labels))
+
+
+def test_the_prior_latents_class_is_read_and_given_to_the_decoder(joint: LZN) -> None:
+    made = joint.generate_with_latents(40, seed=1)
+    assert made.labels is not None
+    assert torch.equal(made.labels, joint.read_class(made.latents))
+    assert len(made.labels.unique()) == CLASSES
+    torch.testing.assert_close(made.images, class_images(made.labels))
+
+
+def test_zone_gives_the_latent_and_label_the_one_hot(joint: LZN) -> None:
+    made = joint.generate_with_latents(40, labels=1, zone=3)
+    assert (joint.read_class(made.latents) == 3).float().mean() > 0.95
+    torch.testing.assert_close(made.images, class_images(torch.ones(40, dtype=torch.int64)))
+
+
+def test_reconstruct_returns_every_image(joint: LZN) -> None:
+    images = class_images(torch.arange(11) % CLASSES)
+    # the decoder ends at the class's image whatever the noise; inversion of it is singular at t = 1, so start inside
+    joint.encode_noise = lambda images, latents, labels=None: torch.zeros_like(images)  # type: ignore[method-assign]
+    torch.testing.assert_close(joint.reconstruct(images), images)
+
+
+def test_inverse_and_decode_use_the_configured_sampler() -> None:
+    model = hand_made("generation", flow={"sampler": "dopri5"})
+    model.networks.decoder.forward = lambda x, t, latents, labels=None: -x + latents[:, :1, None, None]  # type: ignore[union-attr, method-assign, assignment]
+    images = torch.rand(5, 1, 8, 8) - 0.5
+    torch.testing.assert_close(model.reconstruct(images), images, rtol=0, atol=1e-3)
+
+
+def test_latents_have_their_shape_and_scale(joint: LZN) -> None:
+    images = class_images(torch.arange(4))
+    assert joint.anchors(images).shape == (4, DIM) and joint.embed(images).shape == (4, 64)
+    centre = joint.latents(images, 0.0)
+    assert torch.equal(centre, joint.latents(images, 0.0, seed=9))
+    assert not torch.equal(joint.latents(images, 1.0), joint.latents(images, 1.0, seed=9))
+
+
+def test_missing_capabilities_are_one_clear_error() -> None:
+    model = hand_made("representation")
+    images = class_images(torch.arange(2))
+    assert model.embed(images).shape == (2, 64)
+    with pytest.raises(MissingCapability, match="task=representation has no label anchors"):
+        model.classify(images)
+    with pytest.raises(MissingCapability, match="no image decoder"):
+        model.generate(2)
+    with pytest.raises(MissingCapability, match="no image decoder"):
+        model.reconstruct(images)
+    with pytest.raises(MissingCapability, match="task=generation has no label anchors"):
+        hand_made("generation").generate(2, labels=1)
+
+
+def test_wrong_labels_are_refused(joint: LZN) -> None:
+    with pytest.raises(ValueError, match=r"0\.\.3"):
+        joint.generate(2, labels=4)
+    with pytest.raises(ValueError, match=r"int64 \[2\]"):
+        joint.generate(2, labels=torch.tensor([1]))
+    with pytest.raises(ValueError, match="zone needs labels"):
+        joint.generate(2, zone=1)
+
+
+def test_load_names_a_run_that_is_not_there(tmp_path: Path) -> None:
+    from lzn_dist.checkpoint import CheckpointError
+    from lzn_dist.model import load
+
+    with pytest.raises(CheckpointError, match=r"nowhere"):
+        load(tmp_path / "nowhere")

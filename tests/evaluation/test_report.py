@@ -1,0 +1,139 @@
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hand_made import CLASSES, class_images
+from PIL import Image
+
+from lzn_dist.config import Config
+from lzn_dist.evaluation import EvaluationData, evaluate_model, figures, zone_figure
+from lzn_dist.evaluation.zone_figure import toy_anchors, toy_zone_figure, trajectories, zone_of
+from lzn_dist.model import LZN
+from lzn_dist.networks import build_networks
+
+
+def pixels_of(path: Path) -> np.ndarray:
+    return np.asarray(Image.open(path).convert("RGB"))
+
+
+def drawn(path: Path | None) -> bool:
+    return path is not None and pixels_of(path).std() > 5
+
+
+def test_trajectories_end_in_the_zone_that_the_map_says() -> None:
+    anchors, _ = toy_anchors()
+    points = torch.randn(200, 2, generator=torch.Generator().manual_seed(0))
+    states = trajectories(points, anchors, 60)
+    assert torch.equal(states[0], points)
+    ends = torch.cdist(states[-1], anchors).argmin(1)
+    assert (ends == zone_of(points, anchors, 60)).float().mean() > 0.99
+    assert len(ends.unique()) > 15
+    # a zone is not the set of points that are nearest to its anchor
+    assert (torch.cdist(points, anchors).argmin(1) != ends).float().mean() > 0.2
+
+
+def test_zone_figure_of_two_half_planes(tmp_path: Path) -> None:
+    path = zone_figure(torch.tensor([[-1.0, 0.0], [1.0, 0.0]]), torch.tensor([0, 1]), tmp_path / "z.png", lines=0)
+    image = pixels_of(path).astype(int)
+    assert image.shape == (896, 896, 3) and path.stat().st_size < 300_000
+    left, right = image[300, 200], image[300, 700]
+    assert left[2] > left[0] and right[0] > right[2]  # blue, orange
+    assert (image[300, 447:449] > 245).all() and (image[5, 5] == 255).all()  # boundary and outside are white
+
+
+def test_zone_figures_of_the_toy_and_of_a_slice(tmp_path: Path) -> None:
+    assert drawn(toy_zone_figure(tmp_path / "toy.png", classes=3, each=4))
+    anchors = torch.randn(5, 16, generator=torch.Generator().manual_seed(0))
+    path = zone_figure(anchors, torch.arange(5), tmp_path / "slice.png", lines=5, steps=20, class_names=list("abcde"))
+    assert drawn(path)
+    with pytest.raises(ValueError, match="need anchors"):
+        zone_figure(torch.zeros(3, 1), torch.zeros(3), tmp_path / "no.png")
+
+
+def test_image_figures_are_written(tmp_path: Path) -> None:
+    images = class_images(torch.arange(20) % CLASSES)
+    assert drawn(figures.sample_grid(images, 5, tmp_path / "a.png", ["zero", "one", "two", "three"]))
+    assert drawn(figures.reconstruction_grid(images, -images, tmp_path / "b.png", columns=8))
+    assert drawn(figures.interpolation_grid([images[:4], images[4:8]], tmp_path / "c.png"))
+    assert drawn(figures.sample_grid(torch.rand(4, 3, 16, 16), 2, tmp_path / "d.png"))
+    canvas = figures.mosaic(class_images(torch.tensor([0, 3, 1])), 2)
+    assert canvas.shape == (17, 17, 3)
+    assert canvas[0, 0, 0] == pytest.approx(0.9) and canvas[0, 9 + 3, 0] == pytest.approx(0.9)
+    assert canvas[9, 1, 0] == pytest.approx(0.9) and (canvas[9:, 9:] == 1).all()
+
+
+def test_training_curves(tmp_path: Path) -> None:
+    assert figures.training_curves(tmp_path, tmp_path / "t.png") is None
+    rows = [{"step": s, "loss": 1 / s, "loss_flow": 0.5 / s, "loss_alignment": 0.5 / s, "aligned": 0.5} for s in (1, 2)]
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows) + '{"step": 3, "lo')
+    (tmp_path / "eval.jsonl").write_text(json.dumps({"step": 2, "accuracy_centre": 0.5}) + "\n")
+    assert drawn(figures.training_curves(tmp_path, tmp_path / "t.png"))
+
+
+def tiny(task: str, folder: Path) -> LZN:
+    config = Config.model_validate(
+        {
+            "task": task, "output_dir": "unused", "max_steps": 1,
+            "data": {"shards": str(folder), "embedded": "digits"},
+            "latent": {"dim": 8, "steps": 4},
+            "encoder": {"channels": 32, "channel_multipliers": (1,)},
+            "decoder": {"channels": 32, "channel_multipliers": (1,)},
+            "evaluation": {"batch": 200, "samples_per_class": 2, "alignment_steps": 10, "noise_scales": (0.0, 0.5)},
+            "flow": {"sampler_steps": 2},
+        }
+    )  # fmt: skip
+    torch.manual_seed(0)
+    return LZN(build_networks(config), config, step=1)
+
+
+PROBES = {"linear_probe", "knn", "probe_10_labels", "probe_10_labels_std"}
+GENERATION = {"judge_accuracy", "frechet", "frechet_real", "reconstruction_error", "latent_only_error"}
+JOINT = {
+    "accuracy_centre", "accuracy_centre_low", "accuracy_centre_high", "recognised", "recognised_prior", "frechet_prior",
+    "disagreement_latent", "disagreement_label",
+    *(f"accuracy{w}@{s}" for w in ("", "_weighted") for s in ("0", "0.5", "1")),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("task", ["joint", "generation", "representation"])
+def test_what_is_measured_of_each_task(task: str, digits_folder: Path, tmp_path: Path) -> None:
+    model = tiny(task, digits_folder)
+    data = EvaluationData(model.config)
+    values = evaluate_model(model, tmp_path, data=data)
+    expected = {
+        "joint": PROBES | GENERATION | JOINT,
+        "generation": PROBES | GENERATION,
+        "representation": {p + key for key in PROBES for p in ("", "untrained.", "pixels.")},
+    }[task]
+    assert set(values) == expected
+    assert all(np.isfinite(value) for value in values.values())
+    names = {path.name for path in (tmp_path / "figures").glob("*.png") if drawn(path)}
+    pictures = {"samples_prior.png", "reconstructions.png", "interpolation.png"}
+    assert names == {"joint": pictures | {"samples.png", "zones.png"}, "generation": pictures}.get(task, set())
+    if task == "representation":
+        assert 0.93 < values["pixels.linear_probe"] < 1 and 0.95 < values["pixels.knn"] < 1
+    else:
+        assert values["judge_accuracy"] > 0.96
+        assert values["frechet"] > 10 * values["frechet_real"] > 0  # an untrained decoder is far off
+    again = evaluate_model(model, None, data=data, quick=True)
+    assert set(again) <= expected
+    assert again == evaluate_model(model, None, data=EvaluationData(model.config), quick=True)
+
+
+def test_data_holds_every_image_once(digits_folder: Path) -> None:
+    data = EvaluationData(tiny("joint", digits_folder).config)
+    assert data.train.images.shape == (1437, 1, 8, 8) and data.test.images.shape == (360, 1, 8, 8)
+    assert data.class_frequencies.sum().item() == pytest.approx(1.0)
+    assert torch.bincount(data.test.labels).min() >= 33
+    assert data.class_name(7) == "7"
+    assert data.test.map(lambda images: images.flatten(1), 100).shape == (360, 64)
+
+
+def test_evaluation_leaves_torchs_generator_alone(digits_folder: Path) -> None:
+    model = tiny("representation", digits_folder)
+    torch.manual_seed(3)
+    before = torch.get_rng_state()
+    evaluate_model(model, None)
+    assert torch.equal(before, torch.get_rng_state())
