@@ -1,3 +1,17 @@
 """Large-scale distributed training of Latent Zoning Networks (arXiv 2509.15591)."""
 
+from __future__ import annotations
+
+from typing import Any
+
 __version__ = "0.1.0"
+__all__ = ["__version__", "load"]
+
+
+def __getattr__(name: str) -> Any:
+    # `lzn_dist.load` without importing the networks wherever a part of the package is imported
+    if name == "load":
+        from lzn_dist.model import load
+
+        return load
+    raise AttributeError(f"module 'lzn_dist' has no attribute {name!r}")

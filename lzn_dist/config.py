@@ -63,6 +63,7 @@ class NetworkConfig(_Section):
     attention_resolutions: tuple[PositiveInt, ...] = Field((), description="Resolutions with self-attention.")
     dropout: float = Field(0.0, ge=0.0, lt=1.0, description="Dropout rate in residual blocks.")
     fir: bool = Field(False, description="Resample with the FIR filter [1, 3, 3, 1].")
+    progressive: bool = Field(False, description="Input skips and, decoding, output skips, summed (256 pixels).")
 
 
 class EncoderConfig(NetworkConfig):
@@ -76,7 +77,6 @@ class EncoderConfig(NetworkConfig):
 
 class DecoderConfig(NetworkConfig):
     embedding: Literal["positional", "fourier"] = Field("positional", description="Embedding of the time.")
-    progressive: bool = Field(False, description="Output skips and input skips, summed (256 pixels).")
     scale_by_sigma: bool = Field(False, description="Divide the output by 999 t (256 pixels).")
 
 
@@ -105,7 +105,7 @@ class EvaluationConfig(_Section):
 
 
 class TrackingConfig(_Section):
-    wandb: Literal["auto", "offline", "online", "off"] = Field(
+    wandb: Literal["auto", "offline", "online", "disabled"] = Field(
         "auto", description="auto: online where the user is logged in, else offline."
     )
     project: str = Field("lzn_dist", description="Project name for wandb.")

@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import nn
 
-from lzn_dist.config import Config
+from lzn_dist.config import Config, NetworkConfig
 from lzn_dist.models import ImageDecoder, ImageEncoder, LabelAnchors, ResNetEncoder
 
 
@@ -41,7 +41,7 @@ def build_networks(config: Config) -> Networks:
         decoder = ImageDecoder(
             **_shared(config), latent_dim=config.latent.dim, **_sizes(config.decoder),
             num_classes=data.num_classes if config.task == "joint" else 0, embedding=config.decoder.embedding,
-            progressive=config.decoder.progressive, scale_by_sigma=config.decoder.scale_by_sigma,
+            scale_by_sigma=config.decoder.scale_by_sigma,
         )  # fmt: skip
     labels = LabelAnchors(data.num_classes, config.latent.dim) if config.task == "joint" else None
     return Networks(image_encoder, decoder, labels)
@@ -51,6 +51,5 @@ def _shared(config: Config) -> dict[str, Any]:
     return {"image_size": config.data.image_size, "image_channels": config.data.image_channels}
 
 
-def _sizes(network: Any) -> dict[str, Any]:
-    names = ("channels", "channel_multipliers", "residual_blocks", "attention_resolutions", "dropout", "fir")
-    return {name: getattr(network, name) for name in names}
+def _sizes(network: NetworkConfig) -> dict[str, Any]:
+    return {name: getattr(network, name) for name in NetworkConfig.model_fields}

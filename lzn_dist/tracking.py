@@ -57,7 +57,7 @@ class Tracker:
                 # lines past the checkpoint belong to steps that are about to be taken again
                 kept = [row for row in read_lines(self.folder / name) if row["step"] <= step]
                 (self.folder / name).write_text("".join(json.dumps(row) + "\n" for row in kept))
-        if config.tracking.wandb != "off":
+        if config.tracking.wandb != "disabled":
             mode = config.tracking.wandb
             if mode == "auto":
                 mode = "online" if _logged_in() else "offline"
@@ -96,7 +96,7 @@ class Tracker:
     def _write(self, name: str, row: dict[str, Any], prefix: str = "") -> None:
         with (self.folder / name).open("a") as file:
             file.write(json.dumps(row) + "\n")
-        if self.config.tracking.wandb != "off":
+        if self.config.tracking.wandb != "disabled":
             self.accelerator.log({prefix + k: v for k, v in row.items() if k != "step"}, step=row["step"])
 
     def status(self, state: str, step: int, why: str = "") -> None:
@@ -106,7 +106,7 @@ class Tracker:
 
     def close(self) -> None:
         self.bar.close()
-        if self.config.tracking.wandb != "off":
+        if self.config.tracking.wandb != "disabled":
             self.accelerator.end_training()
 
 

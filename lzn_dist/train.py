@@ -36,7 +36,7 @@ def open_stream(config: Config, accelerator: Accelerator) -> BatchStream:
             ensure_digits(folder)
     topology = Topology.current()
     return BatchStream(
-        ShardIndex(folder), "train", config.data.global_batch, config.seed, topology.rank, topology.world_size,
+        ShardIndex.load(folder), "train", config.data.global_batch, config.seed, topology.rank, topology.world_size,
         channels=config.data.image_channels, image_size=config.data.image_size,
         cache_decoded=config.data.cache_decoded, workers=config.data.workers,
     )  # fmt: skip
@@ -46,7 +46,7 @@ def prepare_samples(batch: Batch, step: int, config: Config, device: torch.devic
     """Views, positions and labels of this rank's share, on the device and in the run's dtype."""
     images, index = batch.images.to(device), batch.index.to(device)
     if config.task == "representation":
-        views: tuple[torch.Tensor, ...] = augment.two_views(images, index, batch.epoch, config.seed)
+        views: tuple[torch.Tensor, ...] = augment.two_views(images, index, batch.epoch, config.seed, augment.DigitsPolicy())
     else:
         views = (augment.random_flip(images, index, batch.epoch, config.seed) if config.data.flip else images,)
     if config.precision == "float64":

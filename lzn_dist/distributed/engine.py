@@ -40,7 +40,7 @@ def build_accelerator(config: Config) -> Accelerator:
     accelerator = Accelerator(
         cpu=use_cpu,
         mixed_precision="bf16" if config.precision == "bf16" else "no",
-        log_with=None if config.tracking.wandb == "off" else "wandb",
+        log_with=None if config.tracking.wandb == "disabled" else "wandb",
         step_scheduler_with_optimizer=False,
     )
     started = Topology.current().world_size

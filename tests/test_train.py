@@ -1,0 +1,99 @@
+"""train.py as a user starts it: one and two processes, resuming, and refusals, on the digits."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).parents[1]
+SMALL = [
+    "data.global_batch=24", "encoder.channels=8", "decoder.channels=8", "latent.dim=8", "latent.steps=6",
+    "alignment.steps=6", "decoder.attention_resolutions=[]", "encoder.dropout=0.1", "decoder.dropout=0.1",
+    "optimizer.warmup_steps=2", "log_every=1", "checkpoint_every=2", "tracking.wandb=disabled", "precision=float64",
+]  # fmt: skip
+
+
+def launch(engine: str, config: str, folder: Path, *overrides: str, check: bool = True, **environment: str) -> str:
+    command = [sys.executable, "-m", "accelerate.commands.launch", "--main_process_port", "0"]
+    command += ["--config_file", str(ROOT / "launch" / f"{engine}.yaml")] if engine else ["--cpu", "--num_processes=2"]
+    command += [str(ROOT / "lzn_dist" / "train.py"), str(ROOT / "configs" / f"{config}.yaml")]
+    command += [f"output_dir={folder}", f"data.shards={folder.parent / 'digits'}", *SMALL, *overrides]
+    done = subprocess.run(
+        command, env={**os.environ, **environment}, capture_output=True, text=True, timeout=500, cwd=folder.parent
+    )
+    if check:
+        assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
+    return done.stdout + done.stderr
+
+
+def rows(folder: Path, name: str = "metrics.jsonl") -> list[dict[str, float]]:
+    return [json.loads(line) for line in (folder / name).read_text().splitlines()]
+
+
+def weights(folder: Path) -> dict[str, torch.Tensor]:
+    newest = (folder / "checkpoints" / "latest").read_text()
+    return dict(torch.load(folder / "checkpoints" / newest / "state.pt")["networks"])
+
+
+@pytest.mark.parametrize("config", ["digits_joint", "digits_representation"])
+def test_two_processes_equal_one(config: str, tmp_path: Path) -> None:
+    launch("cpu", config, tmp_path / "one", "max_steps=4")
+    launch("ddp", config, tmp_path / "two", "max_steps=4")
+    for one, two in zip(rows(tmp_path / "one"), rows(tmp_path / "two"), strict=True):
+        assert one["step"] == two["step"]
+        assert two["loss"] == pytest.approx(one["loss"], rel=1e-9)
+        assert two["grad_norm"] == pytest.approx(one["grad_norm"], rel=1e-7)
+    first, second = weights(tmp_path / "one"), weights(tmp_path / "two")
+    assert first.keys() == second.keys()
+    for name, value in first.items():
+        # Adam divides by the gradient's size, which amplifies rounding where a gradient is nearly zero
+        assert torch.allclose(value, second[name], rtol=1e-5, atol=1e-7), name
+    status = json.loads((tmp_path / "two" / "status.json").read_text())
+    assert (status["state"], status["step"]) == ("finished", 4)
+    assert rows(tmp_path / "one", "eval.jsonl")[-1]["step"] == 4
+
+
+def test_a_resumed_run_logs_what_the_undisturbed_run_logs(tmp_path: Path) -> None:
+    launch("cpu", "digits_generation", tmp_path / "whole", "max_steps=5")
+    launch("cpu", "digits_generation", tmp_path / "parts", "max_steps=3")
+    # a line past the checkpoint, as a killed run leaves it, and a half-written checkpoint
+    with (tmp_path / "parts" / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 4, "loss": 0.0}\n{"ste')
+    (tmp_path / "parts" / "checkpoints" / ".step_00000004.tmp").mkdir()
+    said = launch("cpu", "digits_generation", tmp_path / "parts", "max_steps=5")
+    assert "at step 3" in said
+    whole, parts = rows(tmp_path / "whole"), rows(tmp_path / "parts")
+    assert [row["step"] for row in parts] == [1, 2, 3, 4, 5]
+    assert [row["loss"] for row in parts] == [row["loss"] for row in whole]
+    assert all(torch.equal(v, weights(tmp_path / "parts")[k]) for k, v in weights(tmp_path / "whole").items())
+
+
+def refused(said: str) -> str:
+    lines = [line for line in said.splitlines() if line.startswith("error: ")]
+    assert lines, said[-3000:]
+    return lines[0]
+
+
+def test_what_cannot_run_is_refused_in_one_line(tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    said = launch("", "digits_joint", folder, "max_steps=1", check=False)
+    assert "asked for several processes but started one" in refused(said)
+    said = launch("ddp", "digits_joint", folder, "max_steps=1", "data.global_batch=25", check=False)
+    assert "data.global_batch=25 does not divide among 2 processes" in refused(said)
+    said = launch("cpu", "digits_joint", folder, "max_steps=1", "data.global_batch=5000", check=False)
+    assert "5000" in refused(said)
+    said = launch("cpu", "digits_joint", folder, "max_steps=1", "data.embedded=none", "data.shards=nowhere", check=False)
+    assert "nowhere" in refused(said)
+    assert not (folder / "metrics.jsonl").exists()
+
+
+def test_a_checkpoint_of_another_model_is_refused(tmp_path: Path) -> None:
+    launch("cpu", "digits_generation", tmp_path / "run", "max_steps=1")
+    said = launch("cpu", "digits_generation", tmp_path / "run", "max_steps=2", "latent.dim=12", check=False)
+    assert "is of another model" in refused(said)
