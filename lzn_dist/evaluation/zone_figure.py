@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -122,8 +123,8 @@ def zone_figure(
     """Draw the zones of anchors [n, D] with classes labels [n] (D ≥ 2) and some trajectories to the anchors.
 
     extent: half the width of the plane that is shown; by default 3.4 where D = 2, else √D + 1, the norm of a typical
-    prior draw and a little more; wide enough for every anchor in any case. Writes a PNG of 896 pixels and returns
-    its path.
+    prior draw and a little more; wide enough for every anchor in any case. class_names, by label, are
+    written at the anchors. Writes a PNG of 896 pixels and returns its path.
     """
     if anchors.ndim != 2 or anchors.shape[1] < 2 or labels.shape != anchors.shape[:1]:
         raise ValueError(f"need anchors [n, D ≥ 2] and labels [n], got {[*anchors.shape]} and {[*labels.shape]}")
@@ -145,12 +146,17 @@ def zone_figure(
     axes.set_ylim(-extent, extent)
     axes.axis("off")
     _draw_trajectories(axes, anchors, labels, plane, lines, radius, seed)
-    for label in labels.unique().tolist():
-        of_class = shown[labels == label]
-        axes.scatter(of_class[:, 0], of_class[:, 1], s=70, color=class_colour(label), edgecolor="white",
-                     linewidth=1.6, zorder=6)  # fmt: skip
-    if dimension > 2 or class_names is not None:
-        _name_classes(axes, zones, labels.numpy(), extent, class_names)
+    for i, label in enumerate(labels.tolist()):
+        x, y = shown[i].tolist()
+        short = class_names is not None and len(class_names[label]) <= 2
+        axes.scatter([x], [y], s=320 if short else 70, color=class_colour(label), edgecolor="white", linewidth=1.6,
+                     zorder=6)  # fmt: skip
+        if class_names is not None:
+            place: dict[str, Any] = (
+                {"color": "white", "va": "center"} if short else {"color": class_colour(label), "va": "bottom"}
+            )
+            axes.text(x, y if short else y + 0.025 * extent, class_names[label], ha="center", zorder=7, fontsize=12,
+                      fontweight="bold", **place)  # fmt: skip
     return save(figure, path)
 
 
@@ -179,23 +185,6 @@ def _draw_trajectories(
         colours = np.concatenate((np.broadcast_to(tone, (len(segments), 3)), fade[:, None]), 1)
         axes.add_collection(LineCollection(list(segments), colors=colours, linewidths=1.0, zorder=4))
         axes.scatter(flat[0, line, 0], flat[0, line, 1], s=9, color=[tone], alpha=0.75, linewidth=0, zorder=5)
-
-
-def _name_classes(
-    axes: Axes, zones: np.ndarray, labels: np.ndarray, extent: float, class_names: Sequence[str] | None
-) -> None:
-    """Each class's name near the rim, in the middle of its share of it."""
-    size = len(zones)
-    angles = np.linspace(0, 2 * math.pi, 720, endpoint=False)
-    at = ((0.8 * np.stack((np.sin(angles), np.cos(angles))) + 1) / 2 * size).astype(int)
-    ring = labels[zones[at[0], at[1]]]
-    for label in np.unique(ring):
-        mean = np.exp(1j * angles[ring == label]).mean()
-        name = class_names[label] if class_names is not None else str(label)
-        axes.text(
-            0.8 * extent * math.cos(np.angle(mean)), 0.8 * extent * math.sin(np.angle(mean)), name, fontsize=19,
-            fontweight="bold", color=class_colour(int(label)), ha="center", va="center", zorder=7,
-        )  # fmt: skip
 
 
 def toy_anchors(classes: int = 5, each: int = 5, seed: int = 0) -> tuple[Tensor, Tensor]:

@@ -1,0 +1,35 @@
+import json
+from pathlib import Path
+
+import pytest
+from test_report import tiny
+
+from lzn_dist import evaluate
+
+
+def test_a_missing_run_is_one_clear_error(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert evaluate.main([str(tmp_path / "nothing")]) == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1 and "no run in" in error and "nothing" in error
+    (tmp_path / "empty").mkdir()
+    assert evaluate.main([str(tmp_path / "empty")]) == 2
+    assert "no complete checkpoint" in capsys.readouterr().err
+
+
+def test_table_and_json_tell_the_same(
+    tmp_path: Path, digits_folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(evaluate, "load", lambda path: tiny("joint", digits_folder))
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    assert evaluate.main([str(tmp_path), "--quick", "--no-figures", "--output", str(tmp_path / "out")]) == 0
+    values = json.loads((tmp_path / "out" / "evaluation.json").read_text())
+    assert values.pop("step") == 1 and values.pop("task") == "joint"
+    printed = capsys.readouterr().out
+    for key, value in values.items():
+        assert f"{value:.4f}" in next(line for line in printed.splitlines() if line.split()[:1] == [key])
+    assert not (tmp_path / "evaluation.json").exists()
+
+
+def test_other_processes_of_a_launch_leave_it_to_the_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RANK", "1")
+    assert evaluate.main([str(tmp_path / "nothing")]) == 0
