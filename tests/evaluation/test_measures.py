@@ -169,3 +169,10 @@ def test_interpolation_runs_between_the_two_images(joint: LZN) -> None:
     path = interpolate(joint, images, 1, 3, count=5)
     torch.testing.assert_close(path[0], images[1])
     torch.testing.assert_close(path[-1], images[3])
+
+
+def test_two_neighbours_outvote_a_nearer_one() -> None:
+    height = math.sqrt(1 - 0.4**2)
+    train = np.array([[1.0, 0.0], [0.4, height], [0.4, -height], [-1.8, 0.0]])  # mean 0
+    data = FeatureSet(train, np.array([0, 1, 1, 0]), np.array([[1.0, 0.0]]), np.array([1]))
+    assert knn_accuracy(data, k=3) == 1.0 and knn_accuracy(data, k=1) == 0.0
