@@ -77,7 +77,8 @@ def generation_values(model: LZN, data: EvaluationData, quick: bool, seed: int) 
     values: dict[str, float] = {}
     config, judge = model.config, data.judge
     per_class = config.evaluation.samples_per_class
-    if quick:
+    short = quick and model.has_labels  # without labels, Fréchet distance and reconstruction are all there is to see
+    if short:
         per_class = min(per_class, QUICK_SAMPLES_PER_CLASS)
     if judge is not None:
         values["judge_accuracy"] = judge.accuracy(data.test.pixels, data.test.labels.numpy())
@@ -93,18 +94,18 @@ def generation_values(model: LZN, data: EvaluationData, quick: bool, seed: int) 
             images = model.generate(len(labels), labels, seed)
             values["recognised"] = recognised(judge, images, labels).value
             values["recognised_prior"] = recognised(judge, prior.images, prior.labels).value
-            if not quick:  # with fewer samples a Fréchet distance is larger: it would not compare
+            if not short:  # with fewer samples a Fréchet distance is larger: it would not compare
                 values["frechet"] = distance(images)
                 values["frechet_prior"] = distance(prior.images)
-            if not quick and classes > 1:
+            if not short and classes > 1:
                 fight = disagreement(model, judge, per_class, seed)
                 values["disagreement_latent"] = fight.latent_wins.value
                 values["disagreement_label"] = fight.label_wins.value
-        elif not quick:
+        else:
             values["frechet"] = distance(prior.images)
-        if not quick:
+        if not short:
             values["frechet_real"] = distance(data.test.images)
-    if not quick:
+    if not short:
         batch = data.test.images[: config.evaluation.batch]
         values["reconstruction_error"] = image_error(model.reconstruct(batch, seed), batch)
         values["latent_only_error"] = latent_only_error(model, batch, seed)
