@@ -4,6 +4,8 @@ set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 [ -x .venv/bin/python ] || "${PYTHON:-python3}" -m venv .venv
 . .venv/bin/activate
+# threads that wait by spinning make small networks many times slower on a busy machine
+export OMP_WAIT_POLICY="${OMP_WAIT_POLICY:-passive}"
 stamp=".venv/installed${1:-}"
 if [ ! -f "$stamp" ] || [ pyproject.toml -nt "$stamp" ] || [ constraints.txt -nt "$stamp" ]; then
     echo "installing lzn_dist${1:-} into .venv"

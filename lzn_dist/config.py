@@ -10,10 +10,18 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any, Literal
 
-from omegaconf import OmegaConf
+from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
-from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, PositiveFloat, PositiveInt, ValidationError
-from pydantic import model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
+    ValidationError,
+    model_validator,
+)
 
 Task = Literal["generation", "representation", "joint"]
 
@@ -161,7 +169,7 @@ def _read(path: Path, seen: tuple[Path, ...] = ()) -> Any:
         own = OmegaConf.load(path)
     except Exception as error:
         raise ConfigError(f"{path} is not readable YAML: {error}") from error
-    base = own.pop("base", None) if OmegaConf.is_dict(own) else None
+    base = own.pop("base", None) if isinstance(own, DictConfig) else None
     if base is None:
         return own
     return OmegaConf.merge(_read(path.parent / str(base), (*seen, path.resolve())), own)

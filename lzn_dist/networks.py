@@ -11,7 +11,7 @@ from lzn_dist.models import ImageDecoder, ImageEncoder, LabelAnchors, ResNetEnco
 
 
 class Networks(nn.Module):
-    """encoder: images → anchors; decoder (or None): rectified flow's velocity; label_anchors (or None): [classes, D]."""
+    """encoder: images → anchors; decoder, or None: rectified flow's velocity; label_anchors, or None: [classes, D]."""
 
     def __init__(self, encoder: nn.Module, decoder: nn.Module | None, label_anchors: nn.Module | None) -> None:
         super().__init__()

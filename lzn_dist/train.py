@@ -46,7 +46,9 @@ def prepare_samples(batch: Batch, step: int, config: Config, device: torch.devic
     """Views, positions and labels of this rank's share, on the device and in the run's dtype."""
     images, index = batch.images.to(device), batch.index.to(device)
     if config.task == "representation":
-        views: tuple[torch.Tensor, ...] = augment.two_views(images, index, batch.epoch, config.seed, augment.DigitsPolicy())
+        views: tuple[torch.Tensor, ...] = augment.two_views(
+            images, index, batch.epoch, config.seed, augment.DigitsPolicy()
+        )
     else:
         views = (augment.random_flip(images, index, batch.epoch, config.seed) if config.data.flip else images,)
     if config.precision == "float64":
@@ -118,7 +120,7 @@ def train(config: Config, accelerator: Accelerator) -> None:
     parameters = sum(p.numel() for p in state.networks.parameters())
     accelerator.print(
         f"{config.task}: {parameters:,} parameters, {accelerator.distributed_type.value} on "
-        f"{accelerator.num_processes} process(es) of {accelerator.device.type}, steps {state.step} to {config.max_steps}"
+        f"{accelerator.num_processes} process(es) of {accelerator.device.type}, step {state.step} to {config.max_steps}"
     )
     tracker = Tracker(config, accelerator, state.step)
     tracker.status("running", state.step)

@@ -88,7 +88,9 @@ def test_what_cannot_run_is_refused_in_one_line(tmp_path: Path) -> None:
     assert "data.global_batch=25 does not divide among 2 processes" in refused(said)
     said = launch("cpu", "digits_joint", folder, "max_steps=1", "data.global_batch=5000", check=False)
     assert "5000" in refused(said)
-    said = launch("cpu", "digits_joint", folder, "max_steps=1", "data.embedded=none", "data.shards=nowhere", check=False)
+    said = launch(
+        "cpu", "digits_joint", folder, "max_steps=1", "data.embedded=none", "data.shards=nowhere", check=False
+    )
     assert "nowhere" in refused(said)
     assert not (folder / "metrics.jsonl").exists()
 

@@ -139,8 +139,7 @@ class _Trajectory(torch.autograd.Function):
             delta, lse = torch.zeros_like(e), e.new_zeros(count, dtype=torch.float64)
             if len(rows):
                 check = settle and k % 2 == 1
-                whole = len(rows) == count
-                part = field.posterior(*_take((e, own, index), rows, whole), r_k, settle=check)
+                part = field.posterior(e[rows], own[rows], index[rows], r_k, settle=check)
                 delta.index_copy_(0, rows, part.delta)
                 lse.index_copy_(0, rows, part.lse)
                 if part.settled is not None and part.partner is not None:
@@ -194,21 +193,21 @@ class _Trajectory(torch.autograd.Function):
             g_lse = None if from_anchors else grad_lse[k]
             rows = _rows((first <= k) & (k < last) & (k < until), state.device)
             if len(rows):
-                whole = len(rows) == len(state)
-                args = _take((state, own, index), rows, whole)
-                extra = _take((lse, grad_delta), rows, whole)
-                gl = None if g_lse is None else (g_lse if whole else g_lse[rows])
-                current.index_add_(0, rows, field.vjp(*args, r_k, *extra, gl, into, rows))
+                gl = None if g_lse is None else g_lse[rows]
+                part = field.vjp(
+                    state[rows], own[rows], index[rows], r_k, lse[rows], grad_delta[rows], gl, into, rows
+                )  # fmt: skip
+                current.index_add_(0, rows, part)
             if k == 0 and len(pairs.rows):
                 current += field.pair_vjp(state, references, pairs, r_k, lse, grad_delta, None, into, slice(None))
             left = _rows((last <= k) & (k < until), state.device)
             if len(left):
                 chosen = Pairs(torch.arange(len(left), device=state.device), partner.to(state.device)[left])
                 gl = None if g_lse is None else g_lse[left]
-                current.index_add_(
-                    0, left,
-                    field.pair_vjp(state[left], references[left], chosen, r_k, lse[left], grad_delta[left], gl, into, left),
+                part = field.pair_vjp(
+                    state[left], references[left], chosen, r_k, lse[left], grad_delta[left], gl, into, left
                 )  # fmt: skip
+                current.index_add_(0, left, part)
             after = [current, *after[:2]]
         field.finish(into)
         return after[0], into.references, into.anchors, None, None, None, None
@@ -216,10 +215,6 @@ class _Trajectory(torch.autograd.Function):
 
 def _rows(mask: Tensor, device: torch.device) -> Tensor:
     return mask.nonzero().squeeze(1).to(device)
-
-
-def _take(tensors: tuple[Tensor, ...], rows: Tensor, whole: bool) -> tuple[Tensor, ...]:
-    return tensors if whole else tuple(t[rows] for t in tensors)
 
 
 def integrate(
@@ -231,7 +226,10 @@ def integrate(
     Row i's reference is anchor index[i]. Returns the last e [b, d], the last Δ [b, d] and lse [steps, b] (float64),
     where −lse is the log-weight of the reference at each step.
     """
-    return _Trajectory.apply(e, references, anchors, index, log_weights, schedule, from_anchors)  # type: ignore[no-any-return]
+    result: tuple[Tensor, Tensor, Tensor] = _Trajectory.apply(
+        e, references, anchors, index, log_weights, schedule, from_anchors
+    )
+    return result
 
 
 def check_points(name: str, value: Tensor, dim: int | None = None, dtype: torch.dtype | None = None) -> None:

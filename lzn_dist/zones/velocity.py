@@ -32,7 +32,9 @@ from torch import Tensor
 TILE_ELEMENTS = 1 << 18
 
 
-def posterior_mean(x: Tensor, sigma: float, anchors: Tensor, log_weights: Tensor | None = None) -> tuple[Tensor, Tensor]:
+def posterior_mean(
+    x: Tensor, sigma: float, anchors: Tensor, log_weights: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
     """Plain twin: log-weights log w [b, n] and posterior mean A [b, d] at x [b, d], from the definition."""
     logits = -0.5 * ((x[:, None, :] - (1 - sigma) * anchors[None]) / sigma).square().sum(-1)
     if log_weights is not None:
@@ -243,9 +245,7 @@ class AnchorField:
             d_scores = products - weights * shift[chunk.rows]
             along = torch.zeros_like(e64).index_add_(0, chunk.rows, r * d_scores[:, None] * difference)
             grad_e[rows] = along.to(e.dtype)
-            grad_difference = weights[:, None] * g + d_scores[:, None] * (
-                r * e64[chunk.rows] - r * r * difference
-            )
+            grad_difference = weights[:, None] * g + d_scores[:, None] * (r * e64[chunk.rows] - r * r * difference)
             into.anchors.index_add_(0, chunk.columns, grad_difference.to(e.dtype))
             grad_own[rows] = torch.zeros_like(e64).index_add_(0, chunk.rows, grad_difference).neg_().to(e.dtype)
         into.references[rows_of] += grad_own
