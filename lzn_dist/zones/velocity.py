@@ -145,11 +145,14 @@ class AnchorField:
             query, scores, offset = self._scores(e[rows], own[rows], index[rows], r)
             weights = scores.sub_((lse[rows] + offset)[:, None]).to(e.dtype).exp_()
             g = grad_delta[rows]
-            # dS = w (g·(a_j − a_o) − Σ_k w_k g·(a_k − a_o) + g_lse): the sum is taken from the same products,
-            # so that it cancels exactly where one anchor holds all weight
+            # dS = w (g·(a_j − a_o) − Σ_k w_k g·(a_k − a_o) + g_lse): the sum is taken from the same products and
+            # divided by the weights' own total (1 but for the stored log-sum-exp's rounding), so that it cancels
+            # where one anchor holds all weight; what did not would be multiplied by r ‖e‖
+            row_weight = weights.sum(1)
+            total = row_weight + (-lse[rows]).exp().to(e.dtype)
             products = torch.addmm((g * own[rows]).sum(1, keepdim=True), g, self.anchors.T, beta=-1)
             d_scores = products.mul_(weights)
-            shift = d_scores.sum(1)
+            shift = d_scores.sum(1) / total
             if grad_lse is not None:
                 shift = shift - grad_lse[rows].to(e.dtype)
             d_scores.addcmul_(weights, shift[:, None], value=-1)
@@ -158,7 +161,7 @@ class AnchorField:
             grad_e[rows] = r * spread
             into.anchors.addmm_(weights.T, g).addmm_(d_scores.T, query.to(e.dtype))
             into.radial.add_(d_scores.sum(0), alpha=r * r)
-            grad_own[rows] = r * r * spread - r * row_sum * e[rows] - weights.sum(1, keepdim=True) * g
+            grad_own[rows] = r * r * spread - r * row_sum * e[rows] - row_weight[:, None] * g
         into.references[rows_of] += grad_own
         return grad_e
 
@@ -239,7 +242,8 @@ class AnchorField:
             weights = (scores - lse[rows][chunk.rows]).exp()
             g = grad_delta[rows].double()[chunk.rows]
             products = (g * difference).sum(1) * weights
-            shift = scores.new_zeros(len(e64)).index_add_(0, chunk.rows, products)
+            total = (-lse[rows]).exp().index_add_(0, chunk.rows, weights)
+            shift = scores.new_zeros(len(e64)).index_add_(0, chunk.rows, products) / total
             if grad_lse is not None:
                 shift = shift - grad_lse[rows]
             d_scores = products - weights * shift[chunk.rows]
