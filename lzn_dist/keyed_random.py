@@ -81,12 +81,12 @@ def uniform(keys: Tensor, shape: Sequence[int] = (), dtype: torch.dtype = torch.
 def normal(keys: Tensor, shape: Sequence[int] = (), dtype: torch.dtype = torch.float32) -> Tensor:
     """Standard normal numbers by Box–Muller, two from each 64 bits; float32 and float64 agree to rounding.
 
-    keys: int64 [...]; returns [..., *shape]. No number exceeds sqrt(50 ln 2) = 5.9 in size (24 bits of the radius).
+    keys: int64 [...]; returns [..., *shape]. No number exceeds sqrt(48 ln 2) = 5.8 in size (23 bits of the radius).
     """
     count = math.prod(shape)
     bits = _bits(keys, (count + 1) // 2)
-    # the half step keeps the logarithm's argument off 0
-    radius = torch.sqrt(-2.0 * torch.log(((bits & _BITS_24).to(dtype) + 0.5) * 2.0**-24))
+    # the half step keeps the logarithm's argument off 0; with it, 23 bits are what float32 holds exactly
+    radius = torch.sqrt(-2.0 * torch.log(((bits & (_BITS_24 >> 1)).to(dtype) + 0.5) * 2.0**-23))
     angle = ((bits >> 24) & _BITS_24).to(dtype) * (2.0 * math.pi * 2.0**-24)
     pair = torch.stack((radius * torch.cos(angle), radius * torch.sin(angle)), dim=-1)
     return pair.reshape(*keys.shape, -1)[..., :count].reshape(*keys.shape, *shape)

@@ -30,7 +30,7 @@ def test_every_part_of_a_key_counts() -> None:
 def test_moments_and_ranges() -> None:
     keys = make_key(0, "moments", torch.arange(1000))
     u, z = uniform(keys, (201,)), normal(keys, (201,), torch.float64)
-    assert 0 <= u.min() and u.max() < 1
+    assert u.min() >= 0 and u.max() < 1
     # 201,000 numbers: five standard errors of each moment
     assert abs(u.mean() - 0.5) < 5 * (1 / 12 / 201_000) ** 0.5
     assert abs(z.mean()) < 5 / 201_000**0.5
@@ -42,7 +42,9 @@ def test_moments_and_ranges() -> None:
 def test_float32_and_float64_hold_the_same_numbers() -> None:
     keys = make_key(0, "dtype", torch.arange(100))
     assert torch.equal(uniform(keys, (50,)).double(), uniform(keys, (50,), torch.float64))
-    assert torch.allclose(normal(keys, (50,)).double(), normal(keys, (50,), torch.float64), atol=2e-6)
+    assert torch.allclose(
+        normal(keys, (50,)).double(), normal(keys, (50,), torch.float64), atol=5e-6
+    )  # 5.8 times float32's angle
 
 
 def test_permutations() -> None:
