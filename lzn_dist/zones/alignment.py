@@ -96,7 +96,7 @@ def alignment_loss(
     """
     if log_probs.ndim != 2 or not len(log_probs):
         raise ValueError(f"log_probs must be [steps, b], got {tuple(log_probs.shape)}")
-    first = int(len(log_probs) * cutoff)
+    first = int(len(log_probs) * cutoff) if 0.0 <= cutoff < 1.0 else -1
     if not 0 <= first < len(log_probs):
         raise ValueError(f"cutoff must leave at least one of {len(log_probs)} steps, got {cutoff}")
     best = log_probs[first:].max(0).values

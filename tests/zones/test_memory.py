@@ -1,0 +1,63 @@
+"""Nothing of size b × n × d, nor b × n: the largest tensor that forward and backward make."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from cases import make
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from lzn_dist.zones import align, alignment_loss, compute_latents, velocity
+
+B, N, D, TILE = 96, 1024, 8, 1 << 13
+
+
+class Largest(TorchDispatchMode):
+    """Elements of the largest tensor that an operation returns."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.elements = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        for value in tree_leaves(result):
+            if isinstance(value, torch.Tensor):
+                self.elements = max(self.elements, value.numel())
+        return result
+
+
+def largest(backend: str, solver: str, spread: float | None, scale: float = 1.0) -> int:
+    batch = make(D, N, B, scale, spread=spread)
+    anchors, others = batch.anchors.float().requires_grad_(), batch.others.float().requires_grad_()
+    noise = batch.noise.float()
+    with Largest() as mode:
+        own = anchors[batch.index]
+        z = compute_latents(own, noise, anchors, index=batch.index, solver=solver, backend=backend)  # type: ignore[arg-type]
+        found = align(z, others, batch.index, backend=backend)  # type: ignore[arg-type]
+        (alignment_loss(found.log_probs) + found.endpoint.sum()).backward()
+    return mode.elements
+
+
+@pytest.mark.parametrize(
+    "solver,spread", [("euler", 0.5), ("euler", None), ("dpm_solver_pp", 0.5), ("dpm_solver_pp", None)]
+)
+def test_tiled_holds_one_tile(monkeypatch: pytest.MonkeyPatch, solver: str, spread: float | None) -> None:
+    monkeypatch.setattr(velocity, "TILE_ELEMENTS", TILE)
+    assert max(TILE, N * D) < B * N / 8
+    assert largest("tiled", solver, spread) <= max(TILE, N * D)
+
+
+@pytest.mark.parametrize("solver", ["euler", "dpm_solver_pp"])
+def test_collapsed_anchors_take_a_list_of_pairs_at_most(monkeypatch: pytest.MonkeyPatch, solver: str) -> None:
+    """All anchors within 10⁻⁴: every pair has weight at the first step, and is listed; still nothing of b × n × d."""
+    monkeypatch.setattr(velocity, "TILE_ELEMENTS", TILE)
+    assert largest("tiled", solver, 0.5, 1e-5) <= B * N
+
+
+def test_plain_holds_everything() -> None:
+    """The measure sees what it should."""
+    assert largest("plain", "euler", 0.5) >= B * N * D
