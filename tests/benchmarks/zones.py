@@ -101,10 +101,11 @@ def published(first: Tensor, second: Tensor, noise: Tensor) -> float:
     return loss.item()
 
 
-def clock(function: Callable[[], object], repeats: int) -> float:
-    """Least seconds of a few calls."""
-    times = []
-    for _ in range(repeats):
+def clock(function: Callable[[], object], seconds: float) -> float:
+    """Least seconds of the calls that fit into a span, five at least: what other load does not lengthen."""
+    times: list[float] = []
+    end = time.perf_counter() + seconds
+    while len(times) < 5 or time.perf_counter() < end:
         start = time.perf_counter()
         function()
         times.append(time.perf_counter() - start)
@@ -124,7 +125,7 @@ def floor(b: int, n: int) -> float:
     ]
     for _, part in parts:
         part()
-    return 2 * STEPS * sum(count * clock(part, 20) for count, part in parts)
+    return 2 * STEPS * sum(count * clock(part, 1.0) for count, part in parts)
 
 
 def measure(variant: str, b: int, n: int, view: str) -> dict[str, float]:
@@ -139,7 +140,7 @@ def measure(variant: str, b: int, n: int, view: str) -> dict[str, float]:
         loss = function(*inputs)
         seconds = time.perf_counter() - start
     if variant == "tiled":
-        seconds = min(seconds, clock(lambda: function(*inputs), 8))
+        seconds = min(seconds, clock(lambda: function(*inputs), 6.0))
     return {"seconds": seconds, "memory": peak.most, "loss": loss}
 
 

@@ -101,6 +101,7 @@ def run(
 
 def error(value: Tensor, expected: Tensor) -> float:
     """Norm of the difference over the norm; what is under 1e-30 counts as 0 (a loss whose targets hold all weight)."""
+    value, expected = value.detach(), expected.detach()
     return float((value - expected).norm() / expected.norm().clamp_min(1e-30))
 
 
