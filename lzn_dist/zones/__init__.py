@@ -1,10 +1,23 @@
 """Latent zones: the analytic flow between the Gaussian prior and a set of anchors (arXiv 2509.15591, section 2).
 
 Time, everywhere in this folder: ``sigma`` is the noise level, 1 = prior, 0 = anchors, x = (1−σ) a + σ ε.
-The folder imports torch (and torchdiffeq for the adaptive solver) alone and knows no rank.
+The folder imports torch (and torchdiffeq for the adaptive solver) alone and knows no rank: the field over the anchors
+is a value (`Field`), and one that spreads them over processes keeps its communication to itself.
 """
 
 from lzn_dist.zones.alignment import Alignment, align, alignment_loss, nearest_anchor
-from lzn_dist.zones.trajectory import SIGMA_MIN, compute_latents
+from lzn_dist.zones.latents import compute_latents
+from lzn_dist.zones.trajectory import SIGMA_MIN
+from lzn_dist.zones.velocity import AnchorField, Field, FieldFactory
 
-__all__ = ["SIGMA_MIN", "Alignment", "align", "alignment_loss", "compute_latents", "nearest_anchor"]
+__all__ = [
+    "SIGMA_MIN",
+    "Alignment",
+    "AnchorField",
+    "Field",
+    "FieldFactory",
+    "align",
+    "alignment_loss",
+    "compute_latents",
+    "nearest_anchor",
+]

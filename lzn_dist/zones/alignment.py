@@ -9,16 +9,9 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from lzn_dist.zones.trajectory import (
-    Backend,
-    alignment_schedule,
-    check_backend,
-    check_index,
-    check_points,
-    check_steps,
-    integrate,
-)
-from lzn_dist.zones.velocity import posterior_mean
+from lzn_dist.zones.arguments import Backend, check_backend, check_count, check_index, check_points
+from lzn_dist.zones.trajectory import alignment_schedule, integrate
+from lzn_dist.zones.velocity import AnchorField, FieldFactory, posterior_mean
 
 
 @dataclass
@@ -37,24 +30,36 @@ def align(
     log_weights: Tensor | None = None,
     steps: int = 20,
     backend: Backend = "auto",
+    field: FieldFactory | None = None,
+    store_every: int = 1,
 ) -> Alignment:
     """Carry latents [b, d] from the prior along the flow of anchors [n, d] and record the targets' log-weights.
 
     targets: int64 [b], the anchor that each latent should reach. log_weights [n]: log π of the anchors, −inf for an
     absent one, for example the classes' log-frequencies in the global batch (default: equal); not differentiated.
+    store_every: keep one in so many states for the backward and compute the others again (see `compute_latents`).
+
+    field: makes the field of anchors (default `AnchorField`). Where it spreads the anchors over processes, anchors are
+    those that this process holds, targets are numbers over all processes of anchors held here, and the call and its
+    backward are collective: every process makes both, one without latents too.
+
     Differentiable in latents and anchors. Float32 or float64; never allocates b × n × d.
-    Raises ValueError, naming the argument, for wrong shapes, dtypes, a target out of range or steps < 1.
+    Raises ValueError, naming the argument, for wrong shapes, dtypes, a target out of range, steps or store_every < 1,
+    or a field with backend plain.
     """
     check_points("latents", latents)
     check_points("anchors", anchors, latents.shape[1], latents.dtype)
-    check_index("targets", targets, len(latents), len(anchors))
-    check_steps(steps)
-    check_backend(backend)
+    check_count("steps", steps)
+    check_count("store_every", store_every)
+    check_backend(backend, field)
     if log_weights is not None:
         if log_weights.shape != (len(anchors),) or not log_weights.is_floating_point():
             raise ValueError(f"log_weights must be floating point [{len(anchors)}], got {tuple(log_weights.shape)}")
         log_weights = log_weights.detach()
-    if not len(latents):
+    made = (field or AnchorField)(anchors.detach(), log_weights)
+    here = "" if made.held == made.count else ", the anchors that this process holds"
+    check_index("targets", targets, len(latents), range(made.start, made.start + made.held), here)
+    if field is None and not len(latents):
         return Alignment(latents.new_zeros(steps, 0), latents)
     if backend == "plain":
         return _plain_align(latents, anchors, targets, log_weights, steps)
@@ -63,9 +68,9 @@ def align(
         # logits are taken relative to the target; an absent one is no reference, and its log-weight is −inf
         absent = torch.isneginf(log_weights[targets])
         reference = torch.where(absent, log_weights.argmax(), targets)
-    own = anchors[reference]
+    own = anchors[reference - made.start]
     _, delta, lse = integrate(
-        latents, own, anchors, reference, log_weights, alignment_schedule(steps), from_anchors=False
+        latents, own, anchors, reference, made, alignment_schedule(steps), from_anchors=False, store_every=store_every
     )
     log_probs = -lse.to(latents.dtype)
     if absent is not None:

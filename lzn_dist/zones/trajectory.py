@@ -3,25 +3,25 @@
 A solver is a `Schedule`: the values of r = (1−σ)/σ at which the field is evaluated, and how the updates combine the
 last few posterior means. Every solver used by the paper has the form e ← e + Σ_j c_j Δ_{k−j} in the coordinates of
 `velocity`, so that one loop integrates them all and one hand-written loop is its backward. Kept between steps:
-the states [steps, b, d] and the log-sum-exps [steps, b], nothing of size b × n.
+the states [steps, b, d], or every few of them, and the log-sum-exps [steps, b], nothing of size b × n.
 """
 
 from __future__ import annotations
 
 import math
+from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, Literal
+from dataclasses import field as dataclass_field
+from typing import Any
 
 import torch
-import torchdiffeq
 from torch import Tensor
 
-from lzn_dist.zones.velocity import AnchorField, AnchorGradient, Pairs, posterior_mean
-
-Solver = Literal["euler", "dpm_solver_pp", "dopri5"]
-Backend = Literal["auto", "tiled", "plain"]
+from lzn_dist.zones.pairs import partner_posterior, partner_vjp
+from lzn_dist.zones.partial import Posterior
+from lzn_dist.zones.velocity import Field
 
 SIGMA_MIN = 1e-4  # where Euler's latent computation starts
 DPM_EPSILON = 1e-3  # DPM-Solver++ runs from this noise level to one minus it
@@ -40,8 +40,13 @@ class Schedule:
     coefficients: tuple[tuple[float, ...], ...]
     sigma_end: float
 
+    @property
+    def memory(self) -> int:
+        """How many earlier Δ an update takes up."""
+        return max(len(update) for update in self.coefficients) - 1
 
-def _ratio(sigma: float) -> float:
+
+def ratio(sigma: float) -> float:
     return (1.0 - sigma) / sigma
 
 
@@ -49,13 +54,13 @@ def euler_schedule(steps: int) -> Schedule:
     """Euler in σ from SIGMA_MIN to 1 (method section of the paper): e ← e − (r_k − r_{k+1}) Δ_k."""
     h = (1.0 - SIGMA_MIN) / steps
     sigmas = [SIGMA_MIN + k * h for k in range(steps)] + [1.0]
-    r = [_ratio(s) for s in sigmas]
+    r = [ratio(s) for s in sigmas]
     return Schedule(tuple(r[:-1]), tuple((r[k + 1] - r[k],) for k in range(steps)), 1.0)
 
 
 def alignment_schedule(steps: int) -> Schedule:
     """Euler in σ from 1 to 0. The last update would reach r = ∞; its end point is the posterior mean itself."""
-    r = [_ratio(1.0 - k / steps) for k in range(steps)]
+    r = [ratio(1.0 - k / steps) for k in range(steps)]
     updates = [(r[k + 1] - r[k],) for k in range(steps - 1)] + [(0.0,)]
     return Schedule(tuple(r), tuple(updates), 0.0)
 
@@ -67,7 +72,7 @@ def dpm_solver_schedule(steps: int) -> Schedule:
     The terms that a constant posterior mean contributes drop out against x = (1−σ) a_o + σ e.
     """
     sigmas = [DPM_EPSILON + (1.0 - 2 * DPM_EPSILON) * k / steps for k in range(steps + 1)]
-    lam = [math.log(_ratio(s)) for s in sigmas]
+    lam = [math.log(ratio(s)) for s in sigmas]
     updates: list[tuple[float, ...]] = []
     for k in range(1, steps + 1):
         order = min(k, 3, steps + 1 - k) if steps < 10 else min(k, 3)
@@ -87,12 +92,12 @@ def dpm_solver_schedule(steps: int) -> Schedule:
             d2 = tuple((a - b) / (r0 + r1) for a, b in zip(d, d11, strict=True))
             d1 = tuple(a + r0 * b for a, b in zip(d, d2, strict=True))
             c = [c[j] + phi_2 * d1[j] - phi_3 * d2[j] for j in range(3)]
-        updates.append(tuple(_ratio(sigmas[k]) * value for value in c[:order]))
-    return Schedule(tuple(_ratio(s) for s in sigmas[:-1]), tuple(updates), sigmas[-1])
+        updates.append(tuple(ratio(sigmas[k]) * value for value in c[:order]))
+    return Schedule(tuple(ratio(s) for s in sigmas[:-1]), tuple(updates), sigmas[-1])
 
 
 @contextmanager
-def _full_precision(device: torch.device) -> Iterator[None]:
+def full_precision(device: torch.device) -> Iterator[None]:
     """Neither autocast nor TF32: both would round the products to 3 digits, whatever the networks around use."""
     allowed = torch.backends.cuda.matmul.allow_tf32
     torch.backends.cuda.matmul.allow_tf32 = False
@@ -103,280 +108,239 @@ def _full_precision(device: torch.device) -> Iterator[None]:
         torch.backends.cuda.matmul.allow_tf32 = allowed
 
 
+@dataclass
+class _Walk:
+    """How the rows of one trajectory meet the field, step by step: the same forward, recomputed and backward.
+
+    Row i meets all anchors at steps first[i] ≤ k < last[i]. Before that it feels none, or at step 0 the few that are
+    as near as rounding; after it, its partner alone.
+    """
+
+    field: Field
+    schedule: Schedule
+    references: Tensor  # [b, d]
+    index: Tensor  # int64 [b]
+    own: Tensor  # [b, d]: references, centred
+    first: Tensor  # int64 [b], cpu
+    last: Tensor  # int64 [b], cpu
+    near: Tensor  # int64: the rows with near anchors
+    partner: Tensor  # int64 [b]: number of the partner, −1 while there is none
+    partners: Tensor | None = None  # [b, d]: their values, from when a row has one
+    dense: list[bool] = dataclass_field(default_factory=list)  # [steps]: some process' rows meet all anchors
+    any_near: bool = False
+
+    @staticmethod
+    def start(
+        field: Field, schedule: Schedule, e: Tensor, references: Tensor, index: Tensor, from_anchors: bool
+    ) -> _Walk:
+        count, steps = len(e), len(schedule.r)
+        own = references - field.centre
+        first, last = torch.zeros(count, dtype=torch.int64), torch.full((count,), steps)
+        walk = _Walk(field, schedule, references, index, own, first, last, index[:0], torch.full_like(index, -1))
+        if from_anchors:
+            active = field.reach(e, own, index)
+            r = torch.tensor(schedule.r, dtype=torch.float64)
+            # The first step is always taken in pairs: at r = 10⁴ products would have no accurate digits.
+            walk.first = torch.searchsorted(-r, -active.cpu()).clamp_(min=1)
+            walk.near = _rows(active > 0.5 * schedule.r[0])
+        *walk.dense, walk.any_near = field.wanted([*walk.meetings(last), bool(len(walk.near))])
+        return walk
+
+    def meetings(self, until: Tensor) -> list[bool]:
+        """[steps]: whether rows of this process meet all anchors, of those with k < until [b]."""
+        k = torch.arange(len(self.schedule.r))[:, None]
+        return ((self.first <= k) & (k < torch.minimum(self.last, until))).any(1).tolist()
+
+    def meeting(self, k: int, until: Tensor | None = None) -> Tensor:
+        """int64: the rows that meet all anchors at step k, of those with k < until."""
+        mask = (self.first <= k) & (k < self.last)
+        return _rows(mask if until is None else mask & (k < until)).to(self.own.device)
+
+    def settled(self, k: int, until: Tensor | None = None) -> Tensor:
+        """int64: the rows that follow their partner alone at step k."""
+        mask = self.last <= k
+        return _rows(mask if until is None else mask & (k < until)).to(self.own.device)
+
+    def evaluate(self, k: int, e: Tensor, *, settle: bool = False) -> tuple[Tensor, Tensor]:
+        """Δ [b, d] and lse [b] of step k. settle: also look for rows on which one anchor holds all weight."""
+        r = self.schedule.r[k]
+        delta, lse = torch.zeros_like(e), e.new_zeros(len(e), dtype=torch.float64)
+
+        def put(rows: Tensor, part: Posterior) -> None:
+            delta.index_copy_(0, rows, part.delta)
+            lse.index_copy_(0, rows, part.lse)
+
+        left = self.settled(k)
+        if k == 0 and self.any_near:
+            rows = self.near
+            put(rows, self.field.near_posterior(e[rows], self.references[rows], self.index[rows], r))
+        if self.dense[k]:
+            rows = self.meeting(k)
+            part = self.field.posterior(e[rows], self.own[rows], self.index[rows], r, settle=settle)
+            put(rows, part)
+            if settle:
+                self._settle(k, rows, part)
+        if len(left) and self.partners is not None:
+            put(left, partner_posterior(e[left], self.references[left], self.partners[left], r))
+        return delta, lse
+
+    def _settle(self, k: int, rows: Tensor, part: Posterior) -> None:
+        """Let settled rows follow their partner from step k + 1 on, and agree anew on who meets all anchors."""
+        assert part.settled is not None and part.partner is not None and part.heaviest is not None
+        done = _rows(part.settled)
+        if len(done):
+            if self.partners is None:
+                self.partners = torch.zeros_like(self.references)
+            at = rows[done]
+            self.last[at.cpu()] = k + 1
+            self.partner[at] = part.partner[done]
+            self.partners[at] = part.heaviest[done]
+        self.dense[k + 1 :] = self.field.wanted(self.meetings(self.last)[k + 1 :])
+
+    def advance(self, k: int, e: Tensor, deltas: list[Tensor]) -> Tensor:
+        """The state after step k; deltas: …, Δ_{k−1}, Δ_k."""
+        e = e.clone()
+        for j, c in enumerate(self.schedule.coefficients[k]):
+            e.add_(deltas[-1 - j], alpha=c)
+        return e
+
+
+class _Pullback:
+    """The backward of a walk, from the last step to the first; gradients of what all steps share are added up here."""
+
+    def __init__(self, walk: _Walk, grad_e: Tensor, grad_last: Tensor, grad_lse: Tensor, from_anchors: bool) -> None:
+        self.walk, self.grad_last, self.grad_lse = walk, grad_last, None if from_anchors else grad_lse
+        steps = len(walk.schedule.r)
+        # The loss keeps one step a row: before the last step with a cotangent there is nothing to carry back.
+        live = (grad_e != 0).any(1) | (grad_last != 0).any(1)
+        counted = torch.arange(1, steps + 1, device=live.device)[:, None] * (grad_lse != 0)
+        self.until = torch.where(live, steps, counted.amax(0)).cpu()
+        reached = (torch.arange(steps)[:, None] < self.until).any(1).tolist()
+        some_settled = bool((walk.last < steps).any())
+        agreed = walk.field.wanted([*walk.meetings(self.until), *reached, some_settled])
+        self.dense, self.horizon, self.any_settled = agreed[:steps], sum(agreed[steps:-1]), agreed[-1]
+        self.into = walk.field.gradient()
+        self.references = torch.zeros_like(grad_e)
+        self.partners = torch.zeros_like(grad_e) if some_settled else None
+        self.after = [grad_e]  # cotangents of e_{k+1}, e_{k+2}, e_{k+3}
+
+    def step(self, k: int, e: Tensor, lse: Tensor) -> None:
+        """Take step k back, from state e [b, d] with the log-sum-exps lse [b] of its field."""
+        walk, coefficients = self.walk, self.walk.schedule.coefficients
+        r = walk.schedule.r[k]
+        grad_delta = torch.zeros_like(e) if k < len(coefficients) - 1 else self.grad_last.clone()
+        for j, later in enumerate(self.after):
+            if k + j < len(coefficients) and j < len(coefficients[k + j]):
+                grad_delta.add_(later, alpha=coefficients[k + j][j])
+        current = self.after[0].clone()
+        self.after = [current, *self.after[:2]]
+        grad_lse = None if self.grad_lse is None else self.grad_lse[k]
+
+        def put(rows: Tensor, grad_e: Tensor, grad_references: Tensor) -> None:
+            current.index_add_(0, rows, grad_e)
+            self.references.index_add_(0, rows, grad_references)
+
+        if self.dense[k]:
+            rows = walk.meeting(k, self.until)
+            of_lse = None if grad_lse is None else grad_lse[rows]
+            put(rows, *walk.field.vjp(
+                e[rows], walk.own[rows], walk.index[rows], r, lse[rows], grad_delta[rows], of_lse, self.into
+            ))  # fmt: skip
+        if k == 0 and walk.any_near:
+            rows = walk.near
+            put(rows, *walk.field.near_vjp(
+                e[rows], walk.references[rows], walk.index[rows], r, lse[rows], grad_delta[rows], self.into
+            ))  # fmt: skip
+        rows = walk.settled(k, self.until)
+        if len(rows) and walk.partners is not None and self.partners is not None:
+            of_lse = None if grad_lse is None else grad_lse[rows]
+            found = partner_vjp(e[rows], walk.references[rows], walk.partners[rows], r, grad_delta[rows], of_lse)
+            put(rows, *found[:2])
+            self.partners.index_add_(0, rows, found[2])
+
+    def finish(self) -> None:
+        if self.horizon and self.any_settled:
+            rows = _rows(self.walk.partner >= 0)
+            partners = self.references[:0] if self.partners is None else self.partners[rows]
+            self.walk.field.deliver(self.walk.partner[rows], partners, self.into)
+        self.walk.field.finish(self.into)
+
+
 class _Trajectory(torch.autograd.Function):
-    """(e₀ [b, d], references [b, d], anchors [n, d]) → (last e [b, d], last Δ [b, d], lse [steps, b] float64)."""
+    """(e₀ [b, d], references [b, d], anchors [m, d]) → (last e [b, d], last Δ [b, d], lse [steps, b] float64).
+
+    anchors: those that this process holds, of which the field was made. Kept: every store_every-th state, with the
+    earlier Δ that the solver's next updates take up; the others are computed again in the backward.
+    """
 
     @staticmethod
     def forward(
         ctx: Any, e: Tensor, references: Tensor, anchors: Tensor,
-        index: Tensor, log_weights: Tensor | None, schedule: Schedule, from_anchors: bool,
+        index: Tensor, field: Field, schedule: Schedule, from_anchors: bool, store_every: int,
     ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-        with _full_precision(e.device):
-            return _Trajectory._forward(ctx, e, references, anchors, index, log_weights, schedule, from_anchors)
-
-    @staticmethod
-    def _forward(
-        ctx: Any, e: Tensor, references: Tensor, anchors: Tensor,
-        index: Tensor, log_weights: Tensor | None, schedule: Schedule, from_anchors: bool,
-    ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-        field = AnchorField(anchors, log_weights)
-        own = references - field.centre
-        count, steps = len(e), len(schedule.r)
-        # Row i meets the field densely at steps first[i] ≤ k < last[i], in its pairs at the others.
-        first, last = torch.zeros(count, dtype=torch.int64), torch.full((count,), steps)
-        partner = torch.full((count,), -1)
-        pairs = Pairs(index[:0], index[:0])
-        if from_anchors:
-            active, pairs = field.first_active(e, own, index, schedule.r[0])
-            r = torch.tensor(schedule.r, dtype=torch.float64)
-            # The first step is always taken in pairs: at r = 10⁴ products would have no accurate digits.
-            first = torch.searchsorted(-r, -active.cpu()).clamp_(min=1)
-        settle = not from_anchors and log_weights is None and len(anchors) >= SETTLE_ANCHORS
-        states, sums, deltas = [], [], []
-        for k, r_k in enumerate(schedule.r):
-            states.append(e)
-            rows = _rows((first <= k) & (k < last), e.device)
-            delta, lse = torch.zeros_like(e), e.new_zeros(count, dtype=torch.float64)
-            if len(rows):
-                check = settle and k % 2 == 1
-                part = field.posterior(e[rows], own[rows], index[rows], r_k, settle=check)
-                delta.index_copy_(0, rows, part.delta)
-                lse.index_copy_(0, rows, part.lse)
-                if part.settled is not None and part.partner is not None:
-                    done = part.settled.cpu()
-                    at = rows.cpu()[done]
-                    last[at] = k + 1
-                    partner[at] = part.partner.cpu()[done]
-            if k == 0 and len(pairs.rows):
-                sparse = field.pair_posterior(e, references, pairs, r_k)
-                delta, lse = sparse.delta, sparse.lse
-            left = (last <= k).nonzero().squeeze(1).to(e.device)
-            if len(left):
-                chosen = Pairs(torch.arange(len(left), device=e.device), partner.to(e.device)[left])
-                sparse = field.pair_posterior(e[left], references[left], chosen, r_k)
-                delta.index_copy_(0, left, sparse.delta)
-                lse.index_copy_(0, left, sparse.lse)
-            sums.append(lse)
-            deltas.append(delta)
-            e = e.clone()
-            for j, c in enumerate(schedule.coefficients[k]):
-                e.add_(deltas[k - j], alpha=c)
-        ctx.save_for_backward(references, anchors, index, *states, *sums)
-        ctx.plan = (field, own, first, last, partner, pairs, schedule, from_anchors)
-        return e, delta, torch.stack(sums)
+        with full_precision(e.device):
+            walk = _Walk.start(field, schedule, e, references.detach(), index, from_anchors)
+            settle = not from_anchors and not field.weighted and field.count >= SETTLE_ANCHORS
+            kept: list[Tensor] = []
+            sums: list[Tensor] = []
+            deltas: deque[Tensor] = deque(maxlen=schedule.memory)
+            for k in range(len(schedule.r)):
+                if k % store_every == 0 and any(ctx.needs_input_grad):
+                    kept += [e, *deltas] if store_every > 1 else [e]
+                delta, lse = walk.evaluate(k, e, settle=settle and k % 2 == 1)
+                sums.append(lse)
+                e = walk.advance(k, e, [*deltas, delta])
+                deltas.append(delta)
+            lse = torch.stack(sums)
+        ctx.save_for_backward(references, anchors, lse, *kept)
+        ctx.walk, ctx.from_anchors, ctx.store_every = walk, from_anchors, store_every
+        return e, delta, lse
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        with _full_precision(grads[0].device):
-            return _Trajectory._backward(ctx, *grads)
-
-    @staticmethod
-    def _backward(ctx: Any, grad_e: Tensor, grad_last: Tensor, grad_lse: Tensor) -> tuple[Tensor | None, ...]:
-        field, own, first, last, partner, pairs, schedule, from_anchors = ctx.plan
-        references, anchors, index, *saved = ctx.saved_tensors
-        steps = len(schedule.r)
-        states, sums = saved[:steps], saved[steps:]
-        into = AnchorGradient(anchors, references)
-        # The loss keeps one step a row: before the last step with a cotangent there is nothing to carry back.
-        live = (grad_e != 0).any(1) | (grad_last != 0).any(1)
-        counted = torch.arange(1, steps + 1, device=live.device)[:, None] * (grad_lse != 0)
-        until = torch.where(live, steps, counted.amax(0)).cpu()
-        after: list[Tensor] = [grad_e]  # cotangents of e_{k+1}, e_{k+2}, e_{k+3}
-        for k in reversed(range(steps)):
-            r_k = schedule.r[k]
-            grad_delta = torch.zeros_like(grad_e) if k < steps - 1 else grad_last.clone()
-            for j, later in enumerate(after):
-                if k + j < steps and j < len(schedule.coefficients[k + j]):
-                    grad_delta.add_(later, alpha=schedule.coefficients[k + j][j])
-            state, lse = states[k], sums[k]
-            current = after[0].clone()
-            g_lse = None if from_anchors else grad_lse[k]
-            rows = _rows((first <= k) & (k < last) & (k < until), state.device)
-            if len(rows):
-                gl = None if g_lse is None else g_lse[rows]
-                part = field.vjp(
-                    state[rows], own[rows], index[rows], r_k, lse[rows], grad_delta[rows], gl, into, rows
-                )  # fmt: skip
-                current.index_add_(0, rows, part)
-            if k == 0 and len(pairs.rows):
-                current += field.pair_vjp(state, references, pairs, r_k, lse, grad_delta, None, into, slice(None))
-            left = _rows((last <= k) & (k < until), state.device)
-            if len(left):
-                chosen = Pairs(torch.arange(len(left), device=state.device), partner.to(state.device)[left])
-                gl = None if g_lse is None else g_lse[left]
-                part = field.pair_vjp(
-                    state[left], references[left], chosen, r_k, lse[left], grad_delta[left], gl, into, left
-                )  # fmt: skip
-                current.index_add_(0, left, part)
-            after = [current, *after[:2]]
-        field.finish(into)
-        return after[0], into.references, into.anchors, None, None, None, None
+        walk: _Walk = ctx.walk
+        _, _, lse, *kept = ctx.saved_tensors
+        with full_precision(grads[0].device):
+            back = _Pullback(walk, grads[0], grads[1], grads[2], ctx.from_anchors)
+            for start in reversed(range(0, back.horizon, ctx.store_every)):
+                states = _states(walk, start, min(start + ctx.store_every, back.horizon), kept, ctx.store_every)
+                while states:
+                    k = start + len(states) - 1
+                    back.step(k, states.pop(), lse[k])
+            back.finish()
+        return back.after[0], back.references, back.into.anchors, None, None, None, None, None
 
 
-def _rows(mask: Tensor, device: torch.device) -> Tensor:
-    return mask.nonzero().squeeze(1).to(device)
+def _states(
+    walk: _Walk, start: int, stop: int, kept: tuple[Tensor, ...] | list[Tensor], store_every: int
+) -> list[Tensor]:
+    """The states of steps start..stop−1, from the one that was kept at start; the same digits as in the forward."""
+    memory = walk.schedule.memory if store_every > 1 else 0
+    at = sum(1 + min(memory, k) for k in range(0, start, store_every))
+    deltas = deque(kept[at + 1 : at + 1 + min(memory, start)], maxlen=walk.schedule.memory)
+    states = [kept[at]]
+    for k in range(start, stop - 1):
+        delta, _ = walk.evaluate(k, states[-1])
+        states.append(walk.advance(k, states[-1], [*deltas, delta]))
+        deltas.append(delta)
+    return states
+
+
+def _rows(mask: Tensor) -> Tensor:
+    return mask.nonzero().squeeze(1)
 
 
 def integrate(
-    e: Tensor, references: Tensor, anchors: Tensor, index: Tensor,
-    log_weights: Tensor | None, schedule: Schedule, *, from_anchors: bool,
+    e: Tensor, references: Tensor, anchors: Tensor, index: Tensor, field: Field, schedule: Schedule,
+    *, from_anchors: bool, store_every: int = 1,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """Carry e [b, d] through a schedule; differentiable in e, references [b, d] and anchors [n, d].
+    """Carry e [b, d] through a schedule; differentiable in e, references [b, d] and anchors [m, d].
 
-    Row i's reference is anchor index[i]. Returns the last e [b, d], the last Δ [b, d] and lse [steps, b] (float64),
-    where −lse is the log-weight of the reference at each step.
+    anchors: those that this process holds, of which field was made. Row i's reference is the anchor numbered index[i].
+    Returns the last e [b, d], the last Δ [b, d] and lse [steps, b] (float64), where −lse is the log-weight of the
+    reference at each step. Collective where the field is.
     """
     result: tuple[Tensor, Tensor, Tensor] = _Trajectory.apply(
-        e, references, anchors, index, log_weights, schedule, from_anchors
+        e, references, anchors, index, field, schedule, from_anchors, store_every
     )
-    return result
-
-
-def check_points(name: str, value: Tensor, dim: int | None = None, dtype: torch.dtype | None = None) -> None:
-    """A ValueError that names the argument, unless value is a float32 or float64 matrix [., dim]."""
-    if value.ndim != 2 or (dim is not None and value.shape[1] != dim) or not value.shape[1]:
-        raise ValueError(f"{name} must be a matrix [rows, {dim or 'd'}], got shape {tuple(value.shape)}")
-    if value.dtype not in (torch.float32, torch.float64) or (dtype is not None and value.dtype != dtype):
-        raise ValueError(f"{name} must be {dtype or 'float32 or float64'}, got {value.dtype}; zones are not for bf16")
-
-
-def check_index(name: str, value: Tensor, rows: int, count: int) -> None:
-    """A ValueError that names the argument, unless value is int64 [rows] with entries in 0..count-1."""
-    if value.shape != (rows,) or value.dtype != torch.int64:
-        raise ValueError(f"{name} must be int64 [{rows}], got {value.dtype} {tuple(value.shape)}")
-    if rows and (int(value.min()) < 0 or int(value.max()) >= count):
-        raise ValueError(f"{name} must lie in 0..{count - 1}, got {int(value.min())}..{int(value.max())}")
-
-
-def check_steps(steps: int) -> None:
-    if isinstance(steps, bool) or not isinstance(steps, int) or steps < 1:
-        raise ValueError(f"steps must be a whole number of at least 1, got {steps!r}")
-
-
-def check_backend(backend: str) -> None:
-    if backend not in ("auto", "tiled", "plain"):
-        raise ValueError(f"backend must be auto, tiled or plain, got {backend!r}")
-
-
-def compute_latents(
-    anchors: Tensor,
-    noise: Tensor,
-    all_anchors: Tensor | None = None,
-    *,
-    index: Tensor | None = None,
-    solver: Solver = "euler",
-    steps: int = 20,
-    backend: Backend = "auto",
-) -> Tensor:
-    """A latent [b, d] in each sample's zone: the flow from its anchor back to the prior (paper, section 2).
-
-    anchors [b, d]: the samples' own. noise [b, d]: ε, already scaled; it chooses the point of the zone.
-    all_anchors [n, d]: those of the global batch (default: anchors). index [b]: where each own anchor stands in
-    all_anchors (default 0..b−1); the two must be equal there. steps: of the fixed-step solvers; dopri5 is adaptive.
-
-    Differentiable in anchors, noise and all_anchors. An own anchor enters twice, as `anchors` and as a row of
-    `all_anchors`; the gradient of their common value is the sum over both, and it is only that sum which is defined:
-    in the usual case all_anchors is a gather of anchors. Float32 or float64; never allocates b × n × d.
-    Raises ValueError, naming the argument, for wrong shapes, dtypes, an index out of range or steps < 1.
-    """
-    check_points("anchors", anchors)
-    check_points("noise", noise, anchors.shape[1], anchors.dtype)
-    if len(noise) != len(anchors):
-        raise ValueError(f"noise must be {tuple(anchors.shape)} like anchors, got {tuple(noise.shape)}")
-    keys = anchors if all_anchors is None else all_anchors
-    check_points("all_anchors", keys, anchors.shape[1], anchors.dtype)
-    check_steps(steps)
-    check_backend(backend)
-    if index is None:
-        index = torch.arange(len(anchors), device=anchors.device)
-        if len(keys) < len(anchors):
-            raise ValueError(f"all_anchors has {len(keys)} rows, fewer than anchors ({len(anchors)}); pass index")
-    else:
-        check_index("index", index, len(anchors), len(keys))
-    if solver not in ("euler", "dpm_solver_pp", "dopri5"):
-        raise ValueError(f"solver must be euler, dpm_solver_pp or dopri5, got {solver!r}")
-    if not len(anchors):
-        return noise + anchors
-    if solver == "dopri5":
-        return _adaptive(anchors, noise, keys, index)
-    if backend == "plain":
-        return _plain_latents(anchors, noise, keys, solver, steps)
-    schedule = euler_schedule(steps) if solver == "euler" else dpm_solver_schedule(steps)
-    e, _, _ = integrate(noise, anchors, keys, index, None, schedule, from_anchors=True)
-    return (1.0 - schedule.sigma_end) * anchors + schedule.sigma_end * e
-
-
-def _plain_latents(anchors: Tensor, noise: Tensor, keys: Tensor, solver: Solver, steps: int) -> Tensor:
-    """Plain twin of the fixed-step solvers, on x and from the definitions; use float64."""
-    if solver == "euler":
-        sigma, h = SIGMA_MIN, (1.0 - SIGMA_MIN) / steps
-        x = sigma * noise + (1.0 - sigma) * anchors
-        for _ in range(steps):
-            x = x + h * (x - posterior_mean(x, sigma, keys)[1]) / sigma
-            sigma += h
-        return x
-    sigmas = [DPM_EPSILON + (1.0 - 2 * DPM_EPSILON) * k / steps for k in range(steps + 1)]
-    lam = [math.log((1.0 - s) / s) for s in sigmas]
-    x = sigmas[0] * noise + (1.0 - sigmas[0]) * anchors
-    m: list[Tensor] = []
-    for k in range(1, steps + 1):
-        order = min(k, 3, steps + 1 - k) if steps < 10 else min(k, 3)
-        m.insert(0, posterior_mean(x, sigmas[k - 1], keys)[1])
-        h, alpha = lam[k] - lam[k - 1], 1.0 - sigmas[k]
-        phi_1 = math.exp(-h) - 1.0
-        x = sigmas[k] / sigmas[k - 1] * x - alpha * phi_1 * m[0]
-        if order > 1:
-            r0 = (lam[k - 1] - lam[k - 2]) / h
-            d = (m[0] - m[1]) / r0
-        if order == 2:
-            x = x - 0.5 * alpha * phi_1 * d
-        if order == 3:
-            r1 = (lam[k - 2] - lam[k - 3]) / h
-            phi_2 = phi_1 / h + 1.0
-            d2 = (d - (m[1] - m[2]) / r1) / (r0 + r1)
-            x = x + alpha * phi_2 * (d + r0 * d2) - alpha * (phi_2 / h - 0.5) * d2
-    return x
-
-
-class _Field(torch.autograd.Function):
-    """Δ [b, d] at one r, differentiable in (e, references, anchors): for solvers that autograd runs through."""
-
-    @staticmethod
-    def forward(ctx: Any, e: Tensor, references: Tensor, anchors: Tensor, index: Tensor, r: float) -> Tensor:
-        with _full_precision(e.device):
-            field = AnchorField(anchors)
-            part = field.posterior(e, references - field.centre, index, r)
-        ctx.save_for_backward(e, references, anchors, index, part.lse)
-        ctx.r = r
-        return part.delta
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        e, references, anchors, index, lse = ctx.saved_tensors
-        with _full_precision(e.device):
-            field = AnchorField(anchors)
-            into = AnchorGradient(anchors, references)
-            own = references - field.centre
-            grad_e = field.vjp(e, own, index, ctx.r, lse, grads[0], None, into, slice(None))
-            field.finish(into)
-        return grad_e, into.references, into.anchors, None, None
-
-
-def _adaptive(anchors: Tensor, noise: Tensor, keys: Tensor, index: Tensor) -> Tensor:
-    """Dormand-Prince through torchdiffeq in s = log σ from SIGMA_MIN to 1: de/ds = −Δ/σ, at rtol = atol = 1e-5.
-
-    In log σ the anchors' neighbourhood is no boundary layer. Steps are at most 1/4: while Δ vanishes the error
-    estimate does too, and an unbounded step would jump over everything that follows.
-    """
-
-    def velocity(log_sigma: Tensor, e: Tensor) -> Tensor:
-        sigma = math.exp(float(log_sigma))
-        delta: Tensor = _Field.apply(e, anchors, keys, index, _ratio(sigma))
-        return delta / -sigma
-
-    span = torch.tensor([math.log(SIGMA_MIN), 0.0], dtype=torch.float64, device=noise.device).to(noise.dtype)
-    states = torchdiffeq.odeint(
-        velocity, noise, span, rtol=1e-5, atol=1e-5, method="dopri5", options={"max_step": 0.25}
-    )
-    result: Tensor = states[-1]
     return result

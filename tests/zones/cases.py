@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -67,13 +68,13 @@ def relative(e: Tensor, anchors: Tensor, index: Tensor, schedule: Schedule) -> t
 
 def run(
     batch: Batch, *, backend: str, dtype: torch.dtype = torch.float64, solver: str = "euler", steps: int = 20,
-    log_weights: Tensor | None = None, dense: bool = False,
+    log_weights: Tensor | None = None, dense: bool = False, **options: Any,
 ) -> dict[str, Tensor]:  # fmt: skip
     """Latents, their alignment along the other anchors, and gradients; all as float64.
 
     dense: the objective has a cotangent everywhere (latents, every step's log-probability, end points); otherwise it
     is the training loss, which keeps one step a sample. An own anchor's gradient is the sum over its two roles.
-    backend: also "relative".
+    backend: also "relative". options: of latents and alignment alike.
     """
     anchors = batch.anchors.to(dtype).requires_grad_()
     others = batch.others.to(dtype).requires_grad_()
@@ -85,8 +86,9 @@ def run(
         found = Alignment(log_probs, end)
     else:
         own = anchors[batch.index]
-        latents = compute_latents(own, noise, anchors, index=batch.index, solver=solver, steps=steps, backend=backend)  # type: ignore[arg-type]
-        found = align(latents, others, batch.index, log_weights=log_weights, steps=steps, backend=backend)  # type: ignore[arg-type]
+        options |= {"steps": steps, "backend": backend}
+        latents = compute_latents(own, noise, anchors, index=batch.index, solver=solver, **options)  # type: ignore[arg-type]
+        found = align(latents, others, batch.index, log_weights=log_weights, **options)
     loss = alignment_loss(found.log_probs)
     objective = loss
     if dense:
