@@ -216,12 +216,12 @@ class _Pullback:
         counted = torch.arange(1, steps + 1, device=live.device)[:, None] * (grad_lse != 0)
         self.until = torch.where(live, steps, counted.amax(0)).cpu()
         reached = (torch.arange(steps)[:, None] < self.until).any(1).tolist()
-        some_settled = bool((walk.last < steps).any())
-        agreed = walk.field.wanted([*walk.meetings(self.until), *reached, some_settled])
-        self.dense, self.horizon, self.any_settled = agreed[:steps], sum(agreed[steps:-1]), agreed[-1]
+        self.followers = _rows(walk.last < steps).to(grad_e.device)
+        agreed = walk.field.wanted([*walk.meetings(self.until), *reached, bool(len(self.followers))])
+        self.dense, self.horizon, self.any_followers = agreed[:steps], sum(agreed[steps:-1]), agreed[-1]
         self.into = walk.field.gradient()
         self.references = torch.zeros_like(grad_e)
-        self.partners = torch.zeros_like(grad_e) if some_settled else None
+        self.partners = torch.zeros_like(grad_e if len(self.followers) else grad_e[:0])
         self.after = [grad_e]  # cotangents of e_{k+1}, e_{k+2}, e_{k+3}
 
     def step(self, k: int, e: Tensor, lse: Tensor) -> None:
@@ -252,17 +252,16 @@ class _Pullback:
                 e[rows], walk.references[rows], walk.index[rows], r, lse[rows], grad_delta[rows], self.into
             ))  # fmt: skip
         rows = walk.settled(k, self.until)
-        if len(rows) and walk.partners is not None and self.partners is not None:
+        if len(rows) and walk.partners is not None:
             of_lse = None if grad_lse is None else grad_lse[rows]
             found = partner_vjp(e[rows], walk.references[rows], walk.partners[rows], r, grad_delta[rows], of_lse)
             put(rows, *found[:2])
             self.partners.index_add_(0, rows, found[2])
 
     def finish(self) -> None:
-        if self.horizon and self.any_settled:
-            rows = _rows(self.walk.partner >= 0)
-            partners = self.references[:0] if self.partners is None else self.partners[rows]
-            self.walk.field.deliver(self.walk.partner[rows], partners, self.into)
+        if self.horizon and self.any_followers:
+            rows = self.followers
+            self.walk.field.deliver(self.walk.partner[rows], self.partners[rows], self.into)
         self.walk.field.finish(self.into)
 
 
