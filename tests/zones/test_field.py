@@ -66,6 +66,8 @@ def test_settled_rows_follow_a_partner_of_another_block(spread: float | None) ->
     batch = make(16, 200, 64, 1.0, spread=spread)
     found = run(batch, backend="tiled", field=split(70, 1, 129))
     assert_equal(found, run(batch, backend="plain"), 1e-10)
+    found = run(batch, backend="tiled", steps=10, dense=True, field=split(70, 1, 129))
+    assert_equal(found, run(batch, backend="relative", steps=10, dense=True), 1e-10)
 
 
 @pytest.mark.parametrize("elements", [1, 100])
