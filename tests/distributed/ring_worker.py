@@ -63,7 +63,7 @@ CASES = {
     "settled": Case(n=220),
     "settled unaligned": Case(n=220, spread=None, scale=2.0),
     "settled, cotangents everywhere": Case(n=220, steps=10, dense=True),
-    "settled unaligned, cotangents everywhere": Case(n=220, spread=None, steps=10, dense=True),
+    "settled unaligned, cotangents everywhere": Case(n=220, spread=None, scale=2.0, steps=10, dense=True),
     "one rank alone": Case(n=220, steps=10, alone=True),
     "float32": Case(n=200, dim=256, spread=1.0, dtype=torch.float32, near=False),
     "float32 small": Case(n=200, dim=256, spread=1.0, scale=0.1, dtype=torch.float32, near=False),

@@ -63,7 +63,7 @@ def test_blocks_equal_plain(sizes: tuple[int, ...], spread: float | None, solver
 
 @pytest.mark.parametrize("spread", [0.5, None], ids=["aligned", "unaligned"])
 def test_settled_rows_follow_a_partner_of_another_block(spread: float | None) -> None:
-    batch = make(16, 200, 64, 1.0, spread=spread)
+    batch = make(16, 200, 64, 2.0, spread=spread)
     found = run(batch, backend="tiled", field=split(70, 1, 129))
     assert_equal(found, run(batch, backend="plain"), 1e-10)
     found = run(batch, backend="tiled", steps=10, dense=True, field=split(70, 1, 129))
