@@ -1,26 +1,186 @@
-"""Checkpoints: everything a run needs to go on, written atomically.
+"""Checkpoints: everything a run needs to go on, in one format for all engines.
 
 A checkpoint is a folder ``checkpoints/step_00000100`` that appears under its name only when it is complete (written
-beside, synced, renamed); ``checkpoints/latest`` names the newest complete one.
+beside, synced, renamed); ``checkpoints/latest`` names the newest complete one. Inside, written by
+torch.distributed.checkpoint: ``weights.NAME``, ``ema.NAME``, ``exp_avg.NAME`` and ``exp_avg_sq.NAME`` of every
+parameter, flattened, each rank writing its pieces; ``run.json``: counters, shapes, versions; ``config.yaml``. Nothing
+in it depends on how many ranks or which engine wrote it.
+
+The weights are copied to the host and written by a thread while training goes on; one checkpoint is on its way at a
+time. A rank that dies meanwhile leaves a folder that is never taken for a checkpoint.
 """
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
+from collections.abc import Callable, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
+from lzn_dist import __version__
 from lzn_dist.config import Config, load_config, save_config
+from lzn_dist.distributed.engine import MOMENTS, Engine
+from lzn_dist.distributed.pieces import Piece, PieceLoader, PieceSaver, whole
+from lzn_dist.distributed.topology import Topology
 from lzn_dist.models.ema import EMA
 from lzn_dist.networks import Networks, build_networks
-from lzn_dist.step import TrainState
+from lzn_dist.step import Counters, TrainState
+
+FORMAT = 2
 
 
 class CheckpointError(ValueError):
     """A checkpoint that is missing, incomplete or of another model; the message says what to do."""
+
+
+# ── finding ─────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def is_complete(path: Path) -> bool:
+    """Whether a folder is a checkpoint: its parts are renamed into place together, so these two speak for all."""
+    return (path / "run.json").is_file() and (path / ".metadata").is_file()
+
+
+def complete_checkpoints(folder: Path) -> list[Path]:
+    """The complete checkpoints in a run's ``checkpoints``, oldest first."""
+    return sorted(path for path in folder.glob("step_*") if is_complete(path))
+
+
+def find_checkpoint(run_or_checkpoint: str | Path) -> Path:
+    """The checkpoint itself, or a run folder's newest complete one. Raises CheckpointError."""
+    path = Path(run_or_checkpoint)
+    if is_complete(path):
+        return path
+    found = complete_checkpoints(path / "checkpoints")
+    if not found:
+        raise CheckpointError(f"no complete checkpoint in {path}: train a run there first, or name another folder")
+    return found[-1]
+
+
+# ── reading ─────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+@dataclass
+class RunRecord:
+    """run.json: counters, EMA's number of updates, shapes of all tensors by name, and what wrote it."""
+
+    counters: Counters
+    ema_updates: int
+    shapes: dict[str, list[int]]
+    written_by: dict[str, Any] = field(default_factory=dict)
+    format: int = FORMAT
+
+    @staticmethod
+    def read(path: Path) -> RunRecord:
+        try:
+            content = json.loads((path / "run.json").read_text())
+            if content["format"] != FORMAT:
+                raise CheckpointError(f"{path} has format {content['format']}, this version of lzn_dist reads {FORMAT}")
+            return RunRecord(**{**content, "counters": Counters(**content["counters"])})
+        except (OSError, KeyError, TypeError, json.JSONDecodeError) as error:
+            raise CheckpointError(f"{path}/run.json cannot be read ({error!r}); name an older checkpoint") from error
+
+
+def _read_into(pieces: Mapping[str, Piece], path: Path) -> None:
+    """Fill the pieces from a checkpoint; every rank reads by itself what it needs."""
+    reader = dcp.FileSystemReader(path)
+    try:
+        known = reader.read_metadata().state_dict_metadata
+        for name, piece in pieces.items():
+            entry = known.get(name)
+            if not isinstance(entry, TensorStorageMetadata) or tuple(entry.size) != (piece.numel,):
+                raise CheckpointError(f"{path} holds no {name} of {piece.numel} elements: it is of another model")
+        # without a process group's help: a rank that cannot read says so instead of leaving the others waiting
+        dcp.load(dict(pieces), storage_reader=reader, planner=PieceLoader(), no_dist=True)
+    except CheckpointError:
+        raise
+    except (Exception, CheckpointException) as error:  # the latter is no Exception in torch
+        raise CheckpointError(f"{path} cannot be read ({error}); name an older checkpoint") from error
+
+
+def check_model(shapes: Mapping[str, list[int]], record: RunRecord, path: Path) -> None:
+    """CheckpointError, naming the first difference, unless the checkpoint is of a model with these shapes."""
+    for name in [*shapes, *record.shapes]:
+        ours, theirs = shapes.get(name), record.shapes.get(name)
+        if ours != theirs:
+            raise CheckpointError(
+                f"{path} is of another model than the configuration describes: {name} is {theirs or 'missing'} there, "
+                f"{ours or 'missing'} here; set output_dir or resume to a run of this model"
+            )
+
+
+def _shapes(networks: Networks) -> dict[str, list[int]]:
+    return {name: list(value.shape) for name, value in networks.state_dict().items()}
+
+
+@torch.no_grad()
+def load_weights(networks: Networks, path: Path, *, averaged: bool = False) -> RunRecord:
+    """Fill whole networks with a checkpoint's weights (averaged: the EMA's). Raises CheckpointError."""
+    record = RunRecord.read(path)
+    check_model(_shapes(networks), record, path)
+    trained = {name for name, p in networks.named_parameters() if p.requires_grad}
+    staged = {name: value.detach().cpu().contiguous() for name, value in networks.state_dict().items()}
+    if averaged:  # averages are kept in float32 at least
+        staged = {
+            name: value.to(torch.promote_types(value.dtype, torch.float32)) if name in trained else value
+            for name, value in staged.items()
+        }
+    prefix = {name: "ema" if averaged and name in trained else "weights" for name in staged}
+    _read_into({f"{prefix[name]}.{name}": whole(value) for name, value in staged.items()}, path)
+    for name, value in networks.state_dict().items():
+        value.copy_(staged[name])
+    return record
+
+
+def resume_state(state: TrainState, path: Path) -> None:
+    """Moments, averages and counters of the checkpoint that the engine was built with. Raises CheckpointError."""
+    record = RunRecord.read(path)
+    moments = {
+        key: {name: piece.cpu() for name, piece in pieces.items()}
+        for key, pieces in state.engine.moments(restore=True).items()
+    }
+    averages = {name: piece.cpu() for name, piece in average_pieces(state.ema, state.engine).items()}
+    _read_into({f"{key}.{name}": piece for key, pieces in moments.items() for name, piece in pieces.items()}, path)
+    _read_into({f"ema.{name}": piece for name, piece in averages.items()}, path)
+    state.engine.set_moments(moments, record.counters.step)
+    state.ema.load_state_dict(
+        {
+            "decay": state.config.optimizer.ema_decay,
+            "num_updates": record.ema_updates,
+            "shadow": {name: piece.data for name, piece in averages.items()},
+        }
+    )
+    state.counters = record.counters
+
+
+def average_pieces(ema: EMA, engine: Engine) -> dict[str, Piece]:
+    """The averaged weights as pieces: the ranges of the engine's weights."""
+    return {name: Piece(ema.shadow[name], piece.start, piece.shape) for name, piece in engine.weights().items()}
+
+
+def load_networks(run_or_checkpoint: str | Path) -> tuple[Networks, Config, int]:
+    """Networks with the averaged (EMA) weights in evaluation mode, their configuration, and the step.
+
+    Raises CheckpointError for a folder without a complete checkpoint or one of another model.
+    """
+    path = find_checkpoint(run_or_checkpoint)
+    config = load_config(path / "config.yaml")
+    networks = build_networks(config)
+    record = load_weights(networks, path, averaged=True)
+    return networks.eval(), config, record.counters.step
+
+
+# ── writing ─────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
 def _sync(path: Path) -> None:
@@ -38,85 +198,92 @@ def _write_text(path: Path, text: str) -> None:
     temporary.replace(path)
 
 
-def save_checkpoint(state: TrainState, folder: Path) -> Path:
-    """Write the state's checkpoint under `folder` (the run's ``checkpoints``); call on the main process alone."""
-    folder.mkdir(parents=True, exist_ok=True)
-    final = folder / f"step_{state.step:08d}"
-    temporary = folder / f".{final.name}.tmp"
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir()
-    content = {
-        "step": state.step,
-        "networks": state.networks.state_dict(),
-        "ema": state.ema.state_dict(),
-        "optimizer": state.optimizer.state_dict(),
-    }
-    torch.save(content, temporary / "state.pt")
-    save_config(state.config, temporary / "config.yaml")
-    for file in temporary.iterdir():
-        _sync(file)
-    if final.exists():
-        shutil.rmtree(final)
-    temporary.rename(final)
-    _sync(folder)
-    _write_text(folder / "latest", final.name)
-    for old in complete_checkpoints(folder)[: -state.config.keep_last]:
-        shutil.rmtree(old)
-    return final
+class CheckpointWriter:
+    """Writes a run's checkpoints, one at a time, in the background; `save` and `wait` are collective.
 
-
-def complete_checkpoints(folder: Path) -> list[Path]:
-    """The complete checkpoints in a folder, oldest first."""
-    return sorted(path for path in folder.glob("step_*") if (path / "state.pt").is_file())
-
-
-def find_checkpoint(run_or_checkpoint: str | Path) -> Path:
-    """The checkpoint itself, or a run folder's newest complete one. Raises CheckpointError."""
-    path = Path(run_or_checkpoint)
-    if (path / "state.pt").is_file():
-        return path
-    found = complete_checkpoints(path / "checkpoints")
-    if not found:
-        raise CheckpointError(f"no complete checkpoint in {path}: train a run there first, or name another folder")
-    return found[-1]
-
-
-def _read(path: Path) -> dict[str, Any]:
-    try:
-        content: dict[str, Any] = torch.load(path / "state.pt", map_location="cpu", weights_only=True)
-    except Exception as error:
-        raise CheckpointError(f"{path} cannot be read ({error}); name an older checkpoint") from error
-    return content
-
-
-def _load_weights(networks: Networks, weights: dict[str, Any], path: Path) -> None:
-    try:
-        networks.load_state_dict(weights)
-    except RuntimeError as error:
-        first = str(error).splitlines()[1].strip() if "\n" in str(error) else str(error)
-        raise CheckpointError(f"{path} is of another model than the configuration describes: {first}") from None
-
-
-def resume(state: TrainState, path: Path) -> None:
-    """Put a checkpoint's weights, averages, moments and step into the state. Raises CheckpointError."""
-    content = _read(path)
-    _load_weights(state.networks, content["networks"], path)
-    state.ema.load_state_dict(content["ema"])
-    state.optimizer.load_state_dict(content["optimizer"])
-    state.step = int(content["step"])
-
-
-def load_networks(run_or_checkpoint: str | Path) -> tuple[Networks, Config, int]:
-    """Networks with the averaged (EMA) weights in evaluation mode, their configuration, and the step.
-
-    Raises CheckpointError for a folder without a complete checkpoint or one of another model.
+    allowed: asked on the main process before a checkpoint gets its name; raises where another incarnation of the run
+    has taken over. incarnation: part of temporary names, so that two incarnations never share one.
     """
-    path = find_checkpoint(run_or_checkpoint)
-    config = load_config(path / "config.yaml")
-    networks = build_networks(config)
-    content = _read(path)
-    _load_weights(networks, content["networks"], path)
-    averages = EMA(networks, config.optimizer.ema_decay)
-    averages.load_state_dict(content["ema"])
-    averages.copy_to(networks)
-    return networks.eval(), config, int(content["step"])
+
+    def __init__(self, folder: Path, config: Config, incarnation: int, allowed: Callable[[], None]) -> None:
+        self.folder, self.config, self.incarnation, self.allowed = folder, config, incarnation, allowed
+        self.main = Topology.current().is_main
+        self.several = Topology.current().world_size > 1
+        # its own group: its collectives run beside the training's
+        self.group = dist.new_group(backend="gloo") if self.several else None
+        self.thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
+        self.pending: Future[None] | None = None
+        if self.main:
+            folder.mkdir(parents=True, exist_ok=True)
+            for left in folder.glob(".step_*.tmp"):  # of incarnations that died while writing
+                shutil.rmtree(left, ignore_errors=True)
+
+    def save(self, state: TrainState) -> None:
+        """Copy the state and write it while training goes on; waits first for the one before."""
+        self.wait()
+        pieces = _state_pieces(state)
+        step = state.counters.step
+        record = RunRecord(
+            Counters(**asdict(state.counters)), state.ema.num_updates, _record_shapes(state.engine),
+            {"lzn_dist": __version__, "torch": torch.__version__, "engine": state.engine.name,
+             "world_size": Topology.current().world_size, "incarnation": self.incarnation},
+        )  # fmt: skip
+        self.pending = self.thread.submit(self._write, pieces, record, step)
+
+    def wait(self) -> None:
+        """Until the checkpoint under way is complete; raises what went wrong with it."""
+        if self.pending is not None:
+            pending, self.pending = self.pending, None
+            pending.result()
+
+    def close(self) -> None:
+        self.wait()
+        self.thread.shutdown()
+
+    def _write(self, pieces: dict[str, Piece], record: RunRecord, step: int) -> None:
+        final = self.folder / f"step_{step:08d}"
+        temporary = self.folder / f".{final.name}.{self.incarnation}.tmp"
+        writer = dcp.FileSystemWriter(temporary, sync_files=True)
+        dcp.save(
+            dict(pieces), storage_writer=writer, planner=PieceSaver(), process_group=self.group,
+            no_dist=not self.several,
+        )  # fmt: skip
+        if not self.main:
+            return
+        save_config(self.config, temporary / "config.yaml")
+        _write_text(temporary / "run.json", json.dumps(asdict(record)))
+        _sync(temporary / "config.yaml")
+        _sync(temporary)
+        self.allowed()
+        if final.exists():
+            shutil.rmtree(final)
+        temporary.rename(final)
+        _sync(self.folder)
+        _write_text(self.folder / "latest", final.name)
+        self._prune()
+
+    def _prune(self) -> None:
+        every = self.config.keep_every
+        for old in complete_checkpoints(self.folder)[: -self.config.keep_last]:
+            if not every or int(old.name.removeprefix("step_")) % every:
+                # out of sight first: half a folder must not look like a checkpoint
+                doomed = old.with_name(f".{old.name}.{self.incarnation}.tmp")
+                old.rename(doomed)
+                shutil.rmtree(doomed)
+
+
+def _record_shapes(engine: Engine) -> dict[str, list[int]]:
+    trained = {name: list(piece.shape) for name, piece in engine.weights().items()}
+    return trained | {name: list(value.shape) for name, value in engine.constants.items()}
+
+
+def _state_pieces(state: TrainState) -> dict[str, Piece]:
+    """All tensors of a run as this rank's pieces, copied to the host."""
+    engine = state.engine
+    groups: dict[str, Mapping[str, Piece]] = {
+        "weights": engine.weights() | engine.constant_pieces(),
+        "ema": average_pieces(state.ema, engine),
+        **engine.moments(),
+    }
+    assert set(groups) == {"weights", "ema", *MOMENTS}
+    return {f"{key}.{name}": piece.cpu() for key, pieces in groups.items() for name, piece in pieces.items()}

@@ -97,6 +97,9 @@ class OptimizerConfig(_Section):
     clip_norm: PositiveFloat = Field(1.0, description="Largest norm of the gradient over all parameters.")
     warmup_steps: NonNegativeInt = Field(5000, description="Linear warm-up from lr/warmup_steps, then constant.")
     ema_decay: float = Field(0.9999, ge=0.0, lt=1.0, description="Decay of the averaged weights.")
+    encoder_stop: PositiveInt | None = Field(None, description="Step after which the image encoder stays as it is.")
+    decoder_stop: PositiveInt | None = Field(None, description="Step after which the image decoder stays as it is.")
+    label_stop: PositiveInt | None = Field(None, description="Step after which the label anchors stay as they are.")
 
 
 class FlowConfig(_Section):
@@ -128,6 +131,7 @@ class Config(_Section):
     log_every: PositiveInt = Field(10, description="Steps between lines of metrics.jsonl.")
     checkpoint_every: PositiveInt = Field(1000, description="Steps between checkpoints.")
     keep_last: PositiveInt = Field(2, description="Newest checkpoints that are kept.")
+    keep_every: NonNegativeInt = Field(0, description="Also keep the checkpoints at multiples of this step; 0: none.")
     evaluate_every: NonNegativeInt = Field(0, description="Steps between evaluations on EMA weights; 0: at the end.")
     seed: int = Field(0, description="Seed of every random number of the run.")
     resume: str = Field("auto", description="auto: the newest complete checkpoint; none; or a checkpoint's path.")
@@ -136,6 +140,24 @@ class Config(_Section):
     )
     tf32: bool = Field(False, description="Allow TF32 products in the networks on CUDA.")
     compile: bool = Field(False, description="Compile the networks with torch.compile.")
+    deterministic: bool = Field(False, description="Deterministic algorithms alone: on CUDA, for resuming bit by bit.")
+    micro_batch: NonNegativeInt = Field(
+        0, description="Samples a rank has in memory at once (gradient caching, equal results); 0: its whole share."
+    )
+    activation_checkpointing: Literal["none", "selective", "full"] = Field(
+        "none", description="Recompute activations in the backward: selective: residual and attention blocks; full."
+    )
+    flow_store_every: PositiveInt = Field(1, description="Keep every k-th state of the zones' flow, recompute others.")
+    anchors: Literal["gathered", "ring"] = Field(
+        "gathered", description="All anchors on every rank, or each rank's share passed round a ring."
+    )
+    max_nonfinite: PositiveInt = Field(
+        10, description="Steps in a row that may be skipped for a gradient that is not finite before the run stops."
+    )
+    collective_timeout: PositiveFloat = Field(1800.0, description="Seconds a collective may take before all ranks end.")
+    watchdog: float = Field(
+        300.0, ge=0.0, description="Seconds a step may take before the ranks that are behind are named; 0: never."
+    )
     backend: Literal["auto", "tiled", "plain"] = Field("auto", description="How the zones' field is computed.")
     data: DataConfig = DataConfig()
     latent: LatentConfig = LatentConfig()
@@ -153,6 +175,8 @@ class Config(_Section):
             raise ValueError("task=joint needs labels: set data.num_classes")
         if int(self.alignment.steps * self.alignment.cutoff) >= self.alignment.steps:
             raise ValueError("alignment.cutoff leaves no step of alignment.steps; lower it")
+        if self.anchors == "ring" and (self.latent.solver == "dopri5" or self.backend == "plain"):
+            raise ValueError("anchors=ring needs a solver with fixed steps and backend auto or tiled")
         if self.task != "representation" and self.encoder.kind == "resnet" and self.data.image_channels != 3:
             raise ValueError("encoder.kind=resnet with one image channel is for task=representation")
         if self.data.embedded == "digits" and (self.data.image_size, self.data.image_channels) != (8, 1):

@@ -2,83 +2,92 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
-from accelerate import Accelerator
-from torch import Tensor, nn
+from torch import Tensor
 
 from lzn_dist.config import Config
+from lzn_dist.distributed.engine import Engine, Group
+from lzn_dist.distributed.grad_cache import cached_backward
 from lzn_dist.models.ema import EMA
 from lzn_dist.networks import Networks
-from lzn_dist.objectives import Losses, Objective, Samples
+from lzn_dist.objectives import Objective, Samples
 
 
-class LossModule(nn.Module):
-    """Networks with their objective: what the engine wraps, one forward a step, whatever the task."""
+@dataclass
+class Counters:
+    """step: optimiser steps taken. batch: global batches consumed, the cursor of the data and of all random numbers;
+    larger than step by the steps that were skipped. nonfinite: skipped ones in a row."""
 
-    def __init__(self, networks: Networks, objective: Objective) -> None:
-        super().__init__()
-        self.networks = networks
-        self.objective = objective
-
-    def forward(self, samples: Samples) -> tuple[Tensor, dict[str, Tensor]]:
-        losses: Losses = self.objective(self.networks, samples)
-        return losses.total, {name: value.detach() for name, value in losses.parts.items()}
+    step: int = 0
+    batch: int = 0
+    nonfinite: int = 0
 
 
 @dataclass
 class TrainState:
-    """step: completed optimiser steps. model: the engine's wrapping of LossModule(networks, objective)."""
+    """Everything that a step changes."""
 
     config: Config
-    networks: Networks
+    engine: Engine
     objective: Objective
-    model: nn.Module
-    optimizer: torch.optim.Optimizer
     ema: EMA
-    step: int = 0
+    counters: Counters = field(default_factory=Counters)
 
 
-def parameter_groups(networks: Networks, config: Config) -> list[dict[str, object]]:
-    """One group a network with its peak learning rate (paper, appendix: settings of the case studies)."""
-    rates = {
-        "encoder": config.optimizer.encoder_lr,
-        "decoder": config.optimizer.decoder_lr,
-        "label_anchors": config.optimizer.label_lr,
-    }
-    groups: list[dict[str, object]] = []
+def make_optimizer(networks: Networks, config: Config) -> torch.optim.Optimizer:
+    """Adam with one group a network (paper, appendix: settings of the case studies)."""
+    settings = config.optimizer
+    rates = {"encoder": settings.encoder_lr, "decoder": settings.decoder_lr, "label_anchors": settings.label_lr}
+    groups: list[Group] = []
     for name, rate in rates.items():
         module = getattr(networks, name)
         if module is not None:
             parameters = [p for p in module.parameters() if p.requires_grad]
-            groups.append({"name": name, "params": parameters, "lr": rate, "peak_lr": rate})
-    return groups
+            groups.append({"name": name, "params": parameters, "lr": rate})
+    return torch.optim.Adam(groups, betas=settings.betas, eps=settings.eps)
 
 
-def warm_up(step: int, config: Config) -> float:
-    """Factor of the learning rates in the step after `step` completed ones: linear from 1/warmup_steps to 1."""
-    return min(1.0, (step + 1) / max(1, config.optimizer.warmup_steps))
+def schedule(engine: Engine, step: int, config: Config) -> None:
+    """Learning rates of the step after `step` completed ones: linear from lr/warmup_steps, constant, or 0."""
+    settings = config.optimizer
+    factor = min(1.0, (step + 1) / max(1, settings.warmup_steps))
+    peak = {"encoder": settings.encoder_lr, "decoder": settings.decoder_lr, "label_anchors": settings.label_lr}
+    stop = {"encoder": settings.encoder_stop, "decoder": settings.decoder_stop, "label_anchors": settings.label_stop}
+    for group in engine.groups:
+        last = stop[group["name"]]
+        if last is not None and step >= last:
+            engine.freeze(group)
+        else:
+            group["lr"] = peak[group["name"]] * factor
 
 
-def trainable(networks: nn.Module) -> Iterator[nn.Parameter]:
-    return (p for p in networks.parameters() if p.requires_grad)
+@dataclass
+class StepResult:
+    """scalars: on the device and not reduced over ranks. applied: False where the step was skipped. stop: asked for."""
+
+    scalars: dict[str, Tensor]
+    applied: bool
+    stop: bool
 
 
-def train_step(state: TrainState, accelerator: Accelerator, samples: Samples) -> dict[str, Tensor]:
-    """One optimisation step on a global batch; returns its scalars, on the device and not yet reduced over ranks."""
-    watch = state.objective.watch
-    factor = warm_up(state.step, state.config)
-    for group in state.optimizer.param_groups:
-        group["lr"] = group["peak_lr"] * factor
-    loss, parts = state.model(samples)
-    with watch("backward"):
-        state.optimizer.zero_grad(set_to_none=True)
-        accelerator.backward(loss)
-    with watch("optimise"):
-        norm = accelerator.clip_grad_norm_(trainable(state.networks), state.config.optimizer.clip_norm)
-        state.optimizer.step()
-        state.step += 1
-        state.ema.update(state.networks)
-    return {"loss": loss.detach(), **parts, "grad_norm": torch.as_tensor(norm)}
+def train_step(state: TrainState, samples: Samples, stop: bool = False) -> StepResult:
+    """One optimisation step on a global batch; stop: this rank was told to end (all ranks hear of it)."""
+    engine, config, counters = state.engine, state.config, state.counters
+    schedule(engine, counters.step, config)
+    if config.micro_batch:
+        loss, parts = cached_backward(engine, state.objective, samples, config.micro_batch)
+    else:
+        loss, parts = engine.backward(lambda networks: state.objective(networks, samples))
+    with engine.watch("optimise"):
+        outcome = engine.step(config.optimizer.clip_norm, stop)
+        counters.batch += 1
+        if outcome.applied:
+            counters.step += 1
+            counters.nonfinite = 0
+            frozen = engine.frozen_names()
+            state.ema.update({name: p.data for name, p in engine.weights().items()}, frozen)
+        else:
+            counters.nonfinite += 1
+    return StepResult({"loss": loss, **parts, "grad_norm": outcome.norm}, outcome.applied, outcome.stop)

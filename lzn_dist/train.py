@@ -1,8 +1,10 @@
 """Train: accelerate launch lzn_dist/train.py CONFIG [key=value ...]
 
 Every task, on one process or many, goes through this loop. CONFIG is a YAML file of configs/; key=value overrides
-any of its keys (max_steps=100 optimizer.encoder_lr=1e-4). Results, metrics and checkpoints go to output_dir; running
-the same command again resumes from the newest complete checkpoint.
+any of its keys (max_steps=100 optimizer.encoder_lr=1e-4). The engine (DDP, ZeRO, FSDP2) is the one of the launch
+configuration (--config_file launch/zero2.yaml). Results, metrics and checkpoints go to output_dir; running the same
+command again resumes from the newest complete checkpoint. SIGTERM, SIGUSR1 and SIGUSR2 end the run at the next step
+with a checkpoint and exit status 75: run it again to go on.
 """
 
 from __future__ import annotations
@@ -14,164 +16,190 @@ from pathlib import Path
 import torch
 from accelerate import Accelerator
 
-from lzn_dist.checkpoint import CheckpointError, find_checkpoint, resume, save_checkpoint
+from lzn_dist.checkpoint import CheckpointError, CheckpointWriter, average_pieces
 from lzn_dist.config import Config, ConfigError, load_config, save_config
-from lzn_dist.data import Batch, BatchStream, ShardIndex, augment, ensure_digits
-from lzn_dist.distributed import Topology, gather_anchors
-from lzn_dist.distributed.engine import build_accelerator, same_everywhere
+from lzn_dist.data import BatchStream
+from lzn_dist.distributed import Topology
+from lzn_dist.distributed.guard import Signals, Watchdog
+from lzn_dist.distributed.launch import Launch, build_accelerator, same_everywhere
+from lzn_dist.distributed.pieces import gather_pieces
 from lzn_dist.evaluation import evaluate_model
+from lzn_dist.flops import training_flops_per_image
 from lzn_dist.model import LZN
-from lzn_dist.models.ema import EMA
 from lzn_dist.networks import build_networks
-from lzn_dist.objectives import Objective, Samples
-from lzn_dist.step import LossModule, TrainState, parameter_groups, train_step
+from lzn_dist.objectives import Samples
+from lzn_dist.run_folder import RunFolder, SupersededError
+from lzn_dist.step import TrainState, train_step
 from lzn_dist.tracking import Tracker
+from lzn_dist.wiring import (
+    build_state,
+    changed_keys,
+    checkpoint_to_resume,
+    describe,
+    make_embedded_data,
+    open_stream,
+    prepare_samples,
+)
+
+PREEMPTED = 75  # EX_TEMPFAIL: nothing is wrong, run it again
 
 
-def open_stream(config: Config, accelerator: Accelerator) -> BatchStream:
-    """This rank's stream of training batches; an embedded data set is written first where it is missing."""
-    folder = Path(config.data.shards)
-    if config.data.embedded == "digits":
-        with accelerator.main_process_first():
-            ensure_digits(folder)
-    topology = Topology.current()
-    return BatchStream(
-        ShardIndex.load(folder), "train", config.data.global_batch, config.seed, topology.rank, topology.world_size,
-        channels=config.data.image_channels, image_size=config.data.image_size,
-        cache_decoded=config.data.cache_decoded, workers=config.data.workers,
-    )  # fmt: skip
+class NonfiniteError(RuntimeError):
+    """Too many steps in a row had gradients that are not finite."""
 
 
-def prepare_samples(batch: Batch, step: int, config: Config, device: torch.device) -> Samples:
-    """Views, positions and labels of this rank's share, on the device and in the run's dtype."""
-    images, index = batch.images.to(device), batch.index.to(device)
-    if config.task == "representation":
-        views: tuple[torch.Tensor, ...] = augment.two_views(
-            images, index, batch.epoch, config.seed, augment.DigitsPolicy()
-        )
-    else:
-        views = (augment.random_flip(images, index, batch.epoch, config.seed) if config.data.flip else images,)
-    if config.precision == "float64":
-        views = tuple(view.double() for view in views)
-    position = torch.arange(len(index), device=device) + Topology.current().rank * len(index)
-    return Samples(step, index, position, views, batch.labels.to(device))
+class Run:
+    """A training run in progress: the state, and what it reads from and writes to."""
 
-
-def build_state(config: Config, accelerator: Accelerator) -> TrainState:
-    """Fresh or resumed state, the model wrapped by the engine."""
-    torch.manual_seed(config.seed)
-    networks = build_networks(config).to(accelerator.device)
-    if config.precision == "float64":
-        networks.double()
-    if config.compile:
-        for module in networks.children():
-            module.compile()
-    objective = Objective(config, gather_anchors)
-    optimizer: torch.optim.Optimizer = torch.optim.Adam(
-        parameter_groups(networks, config), betas=config.optimizer.betas, eps=config.optimizer.eps
-    )
-    state = TrainState(
-        config, networks, objective, LossModule(networks, objective), optimizer,
-        EMA(networks, config.optimizer.ema_decay),
-    )  # fmt: skip
-    checkpoint = same_everywhere(_checkpoint_to_resume(config) if accelerator.is_main_process else None)
-    if checkpoint:
-        resume(state, Path(checkpoint))
-        accelerator.print(f"resumed from {checkpoint} at step {state.step}")
-    state.model, state.optimizer = accelerator.prepare(state.model, state.optimizer)
-    return state
-
-
-def _checkpoint_to_resume(config: Config) -> str | None:
-    if config.resume == "none":
-        return None
-    if config.resume == "auto":
+    def __init__(self, config: Config, launch: Launch, accelerator: Accelerator) -> None:
+        """Everything that can be refused is refused here, before any long work: raises ConfigError, CheckpointError."""
+        self.config, self.accelerator, self.topology = config, accelerator, Topology.current()
+        checkpoint = checkpoint_to_resume(config, self.topology.is_main)
         try:
-            return str(find_checkpoint(config.output_dir))
-        except CheckpointError:
-            return None
-    return str(find_checkpoint(config.resume))
+            make_embedded_data(config, accelerator)
+            self.stream: BatchStream = open_stream(config, self.topology)
+            self.state: TrainState = build_state(config, launch, accelerator, checkpoint)
+            # taken last: a start that is refused must not stop a run that works
+            self.folder = RunFolder(Path(config.output_dir)) if self.topology.is_main else None
+        except (CheckpointError, ConfigError):
+            raise
+        except (ValueError, OSError) as error:
+            raise ConfigError(str(error)) from error
+        incarnation = same_everywhere(str(self.folder.incarnation) if self.folder is not None else None)
+        self.writer = CheckpointWriter(
+            Path(config.output_dir) / "checkpoints", config, int(incarnation or 0), self._still_ours
+        )
+        self._announce(checkpoint)
+        flops = training_flops_per_image(build_networks(config), config) if torch.cuda.is_available() else 0.0
+        self.tracker = Tracker(config, accelerator, self.folder, self.state.counters.step, flops)
 
+    def _announce(self, checkpoint: Path | None) -> None:
+        say, state = self.accelerator.print, self.state
+        if checkpoint is not None:
+            say(f"resumed from {checkpoint} at step {state.counters.step}")
+            for change in changed_keys(load_config(checkpoint / "config.yaml"), self.config):
+                say(f"changed since that checkpoint: {change}")
+        if self.folder is not None:
+            with self.folder.held():
+                save_config(self.config, self.folder.path / "config.yaml")
+        shapes = [piece.numel for piece in state.engine.weights().values()]
+        say(
+            f"{self.config.task}: {sum(shapes):,} parameters, {describe(state)}, "
+            f"step {state.counters.step} to {self.config.max_steps}"
+        )
 
-def evaluate(state: TrainState, accelerator: Accelerator, tracker: Tracker) -> None:
-    """Measure the EMA weights in seconds, on the main process; the others wait. evaluate.py does it in full."""
-    if accelerator.is_main_process:
-        state.networks.eval()
-        with state.ema.applied(state.networks), torch.no_grad():
-            model = LZN(state.networks, state.config)
-            values = evaluate_model(model, Path(state.config.output_dir), figures=False, quick=True)
-        state.networks.train()
-        tracker.evaluation(state.step, values)
-    accelerator.wait_for_everyone()
+    def _still_ours(self) -> None:
+        assert self.folder is not None
+        with self.folder.held():
+            pass
 
+    def status(self, status: str, why: str = "") -> None:
+        if self.folder is not None:
+            engine = {"engine": self.state.engine.name, "world_size": self.topology.world_size}
+            self.folder.status(status, self.state.counters.step, why, **engine)
 
-def train(config: Config, accelerator: Accelerator) -> None:
-    """The loop."""
-    folder = Path(config.output_dir)
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        stream = open_stream(config, accelerator)
-        state = build_state(config, accelerator)
-    except (ValueError, OSError) as error:
-        # nothing has been computed yet: what stands in the way is named in one line, without a traceback
-        raise ConfigError(str(error)) from error
-    if accelerator.is_main_process:
-        save_config(config, folder / "config.yaml")
-    parameters = sum(p.numel() for p in state.networks.parameters())
-    accelerator.print(
-        f"{config.task}: {parameters:,} parameters, {accelerator.distributed_type.value} on "
-        f"{accelerator.num_processes} process(es) of {accelerator.device.type}, step {state.step} to {config.max_steps}"
-    )
-    tracker = Tracker(config, accelerator, state.step)
-    tracker.status("running", state.step)
-    try:
-        _loop(state, accelerator, stream, tracker)
-    except BaseException as error:
-        tracker.status("failed", state.step, f"{type(error).__name__}: {error}")
-        raise
-    tracker.status("finished", state.step)
-    tracker.close()
+    def train(self) -> int:
+        """Run to the end; returns the exit status."""
+        self.status("running")
+        try:
+            with Signals() as signals:
+                ended = self._loop(signals)
+            self.writer.close()
+            self.accelerator.wait_for_everyone()
+        except SupersededError:
+            raise
+        except BaseException as error:
+            self.status("failed", f"{type(error).__name__}: {error}")
+            raise
+        self.tracker.close()
+        self.status("preempted", f"{ended}: checkpointed; start it again to go on") if ended else self.status(
+            "finished"
+        )
+        return PREEMPTED if ended else 0
 
+    def _loop(self, signals: Signals) -> str:
+        """Steps up to max_steps, or to a signal, whose name is returned."""
+        config, state, counters, watch = self.config, self.state, self.state.counters, self.state.objective.watch
+        watchdog = Watchdog(watch, config.watchdog)
+        batches = self.stream.iterate(counters.batch, 2**62)
+        try:
+            while counters.step < config.max_steps:
+                watchdog.begin(counters.step)
+                with watch("data"):
+                    samples = prepare_samples(
+                        next(batches), counters.batch, config, self.accelerator.device, self.topology
+                    )
+                result = train_step(state, samples, stop=bool(signals.received))
+                watchdog.idle()
+                if not result.applied:
+                    self._skipped(samples)
+                step, last = counters.step, counters.step == config.max_steps
+                if result.applied:
+                    self.tracker.bar.update()
+                    if last or step % config.log_every == 0:
+                        rates = {group["name"]: group["lr"] for group in state.engine.groups}
+                        self.tracker.log(counters, result.scalars, rates, watch.take())
+                    if last or result.stop or step % config.checkpoint_every == 0:
+                        self.writer.save(state)
+                        self.status("running")
+                    if last or (config.evaluate_every and step % config.evaluate_every == 0):
+                        self._evaluate()
+                if result.stop and not last:
+                    if not result.applied:
+                        self.writer.save(state)
+                    return same_everywhere(signals.received or None) or "another rank's signal"
+        finally:
+            watchdog.close()
+            batches.close()  # type: ignore[attr-defined]
+        return ""
 
-def _loop(state: TrainState, accelerator: Accelerator, stream: BatchStream, tracker: Tracker) -> None:
-    config = state.config
-    state.model.train()
-    batches = stream.iterate(state.step, config.max_steps)
-    watch = state.objective.watch
-    while state.step < config.max_steps:
-        with watch("data"):
-            samples = prepare_samples(next(batches), state.step, config, accelerator.device)
-        scalars = train_step(state, accelerator, samples)
-        tracker.bar.update()
-        last = state.step == config.max_steps
-        if last or state.step % config.log_every == 0:
-            rates = {group["name"]: group["lr"] for group in state.optimizer.param_groups}
-            tracker.log(state.step, scalars, rates, watch.seconds)
-            watch.seconds.clear()
-        if last or state.step % config.checkpoint_every == 0:
-            if accelerator.is_main_process:
-                save_checkpoint(state, Path(config.output_dir) / "checkpoints")
-            accelerator.wait_for_everyone()
-            tracker.status("running", state.step)
-        if last or (config.evaluate_every and state.step % config.evaluate_every == 0):
-            evaluate(state, accelerator, tracker)
+    def _skipped(self, samples: Samples) -> None:
+        """A step's gradients were not finite: count it, and stop the run when it has no end."""
+        count, limit = self.state.counters.nonfinite, self.config.max_nonfinite
+        self.accelerator.print(
+            f"skipped global batch {samples.batch}: its gradients are not finite ({count} of {limit} in a row)",
+            file=sys.stderr,
+        )
+        if count >= limit:
+            folder = Path(self.config.output_dir) / "nonfinite"
+            folder.mkdir(exist_ok=True)
+            torch.save(vars(samples), folder / f"batch_{samples.batch}_rank_{self.topology.rank}.pt")
+            raise NonfiniteError(
+                f"{count} steps in a row had gradients that are not finite; the last batch is in {folder}, the weights "
+                "of the last good step in the newest checkpoint: lower the learning rate or look at the data"
+            )
+
+    def _evaluate(self) -> None:
+        """Measure the EMA weights in seconds, on the main process; the others wait. evaluate.py does it in full."""
+        state, config = self.state, self.config
+        averages = gather_pieces(average_pieces(state.ema, state.engine))
+        if averages is not None:
+            networks = build_networks(config)
+            networks.load_state_dict(averages | state.engine.constants)
+            model = LZN(networks.to(self.accelerator.device), config)
+            with torch.no_grad():
+                values = evaluate_model(model, Path(config.output_dir), figures=False, quick=True)
+            self.tracker.evaluation(state.counters.step, values)
+        self.accelerator.wait_for_everyone()
+        self.tracker.resume_clock(state.counters.step)
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Entry point; returns the exit status: 0, or 2 for what the user can mend, said in one line."""
+    """Entry point; returns the exit status: 0, 75 after a signal, 2 for what the user can mend, said in one line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("config", help="a YAML file, for example configs/digits_joint.yaml")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="overrides of its keys")
     options = parser.parse_args(arguments)
     try:
         config = load_config(options.config, options.overrides)
-        accelerator = build_accelerator(config)
-        train(config, accelerator)
+        launch = Launch.asked()
+        accelerator = build_accelerator(config, launch)
+        status = Run(config, launch, accelerator).train()
         accelerator.end_training()
-    except (ConfigError, CheckpointError) as error:
+    except (ConfigError, CheckpointError, NonfiniteError, SupersededError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    return 0
+    return status
 
 
 if __name__ == "__main__":

@@ -25,7 +25,7 @@ def test_base_and_overrides_are_merged_in_order() -> None:
     assert config.encoder.channel_multipliers == (1, 2, 2)
     assert config.seed == 7
     assert config.data.embedded == "digits"  # from the base
-    assert config.optimizer.decoder_lr == 2e-3  # from the file
+    assert config.optimizer.decoder_lr == 3e-3  # from the file
 
 
 @pytest.mark.parametrize(

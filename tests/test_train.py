@@ -11,6 +11,10 @@ from pathlib import Path
 import pytest
 import torch
 
+from lzn_dist.checkpoint import find_checkpoint, load_weights
+from lzn_dist.config import load_config
+from lzn_dist.networks import build_networks
+
 ROOT = Path(__file__).parents[1]
 SMALL = [
     "data.global_batch=24", "encoder.channels=8", "decoder.channels=8", "latent.dim=8", "latent.steps=6",
@@ -37,8 +41,9 @@ def rows(folder: Path, name: str = "metrics.jsonl") -> list[dict[str, float]]:
 
 
 def weights(folder: Path) -> dict[str, torch.Tensor]:
-    newest = (folder / "checkpoints" / "latest").read_text()
-    return dict(torch.load(folder / "checkpoints" / newest / "state.pt")["networks"])
+    networks = build_networks(load_config(folder / "config.yaml")).double()
+    load_weights(networks, find_checkpoint(folder))
+    return networks.state_dict()
 
 
 @pytest.mark.parametrize("config", ["digits_joint", "digits_representation"])
@@ -65,7 +70,7 @@ def test_a_resumed_run_logs_what_the_undisturbed_run_logs(tmp_path: Path) -> Non
     # a line past the checkpoint, as a killed run leaves it, and a half-written checkpoint
     with (tmp_path / "parts" / "metrics.jsonl").open("a") as file:
         file.write('{"step": 4, "loss": 0.0}\n{"ste')
-    (tmp_path / "parts" / "checkpoints" / ".step_00000004.tmp").mkdir()
+    (tmp_path / "parts" / "checkpoints" / ".step_00000004.1.tmp").mkdir()
     said = launch("cpu", "digits_generation", tmp_path / "parts", "max_steps=5")
     assert "at step 3" in said
     whole, parts = rows(tmp_path / "whole"), rows(tmp_path / "parts")

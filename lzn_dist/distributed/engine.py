@@ -1,61 +1,293 @@
-"""The engine of a run: Accelerate, asked for what the launch configuration says and checked against it."""
+"""The engines: how networks, gradients and optimiser state are spread over ranks, behind one small interface.
+
+All trainable networks are one module with one forward, which takes a function of them: that is where DDP, DeepSpeed
+and FSDP2 hook in. The engine averages the gradients over ranks (see `gather_anchors` for what that asks of a loss),
+clips them by their global norm, and skips the step on all ranks alike where that norm is not finite.
+"""
 
 from __future__ import annotations
 
-import os
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from contextlib import nullcontext
+from dataclasses import dataclass
+from typing import Any, TypeVar
 
 import torch
+import torch.distributed as dist
 from accelerate import Accelerator
-from accelerate.utils import broadcast_object_list
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from lzn_dist.config import Config, ConfigError
+from lzn_dist.distributed.activations import blocks, checkpoint_activations
+from lzn_dist.distributed.launch import EngineName, Launch
+from lzn_dist.distributed.pieces import Piece, share, whole
 from lzn_dist.distributed.topology import Topology
+from lzn_dist.networks import Networks
+from lzn_dist.stopwatch import Stopwatch
+
+T = TypeVar("T")
+Group = dict[str, Any]
+MOMENTS = ("exp_avg", "exp_avg_sq")  # Adam's state of each parameter, besides the step
 
 
-def check_launch() -> None:
-    """Refuse a launch that asked for several processes and started one.
+class EngineModule(nn.Module):
+    """All networks behind one forward: model(function) is function(networks)."""
 
-    `accelerate launch --cpu --num_processes 2` starts a single process and says nothing (seen with 1.15). Its trace
-    is a rendezvous address without a world size. Raises ConfigError.
+    def __init__(self, networks: Networks) -> None:
+        super().__init__()
+        self.networks = networks
+
+    def forward(self, function: Callable[[Networks], T]) -> T:
+        return function(self.networks)
+
+
+@dataclass
+class Outcome:
+    """norm: of the gradient before clipping. applied: False where the step was skipped. stop: some rank asked to."""
+
+    norm: Tensor
+    applied: bool
+    stop: bool
+
+
+class Engine(ABC):
+    """Networks and optimiser as the launch configuration spreads them; made by `build_engine`.
+
+    names: parameters that train, by name, in the optimiser's order. constants: everything else of the networks' state.
     """
-    if "ACCELERATE_MIXED_PRECISION" in os.environ and "MASTER_ADDR" in os.environ and "WORLD_SIZE" not in os.environ:
-        raise ConfigError(
-            "accelerate was asked for several processes but started one; "
-            "use `accelerate launch --config_file launch/ddp.yaml` (two processes, with or without GPUs)"
-        )
+
+    name: EngineName
+    touches_first = False  # whether a step of several backwards must begin with one that reaches every parameter
+
+    def __init__(self, networks: Networks, watch: Stopwatch) -> None:
+        self.networks, self.watch = networks, watch
+        self.device = next(networks.parameters()).device
+        self.names = {name: p for name, p in networks.named_parameters() if p.requires_grad}
+        # copied before an engine cuts them up: they never change
+        self.constants = {
+            name: value.detach().cpu().clone()
+            for name, value in networks.state_dict().items()
+            if name not in self.names
+        }
+        self.frozen: set[str] = set()
+
+    @abstractmethod
+    def forward(self, function: Callable[[Networks], T]) -> T:
+        """function(networks), without a graph."""
+
+    @abstractmethod
+    def backward(self, function: Callable[[Networks], tuple[Tensor, T]], *, last: bool = True) -> tuple[Tensor, T]:
+        """function(networks) → (loss, more), and the loss's backward. last: whether the step's gradients are complete.
+
+        Returns the loss detached. A loss that is not finite makes the gradients NaN, so that every rank hears of it.
+        """
+
+    @abstractmethod
+    def step(self, clip_norm: float, stop: bool = False) -> Outcome:
+        """One optimiser step; gradients are gone afterwards. stop: this rank's wish, which becomes everyone's."""
+
+    @abstractmethod
+    def gradients(self) -> dict[str, Tensor]:
+        """Whole gradients by name, after the last backward and before the step. Collective; for verification."""
+
+    @abstractmethod
+    def weights(self) -> dict[str, Piece]:
+        """This rank's pieces of the trained parameters: views where possible, valid until the next step."""
+
+    @abstractmethod
+    def moments(self, *, restore: bool = False) -> dict[str, dict[str, Piece]]:
+        """By moment and parameter, this rank's pieces; restore: all that it needs to go on from, not its share."""
+
+    @abstractmethod
+    def set_moments(self, moments: dict[str, dict[str, Piece]], steps: int) -> None:
+        """Take over what `moments(restore=True)` described, and the number of steps that were taken."""
+
+    @property
+    @abstractmethod
+    def groups(self) -> list[Group]:
+        """The optimiser's parameter groups, with name and lr."""
+
+    def freeze(self, group: Group) -> None:
+        """From now on the group's parameters stay as they are: lr 0, and no part in the gradient's norm."""
+        if group["name"] not in self.frozen:
+            self.frozen.add(group["name"])
+            self._frozen(group["name"])
+        group["lr"] = 0.0
+
+    def frozen_names(self) -> set[str]:
+        """Names of the parameters that no longer move."""
+        return {name for name in self.names if name.split(".")[0] in self.frozen}
+
+    def _frozen(self, network: str) -> None:  # noqa: B027
+        """What an engine must do besides, once; nothing for most."""
+
+    def constant_pieces(self) -> dict[str, Piece]:
+        """This rank's share of the constants."""
+        return {name: share(value) for name, value in self.constants.items()}
 
 
-def build_accelerator(config: Config) -> Accelerator:
-    """The Accelerator of this process; the world must be as large as the launcher said. Raises ConfigError."""
-    check_launch()
-    use_cpu = not torch.cuda.is_available()
-    asked = int(os.environ.get("WORLD_SIZE", "1"))
-    if use_cpu:
-        # the launchers set one thread a process; share the machine's cores instead
-        local = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-        torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // local))
+def poisoned(loss: Tensor) -> Tensor:
+    """The loss with the same gradients where it is finite, with NaN for all of them where it is not."""
+    return loss * torch.where(loss.detach().isfinite(), 1.0, torch.nan).to(loss.dtype)
+
+
+def agree(flags: list[Tensor | bool], device: torch.device) -> list[bool]:
+    """Each flag, if any rank raised it. One collective and one wait for the device: the only ones of a step."""
+    joined = torch.stack([torch.as_tensor(flag, device=device).float() for flag in flags])
+    if Topology.current().world_size > 1:
+        dist.all_reduce(joined, dist.ReduceOp.MAX)
+    return [value > 0 for value in joined.tolist()]
+
+
+class TorchEngine(Engine):
+    """One process, DistributedDataParallel (through Accelerate), or FSDP2 (`fully_shard`)."""
+
+    def __init__(
+        self, name: EngineName, networks: Networks, optimizer: Callable[[], torch.optim.Optimizer],
+        watch: Stopwatch, accelerator: Accelerator | None,
+    ) -> None:  # fmt: skip
+        super().__init__(networks, watch)
+        self.name, self.accelerator = name, accelerator
+        self.module: nn.Module = EngineModule(networks)
+        if name == "fsdp":
+            _shard(networks, self.module)
+            self.names = {name: p for name, p in networks.named_parameters() if p.requires_grad}
+        self.optimizer = optimizer()
+        if name == "ddp":
+            assert accelerator is not None
+            # Without looking for unused parameters DDP rebuilds its buckets after the first step, and a resumed run
+            # would round differently; with gradient caching a backward reaches one network of several anyway.
+            from accelerate import DistributedDataParallelKwargs
+
+            accelerator.ddp_handler = DistributedDataParallelKwargs(find_unused_parameters=True)
+            self.module = accelerator.prepare_model(self.module)
+
+    @property
+    def groups(self) -> list[Group]:
+        return self.optimizer.param_groups
+
+    def forward(self, function: Callable[[Networks], T]) -> T:
+        with torch.no_grad():
+            result: T = self.module(function)
+        return result
+
+    def backward(self, function: Callable[[Networks], tuple[Tensor, T]], *, last: bool = True) -> tuple[Tensor, T]:
+        held = nullcontext() if last or self.name != "ddp" else self.module.no_sync()  # type: ignore[operator]
+        with held:
+            loss, more = self.module(function)
+            with self.watch("backward"):
+                poisoned(loss).backward()
+        return loss.detach(), more
+
+    def step(self, clip_norm: float, stop: bool = False) -> Outcome:
+        frozen = self.frozen_names()
+        for name in frozen:
+            self.names[name].grad = None
+        parameters = [p for p in self.names.values() if p.grad is not None]
+        norm = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+        if isinstance(norm, DTensor):
+            norm = norm.full_tensor()
+        skip, stop = agree([~norm.isfinite(), stop], self.device)
+        if not skip:
+            torch.nn.utils.clip_grads_with_norm_(parameters, clip_norm, norm)
+            self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        return Outcome(norm, not skip, stop)
+
+    def gradients(self) -> dict[str, Tensor]:
+        return {
+            name: torch.zeros_like(_full(p.detach())) if p.grad is None else _full(p.grad).clone()
+            for name, p in self.names.items()
+        }
+
+    def weights(self) -> dict[str, Piece]:
+        return {name: _piece(p.detach()) for name, p in self.names.items()}
+
+    def _state(self, parameter: Tensor) -> dict[str, Tensor]:
+        state = self.optimizer.state[parameter]
+        if not state:
+            state["step"] = torch.tensor(0.0)
+            state |= {key: torch.zeros_like(parameter, memory_format=torch.preserve_format) for key in MOMENTS}
+        return state
+
+    def moments(self, *, restore: bool = False) -> dict[str, dict[str, Piece]]:
+        return {
+            key: {name: _piece(self._state(p)[key], everything=restore) for name, p in self.names.items()}
+            for key in MOMENTS
+        }
+
+    def set_moments(self, moments: dict[str, dict[str, Piece]], steps: int) -> None:
+        for key, pieces in self.moments(restore=True).items():
+            for name, piece in pieces.items():
+                piece.data.copy_(moments[key][name].data)
+        for p in self.names.values():
+            self._state(p)["step"].fill_(float(steps))
+
+
+def _full(tensor: Tensor) -> Tensor:
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def _piece(tensor: Tensor, *, everything: bool = False) -> Piece:
+    """The rank's piece: its local rows under FSDP2, else its share (or everything) of what all ranks hold."""
+    if not isinstance(tensor, DTensor):
+        return whole(tensor) if everything else share(tensor)
+    from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+
+    _, offset = compute_local_shape_and_global_offset(tensor.shape, tensor.device_mesh, tensor.placements)
+    local = tensor.to_local().detach().reshape(-1)
+    row = tensor[0].numel() if tensor.ndim and tensor.shape[0] else 1
+    return Piece(local, offset[0] * row if len(local) else 0, tuple(tensor.shape))
+
+
+def _shard(networks: Networks, module: nn.Module) -> None:
+    """FSDP2: each block by itself, what is left with the root. The mesh is all ranks."""
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
+    mesh = init_device_mesh(next(networks.parameters()).device.type, (Topology.current().world_size,))
+    for block in blocks(networks):
+        fully_shard(block, mesh=mesh)
+    fully_shard(module, mesh=mesh)
+
+
+def build_engine(
+    config: Config, launch: Launch, networks: Networks, optimizer: Callable[[], torch.optim.Optimizer],
+    accelerator: Accelerator | None, watch: Stopwatch,
+) -> Engine:  # fmt: skip
+    """The engine that the launcher asked for, or ConfigError where another one would run.
+
+    networks: whole, with their initial or resumed weights. optimizer: makes the optimiser of the networks' parameters,
+    as they are after sharding.
+    """
+    checkpointed = checkpoint_activations(networks, config.activation_checkpointing)
+    if config.compile:
+        for block in networks.children():
+            block.compile()
+    if launch.deepspeed is not None:
+        from lzn_dist.distributed.zero import ZeroEngine
+
+        assert accelerator is not None
+        engine: Engine = ZeroEngine(networks, optimizer(), watch, accelerator, checkpointed)
     else:
-        torch.backends.cuda.matmul.allow_tf32 = config.tf32
-        torch.backends.cudnn.allow_tf32 = config.tf32
-    accelerator = Accelerator(
-        cpu=use_cpu,
-        mixed_precision="bf16" if config.precision == "bf16" else "no",
-        log_with=None if config.tracking.wandb == "disabled" else "wandb",
-        step_scheduler_with_optimizer=False,
-    )
-    started = Topology.current().world_size
-    if started != asked or accelerator.num_processes != asked:
-        raise ConfigError(f"the launcher asked for {asked} processes but the world has {started}")
-    if config.data.global_batch % started:
-        raise ConfigError(
-            f"data.global_batch={config.data.global_batch} does not divide among {started} processes; "
-            f"the nearest that does: {max(1, config.data.global_batch // started) * started}"
-        )
-    return accelerator
+        engine = TorchEngine(launch.engine, networks, optimizer, watch, accelerator)
+    runs = running_engine(engine)
+    if runs != launch.engine:
+        raise ConfigError(f"the launch configuration asks for engine {launch.engine}, but {runs} is what would run")
+    return engine
 
 
-def same_everywhere(value: str | None) -> str | None:
-    """The main process's value on every process (which checkpoint to resume from, say)."""
-    shared: list[str | None] = [value]
-    broadcast_object_list(shared)
-    return shared[0]
+def running_engine(engine: Engine) -> str:
+    """What really runs, read off the wrapped objects and not off what was asked for."""
+    if isinstance(engine, TorchEngine):
+        if isinstance(engine.module, nn.parallel.DistributedDataParallel):
+            return "ddp"
+        if any(isinstance(p, DTensor) for p in engine.names.values()):
+            return "fsdp"
+        return "single" if Topology.current().world_size == 1 else "none"
+    from lzn_dist.distributed.zero import ZeroEngine
+
+    assert isinstance(engine, ZeroEngine)
+    return engine.running()

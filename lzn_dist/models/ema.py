@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Container, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -42,15 +42,15 @@ class EMA:
         return [tensors[name].detach() for name in self.shadow]
 
     @torch.no_grad()
-    def update(self, source: nn.Module | Mapping[str, Tensor]) -> None:
-        """One update, after an optimiser step. Nothing waits for the device."""
-        parameters = self._matching(source)
-        shadows = list(self.shadow.values())
+    def update(self, source: nn.Module | Mapping[str, Tensor], frozen: Container[str] = ()) -> None:
+        """One update, after an optimiser step; frozen averages stay as they are. Nothing waits for the device."""
+        parameters = dict(zip(self.shadow, self._matching(source), strict=True))
+        moving = {name: shadow for name, shadow in self.shadow.items() if name not in frozen}
         self.num_updates += 1
         decay = min(self.decay, (1 + self.num_updates) / (10 + self.num_updates))
-        if shadows:
-            ends = [p.to(s.device, s.dtype) for p, s in zip(parameters, shadows, strict=True)]
-            torch._foreach_lerp_(shadows, ends, 1.0 - decay)
+        if moving:
+            ends = [parameters[name].to(shadow.device, shadow.dtype) for name, shadow in moving.items()]
+            torch._foreach_lerp_(list(moving.values()), ends, 1.0 - decay)
 
     @torch.no_grad()
     def copy_to(self, target: nn.Module | Mapping[str, Tensor]) -> None:

@@ -27,4 +27,5 @@ class LabelAnchors(nn.Module):
 
     def forward(self) -> Tensor:
         """The anchors [num_classes, dim], with gradient."""
-        return self.anchor
+        # not the parameter itself: sharded engines take its storage away when the forward has ended
+        return self.anchor.clone()

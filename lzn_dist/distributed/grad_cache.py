@@ -1,0 +1,112 @@
+"""Gradient caching: the global batch's coupling is exact while a rank has one micro-batch of activations in memory.
+
+Encode without a graph, couple with a graph on the anchors alone, decode micro-batch by micro-batch (collecting the
+latents' gradient), go back through the coupling to the anchors' gradients, encode each micro-batch again with a graph
+and feed it its anchors' gradient (Gao et al. 2021, arXiv 2101.06983, for contrastive losses). Equal to the uncached
+step: networks treat samples by themselves, and dropout is a function of sample and layer. The cost is one more forward
+of the encoder.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from lzn_dist.config import ConfigError
+from lzn_dist.distributed.engine import Engine
+from lzn_dist.networks import Networks
+from lzn_dist.objectives import Objective, Samples
+
+
+def check_batch_independent(networks: Networks) -> None:
+    """ConfigError for networks whose output for a sample depends on the others of its (micro-)batch."""
+    for name, module in networks.named_modules():
+        batch_norm = isinstance(module, nn.modules.batchnorm._BatchNorm)
+        if batch_norm or not getattr(module, "batch_independent", True):
+            raise ConfigError(
+                f"micro_batch needs networks without batch statistics, and {name} ({type(module).__name__}) has them: "
+                "set micro_batch=0 or use group normalisation"
+            )
+
+
+def cached_backward(
+    engine: Engine, objective: Objective, samples: Samples, micro_batch: int
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """The step's loss and parts, and its gradients in the engine; as one backward of `objective` would give them."""
+    rows = [slice(start, start + micro_batch) for start in range(0, len(samples), micro_batch)]
+    chunks = [samples.part(part) for part in rows]
+    if engine.touches_first:
+        engine.backward(lambda networks: (_touch(objective, networks, samples), None), last=False)
+
+    def encode(chunk: Samples, view: int) -> Tensor:
+        return engine.forward(lambda networks: objective.encode(networks, chunk, view))
+
+    anchors = [torch.cat([encode(chunk, view) for chunk in chunks]) for view in range(objective.views)]
+    labels = engine.forward(objective.label_anchors)
+    leaves = [*anchors] if labels is None else [*anchors, labels]
+    for leaf in leaves:
+        leaf.requires_grad_()
+    coupling = objective.couple(anchors, labels, samples)
+
+    parts, total = dict(coupling.parts), coupling.loss
+    outputs, cotangents = ([], []) if coupling.loss is None else ([coupling.loss], [torch.ones_like(coupling.loss)])
+    if objective.decodes:
+        flow, latent_grads = _decode(engine, objective, samples, coupling.latents.detach(), rows)
+        parts["loss_flow"] = flow
+        total = flow if total is None else flow + total
+        outputs, cotangents = [*outputs, coupling.latents], [*cotangents, latent_grads]
+    with engine.watch("backward"):
+        grads = torch.autograd.grad(outputs, leaves, cotangents)
+
+    if labels is not None:
+        engine.backward(lambda networks: (_inner(objective.label_anchors(networks), grads[-1]), None), last=False)
+    for view in range(objective.views):
+        for part, chunk in zip(rows, chunks, strict=True):
+            last = view == objective.views - 1 and chunk is chunks[-1]
+            grad = grads[view][part]
+            engine.backward(
+                lambda networks, c=chunk, v=view, g=grad: (_inner(objective.encode(networks, c, v), g), None),  # type: ignore[misc]
+                last=last,
+            )
+    assert total is not None
+    return total.detach(), {name: value.detach() for name, value in parts.items()}
+
+
+def _decode(
+    engine: Engine, objective: Objective, samples: Samples, latents: Tensor, rows: list[slice]
+) -> tuple[Tensor, Tensor]:
+    """The decoder's loss over all samples, and its gradient by the latents [b, D]."""
+    total = latents.new_zeros(())
+    grads: list[Tensor] = []
+    for part in rows:
+        own, chunk = latents[part].clone().requires_grad_(), samples.part(part)
+        weight = len(chunk) / len(samples)
+
+        def loss(
+            networks: Networks, own: Tensor = own, chunk: Samples = chunk, weight: float = weight
+        ) -> tuple[Tensor, None]:
+            return objective.decode(networks, chunk, own) * weight, None
+
+        value, _ = engine.backward(loss, last=False)
+        assert own.grad is not None
+        total = total + value
+        grads.append(own.grad)
+    return total, torch.cat(grads)
+
+
+def _inner(value: Tensor | None, cotangent: Tensor) -> Tensor:
+    """A scalar whose gradient by value is the cotangent."""
+    assert value is not None
+    return (value * cotangent).sum()
+
+
+def _touch(objective: Objective, networks: Networks, samples: Samples) -> Tensor:
+    """0, with a gradient of 0 for every parameter: one sample through every network."""
+    one = samples.part(slice(0, 1))
+    anchors, labels = objective.encode(networks, one, 0), objective.label_anchors(networks)
+    total = 0.0 * anchors.sum()
+    if labels is not None:
+        total = total + 0.0 * labels.sum()
+    if objective.decodes:
+        total = total + 0.0 * objective.decode(networks, one, anchors.detach())
+    return total

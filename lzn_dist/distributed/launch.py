@@ -1,0 +1,143 @@
+"""What the launcher asked for, and the Accelerator that answers it.
+
+The launch configurations of launch/ decide the engine; this module reads their trace in the environment. Seen with
+Accelerate 1.15 and what is done about it here: `accelerate launch --cpu --num_processes 2` starts one process (refused
+below); DeepSpeed is ignored without a word where Accelerate is asked for the CPU (it is not asked); FSDP2 is not
+applied on the CPU (`fully_shard` is called by `engine` itself, on CUDA as well).
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from dataclasses import dataclass
+from datetime import timedelta
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import DeepSpeedPlugin, InitProcessGroupKwargs, broadcast_object_list
+
+from lzn_dist.config import Config, ConfigError
+from lzn_dist.distributed.topology import Topology
+
+EngineName = Literal["single", "ddp", "zero1", "zero2", "zero3", "zero3_offload", "fsdp"]
+PROJECT = Path(__file__).parents[2]
+
+
+@dataclass(frozen=True)
+class Launch:
+    """engine and number of processes that the launcher asked for; deepspeed: its JSON, for the ZeRO engines."""
+
+    engine: EngineName
+    world_size: int
+    deepspeed: dict[str, Any] | None = None
+
+    @staticmethod
+    def asked() -> Launch:
+        """Read from the environment that accelerate launch (or torchrun) sets. Raises ConfigError."""
+        if (
+            "ACCELERATE_MIXED_PRECISION" in os.environ
+            and "MASTER_ADDR" in os.environ
+            and "WORLD_SIZE" not in os.environ
+        ):
+            # the trace of `accelerate launch --cpu --num_processes 2`: an address to meet at, and nobody to meet
+            raise ConfigError(
+                "accelerate was asked for several processes but started one; "
+                "use `accelerate launch --config_file launch/ddp.yaml` (two processes, with or without GPUs)"
+            )
+        world_size = int(os.environ.get("WORLD_SIZE", "1"))
+        if _flag("ACCELERATE_USE_DEEPSPEED"):
+            deepspeed = _read_deepspeed()
+            zero = deepspeed.get("zero_optimization", {})
+            stage = int(zero.get("stage", 0))
+            if stage not in (1, 2, 3):
+                raise ConfigError("DeepSpeed is used with ZeRO stage 1, 2 or 3; for stage 0 use launch/ddp.yaml")
+            offload = zero.get("offload_optimizer", {}).get("device", "none") != "none"
+            if offload and stage != 3:
+                raise ConfigError(f"offload_optimizer is for ZeRO stage 3 (launch/zero3_offload.json), not {stage}")
+            engine: EngineName = "zero3_offload" if offload else ("zero1", "zero2", "zero3")[stage - 1]
+            return Launch(engine, world_size, deepspeed)
+        if _flag("ACCELERATE_USE_FSDP"):
+            if os.environ.get("FSDP_VERSION", "2") != "2":
+                raise ConfigError("FSDP is used in its version 2: set fsdp_version: 2 as launch/fsdp.yaml does")
+            return Launch("fsdp", world_size)
+        return Launch("single" if world_size == 1 else "ddp", world_size)
+
+
+def _flag(name: str) -> bool:
+    return os.environ.get(name, "false").lower() in ("true", "1")
+
+
+def _read_deepspeed() -> dict[str, Any]:
+    name = os.environ.get("ACCELERATE_DEEPSPEED_CONFIG_FILE", "")
+    # the launch configurations name their JSON relative to the project
+    for path in (Path(name), PROJECT / name):
+        if name and path.is_file():
+            found: dict[str, Any] = json.loads(path.read_text())
+            return found
+    raise ConfigError(
+        f"no DeepSpeed configuration {name or '(none named)'}: launch with launch/zero2.yaml, which names zero2.json"
+    )
+
+
+def build_accelerator(config: Config, launch: Launch) -> Accelerator:
+    """This process's Accelerator; the world must be as large as the launcher said. Raises ConfigError."""
+    if launch.deepspeed is not None and config.precision == "float64":
+        raise ConfigError("precision=float64 is for DDP and FSDP (launch/ddp.yaml, launch/fsdp.yaml), not DeepSpeed")
+    on_cpu = not torch.cuda.is_available()
+    if on_cpu:
+        # the launchers set one thread a process; share the machine's cores instead
+        local = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+        torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // local))
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    else:
+        torch.backends.cuda.matmul.allow_tf32 = config.tf32
+        torch.backends.cudnn.allow_tf32 = config.tf32
+    if config.deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        torch.use_deterministic_algorithms(True)
+        torch.backends.cudnn.benchmark = False
+    plugin = None
+    if launch.deepspeed is not None:
+        plugin = DeepSpeedPlugin(hf_ds_config=_filled(launch.deepspeed, config, launch.world_size))
+    group = InitProcessGroupKwargs(
+        backend="gloo" if on_cpu else "nccl", timeout=timedelta(seconds=config.collective_timeout)
+    )
+    os.environ.pop("ACCELERATE_USE_FSDP", None)  # ours to apply
+    accelerator = Accelerator(
+        cpu=on_cpu and plugin is None,
+        deepspeed_plugin=plugin,
+        log_with=None if config.tracking.wandb == "disabled" else "wandb",
+        step_scheduler_with_optimizer=False,
+        kwargs_handlers=[group] if launch.world_size > 1 or plugin is not None else [],
+    )
+    started = Topology.current().world_size
+    if started != launch.world_size or accelerator.num_processes != launch.world_size:
+        raise ConfigError(f"the launcher asked for {launch.world_size} processes but the world has {started}")
+    if config.data.global_batch % started:
+        raise ConfigError(
+            f"data.global_batch={config.data.global_batch} does not divide among {started} processes; "
+            f"the nearest that does: {max(1, config.data.global_batch // started) * started}"
+        )
+    return accelerator
+
+
+def _filled(deepspeed: dict[str, Any], config: Config, world_size: int) -> dict[str, Any]:
+    """The JSON with what the run's configuration decides. Weights stay float32: autocast is the objective's."""
+    share = max(1, config.data.global_batch // world_size)
+    return {
+        **deepspeed,
+        "train_micro_batch_size_per_gpu": share,
+        "gradient_accumulation_steps": 1,
+        "gradient_clipping": config.optimizer.clip_norm,
+        "steps_per_print": 2**31,
+    }
+
+
+def same_everywhere(value: str | None) -> str | None:
+    """The main process's value on every process (which checkpoint to resume from, say)."""
+    shared: list[str | None] = [value]
+    broadcast_object_list(shared)
+    return shared[0]

@@ -1,0 +1,116 @@
+"""From a configuration to a stream of samples and a state to train: what the entry points share."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator
+
+from lzn_dist.checkpoint import CheckpointError, RunRecord, find_checkpoint, load_weights, resume_state
+from lzn_dist.config import Config
+from lzn_dist.data import Batch, BatchStream, ShardIndex, augment, ensure_digits
+from lzn_dist.distributed import Topology, gather_anchors, ring_field
+from lzn_dist.distributed.engine import build_engine
+from lzn_dist.distributed.grad_cache import check_batch_independent
+from lzn_dist.distributed.launch import Launch, same_everywhere
+from lzn_dist.models.ema import EMA
+from lzn_dist.networks import Networks, build_networks
+from lzn_dist.objectives import Objective, Samples
+from lzn_dist.step import TrainState, make_optimizer
+
+
+def open_stream(config: Config, topology: Topology) -> BatchStream:
+    """A rank's stream of training batches. Raises ValueError or OSError, naming the shards."""
+    return BatchStream(
+        ShardIndex.load(config.data.shards), "train", config.data.global_batch, config.seed, topology.rank,
+        topology.world_size, channels=config.data.image_channels, image_size=config.data.image_size,
+        cache_decoded=config.data.cache_decoded, workers=config.data.workers,
+    )  # fmt: skip
+
+
+def make_embedded_data(config: Config, accelerator: Accelerator) -> None:
+    """Write an embedded data set where it is missing: one process does, the others wait."""
+    if config.data.embedded == "digits":
+        with accelerator.main_process_first():
+            ensure_digits(Path(config.data.shards))
+
+
+def prepare_samples(batch: Batch, number: int, config: Config, device: torch.device, topology: Topology) -> Samples:
+    """Views, positions and labels of a rank's share of global batch `number`, on the device, in the run's dtype."""
+    images, index = batch.images.to(device), batch.index.to(device)
+    if config.task == "representation":
+        views: tuple[torch.Tensor, ...] = augment.two_views(
+            images, index, batch.epoch, config.seed, augment.DigitsPolicy()
+        )
+    else:
+        views = (augment.random_flip(images, index, batch.epoch, config.seed) if config.data.flip else images,)
+    if config.precision == "float64":
+        views = tuple(view.double() for view in views)
+    position = torch.arange(len(index), device=device) + topology.rank * len(index)
+    return Samples(number, index, position, views, batch.labels.to(device))
+
+
+def fresh_networks(config: Config, device: torch.device) -> Networks:
+    """The networks at the start of a run: the same on every rank, in training mode."""
+    torch.manual_seed(config.seed)
+    networks = build_networks(config).to(device)
+    return (networks.double() if config.precision == "float64" else networks).train()
+
+
+def make_objective(config: Config) -> Objective:
+    """The task's objective over all ranks."""
+    return Objective(config, gather_anchors, ring_field() if config.anchors == "ring" else None)
+
+
+def build_state(config: Config, launch: Launch, accelerator: Accelerator, checkpoint: Path | None) -> TrainState:
+    """Fresh state, or that of a checkpoint. Raises ConfigError and CheckpointError."""
+    networks = fresh_networks(config, accelerator.device)
+    if config.micro_batch:
+        check_batch_independent(networks)
+    if checkpoint is not None:
+        load_weights(networks, checkpoint)
+    objective = make_objective(config)
+    engine = build_engine(
+        config, launch, networks, lambda: make_optimizer(networks, config), accelerator, objective.watch
+    )
+    ema = EMA({name: piece.data for name, piece in engine.weights().items()}, config.optimizer.ema_decay)
+    state = TrainState(config, engine, objective, ema)
+    if checkpoint is not None:
+        resume_state(state, checkpoint)
+    return state
+
+
+def checkpoint_to_resume(config: Config, is_main: bool) -> Path | None:
+    """The checkpoint that `resume` names, the same on every rank; None for a fresh start. Raises CheckpointError."""
+    found = error = None
+    if is_main and config.resume != "none":
+        try:
+            found = str(find_checkpoint(config.output_dir if config.resume == "auto" else config.resume))
+            RunRecord.read(Path(found))
+        except CheckpointError as problem:
+            error = None if config.resume == "auto" and found is None else str(problem)
+    found, error = same_everywhere(found), same_everywhere(error)
+    if error is not None:
+        raise CheckpointError(error)
+    return None if found is None else Path(found)
+
+
+def changed_keys(before: Config, now: Config) -> list[str]:
+    """Keys of a checkpoint's configuration that the present one has changed, as "key: before → now"."""
+    ignored = {"output_dir", "max_steps", "resume", "tracking", "log_every", "checkpoint_every", "keep_last"}
+
+    def flat(values: dict[str, object], prefix: str = "") -> dict[str, object]:
+        found: dict[str, object] = {}
+        for key, value in values.items():
+            found |= flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
+        return found
+
+    old, new = (flat(config.model_dump(exclude=ignored)) for config in (before, now))
+    return [f"{key}: {old.get(key)} → {value}" for key, value in new.items() if old.get(key) != value]
+
+
+def describe(state: TrainState) -> str:
+    """The engine that runs, for people."""
+    world = Topology.current().world_size
+    return f"engine {state.engine.name} on {world} process(es) of {state.engine.device.type}"
