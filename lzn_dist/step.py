@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from lzn_dist.config import Config
-from lzn_dist.distributed.engine import Engine, Group
+from lzn_dist.distributed.engine import Engine, Group, Outcome
 from lzn_dist.distributed.grad_cache import cached_backward
 from lzn_dist.models.ema import EMA
 from lzn_dist.networks import Networks
@@ -74,20 +74,29 @@ class StepResult:
 
 def train_step(state: TrainState, samples: Samples, stop: bool = False) -> StepResult:
     """One optimisation step on a global batch; stop: this rank was told to end (all ranks hear of it)."""
-    engine, config, counters = state.engine, state.config, state.counters
-    schedule(engine, counters.step, config)
-    if config.micro_batch:
-        loss, parts = cached_backward(engine, state.objective, samples, config.micro_batch)
-    else:
-        loss, parts = engine.backward(lambda networks: state.objective(networks, samples))
-    with engine.watch("optimise"):
-        outcome = engine.step(config.optimizer.clip_norm, stop)
-        counters.batch += 1
-        if outcome.applied:
-            counters.step += 1
-            counters.nonfinite = 0
-            frozen = engine.frozen_names()
-            state.ema.update({name: p.data for name, p in engine.weights().items()}, frozen)
-        else:
-            counters.nonfinite += 1
+    loss, parts = compute_gradients(state, samples)
+    with state.engine.watch("optimise"):
+        outcome = apply_gradients(state, stop)
     return StepResult({"loss": loss, **parts, "grad_norm": outcome.norm}, outcome.applied, outcome.stop)
+
+
+def compute_gradients(state: TrainState, samples: Samples) -> tuple[Tensor, dict[str, Tensor]]:
+    """The loss and its parts on this rank's samples; the global batch's gradients are in the engine."""
+    schedule(state.engine, state.counters.step, state.config)
+    if state.config.micro_batch:
+        return cached_backward(state.engine, state.objective, samples, state.config.micro_batch)
+    return state.engine.backward(lambda networks: state.objective(networks, samples))
+
+
+def apply_gradients(state: TrainState, stop: bool = False) -> Outcome:
+    """The optimiser's step and that of the averages, unless a gradient is not finite: then all stay as they are."""
+    engine, counters = state.engine, state.counters
+    outcome = engine.step(state.config.optimizer.clip_norm, stop)
+    counters.batch += 1
+    if outcome.applied:
+        counters.step += 1
+        counters.nonfinite = 0
+        state.ema.update({name: piece.data for name, piece in engine.weights().items()}, engine.frozen_names())
+    else:
+        counters.nonfinite += 1
+    return outcome

@@ -61,8 +61,8 @@ class Engine(ABC):
     name: EngineName
     touches_first = False  # whether a step of several backwards must begin with one that reaches every parameter
 
-    def __init__(self, networks: Networks, watch: Stopwatch) -> None:
-        self.networks, self.watch = networks, watch
+    def __init__(self, networks: Networks, watch: Stopwatch, topology: Topology) -> None:
+        self.networks, self.watch, self.topology = networks, watch, topology
         self.device = next(networks.parameters()).device
         self.names = {name: p for name, p in networks.named_parameters() if p.requires_grad}
         # copied before an engine cuts them up: they never change
@@ -125,7 +125,7 @@ class Engine(ABC):
 
     def constant_pieces(self) -> dict[str, Piece]:
         """This rank's share of the constants."""
-        return {name: share(value) for name, value in self.constants.items()}
+        return {name: share(value, self.topology) for name, value in self.constants.items()}
 
 
 def poisoned(loss: Tensor) -> Tensor:
@@ -133,10 +133,10 @@ def poisoned(loss: Tensor) -> Tensor:
     return loss * torch.where(loss.detach().isfinite(), 1.0, torch.nan).to(loss.dtype)
 
 
-def agree(flags: list[Tensor | bool], device: torch.device) -> list[bool]:
+def agree(flags: list[Tensor | bool], device: torch.device, topology: Topology) -> list[bool]:
     """Each flag, if any rank raised it. One collective and one wait for the device: the only ones of a step."""
     joined = torch.stack([torch.as_tensor(flag, device=device).float() for flag in flags])
-    if Topology.current().world_size > 1:
+    if topology.world_size > 1:
         dist.all_reduce(joined, dist.ReduceOp.MAX)
     return [value > 0 for value in joined.tolist()]
 
@@ -148,7 +148,7 @@ class TorchEngine(Engine):
         self, name: EngineName, networks: Networks, optimizer: Callable[[], torch.optim.Optimizer],
         watch: Stopwatch, accelerator: Accelerator | None,
     ) -> None:  # fmt: skip
-        super().__init__(networks, watch)
+        super().__init__(networks, watch, Topology() if name == "single" else Topology.current())
         self.name, self.accelerator = name, accelerator
         self.module: nn.Module = EngineModule(networks)
         if name == "fsdp":
@@ -189,7 +189,7 @@ class TorchEngine(Engine):
         norm = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
         if isinstance(norm, DTensor):
             norm = norm.full_tensor()
-        skip, stop = agree([~norm.isfinite(), stop], self.device)
+        skip, stop = agree([~norm.isfinite(), stop], self.device, self.topology)
         if not skip:
             torch.nn.utils.clip_grads_with_norm_(parameters, clip_norm, norm)
             self.optimizer.step()
@@ -203,7 +203,7 @@ class TorchEngine(Engine):
         }
 
     def weights(self) -> dict[str, Piece]:
-        return {name: _piece(p.detach()) for name, p in self.names.items()}
+        return {name: _piece(p.detach(), self.topology) for name, p in self.names.items()}
 
     def _state(self, parameter: Tensor) -> dict[str, Tensor]:
         state = self.optimizer.state[parameter]
@@ -214,7 +214,9 @@ class TorchEngine(Engine):
 
     def moments(self, *, restore: bool = False) -> dict[str, dict[str, Piece]]:
         return {
-            key: {name: _piece(self._state(p)[key], everything=restore) for name, p in self.names.items()}
+            key: {
+                name: _piece(self._state(p)[key], self.topology, everything=restore) for name, p in self.names.items()
+            }
             for key in MOMENTS
         }
 
@@ -230,10 +232,10 @@ def _full(tensor: Tensor) -> Tensor:
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
-def _piece(tensor: Tensor, *, everything: bool = False) -> Piece:
+def _piece(tensor: Tensor, topology: Topology, *, everything: bool = False) -> Piece:
     """The rank's piece: its local rows under FSDP2, else its share (or everything) of what all ranks hold."""
     if not isinstance(tensor, DTensor):
-        return whole(tensor) if everything else share(tensor)
+        return whole(tensor) if everything else share(tensor, topology)
     from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
     _, offset = compute_local_shape_and_global_offset(tensor.shape, tensor.device_mesh, tensor.placements)
@@ -286,7 +288,7 @@ def running_engine(engine: Engine) -> str:
             return "ddp"
         if any(isinstance(p, DTensor) for p in engine.names.values()):
             return "fsdp"
-        return "single" if Topology.current().world_size == 1 else "none"
+        return "single" if engine.topology.world_size == 1 else "none"
     from lzn_dist.distributed.zero import ZeroEngine
 
     assert isinstance(engine, ZeroEngine)

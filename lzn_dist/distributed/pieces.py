@@ -90,9 +90,9 @@ def whole(tensor: Tensor) -> Piece:
     return Piece(tensor.detach().view(-1), 0, tuple(tensor.shape))
 
 
-def share(tensor: Tensor) -> Piece:
-    """This rank's even share of a contiguous tensor that all ranks hold, as a view."""
-    topology, flat = Topology.current(), tensor.detach().view(-1)
+def share(tensor: Tensor, topology: Topology) -> Piece:
+    """A rank's even share of a contiguous tensor that all ranks hold, as a view."""
+    flat = tensor.detach().view(-1)
     size = -(-len(flat) // topology.world_size)
     start = min(topology.rank * size, len(flat))
     return Piece(flat[start : start + size], start, tuple(tensor.shape))

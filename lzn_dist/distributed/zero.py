@@ -44,7 +44,7 @@ class ZeroEngine(Engine):
         self, networks: Networks, optimizer: torch.optim.Optimizer, watch: Stopwatch, accelerator: Accelerator,
         checkpointed: list[nn.Module],
     ) -> None:  # fmt: skip
-        super().__init__(networks, watch)
+        super().__init__(networks, watch, Topology.current())
         # ZeRO-3 gathers a checkpointed module as a whole: inside, its hooks would release parameters that were
         # gathered for the second forward before the backward has used them
         for module in checkpointed:
@@ -96,7 +96,7 @@ class ZeroEngine(Engine):
         self.deepspeed.step()
         norm = torch.as_tensor(self.deepspeed.get_global_grad_norm(), device=self.device)
         applied = bool(self.deepspeed.was_step_applied())
-        skip, stop = agree([not applied, stop], self.device)
+        skip, stop = agree([not applied, stop], self.device, self.topology)
         if skip == applied:
             raise RuntimeError("ranks disagree on whether the step was taken: the weights differ between them now")
         return Outcome(norm, applied, stop)
@@ -113,7 +113,7 @@ class ZeroEngine(Engine):
 
     def weights(self) -> dict[str, Piece]:
         if self.stage < 3:
-            return {name: share(p.detach()) for name, p in self.names.items()}
+            return {name: share(p.detach(), self.topology) for name, p in self.names.items()}
         from deepspeed.utils import safe_get_local_fp32_param
 
         return {name: self._local(p, safe_get_local_fp32_param(p)) for name, p in self.names.items()}
@@ -121,7 +121,7 @@ class ZeroEngine(Engine):
     def _local(self, p: Any, data: Tensor) -> Piece:
         """ZeRO-3's partition of a parameter without the padding at its end."""
         size = p.partition_numel()
-        start = min(Topology.current().rank * size, p.ds_numel)
+        start = min(self.topology.rank * size, p.ds_numel)
         return Piece(data[: min(size, p.ds_numel - start)].detach(), start, tuple(p.ds_shape))
 
     def _flat_parameters(self) -> list[Tensor]:
