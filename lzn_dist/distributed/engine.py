@@ -59,7 +59,8 @@ class Engine(ABC):
     """
 
     name: EngineName
-    touches_first = False  # whether a step of several backwards must begin with one that reaches every parameter
+    # whether a step of several backwards must begin, or end, with one that reaches every parameter
+    touches_first = touches_last = False
 
     def __init__(self, networks: Networks, watch: Stopwatch, topology: Topology) -> None:
         self.networks, self.watch, self.topology = networks, watch, topology

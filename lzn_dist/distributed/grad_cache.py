@@ -62,12 +62,14 @@ def cached_backward(
         engine.backward(lambda networks: (_inner(objective.label_anchors(networks), grads[-1]), None), last=False)
     for view in range(objective.views):
         for part, chunk in zip(rows, chunks, strict=True):
-            last = view == objective.views - 1 and chunk is chunks[-1]
+            last = view == objective.views - 1 and chunk is chunks[-1] and not engine.touches_last
             grad = grads[view][part]
             engine.backward(
                 lambda networks, c=chunk, v=view, g=grad: (_inner(objective.encode(networks, c, v), g), None),  # type: ignore[misc]
                 last=last,
             )
+    if engine.touches_last:
+        engine.backward(lambda networks: (_touch(objective, networks, samples), None))
     assert total is not None
     return total.detach(), {name: value.detach() for name, value in parts.items()}
 

@@ -60,6 +60,8 @@ class ZeroEngine(Engine):
         # Under ZeRO-3 a gradient buffer is overwritten in a step's first backward and added to in later ones, also
         # where that first backward did not reach the parameter and the buffer holds the previous step's gradient.
         self.touches_first = self.stage == 3
+        # With offloading, a gradient goes to the host in the step's last backward, if that reaches its parameter.
+        self.touches_last = self.offload
         self._hooks: list[Any] = []
         # before the first step: DeepSpeed 0.19 finds the moments of the first parameter group alone after it
         self._materialise()

@@ -1,0 +1,29 @@
+"""Starts scripts as a user does, with `accelerate launch` and a configuration of launch/; small digits runs."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).parents[2]
+SMALL = [
+    "data.global_batch=24", "encoder.channels=8", "decoder.channels=8", "latent.dim=8", "latent.steps=6",
+    "alignment.steps=6", "decoder.attention_resolutions=[4]", "encoder.dropout=0.1", "decoder.dropout=0.1",
+    "optimizer.warmup_steps=2", "tracking.wandb=disabled",
+]  # fmt: skip
+
+
+def accelerate(
+    engine: str, script: Path, *arguments: object, processes: int = 0, cwd: Path, timeout: float = 500
+) -> subprocess.CompletedProcess[str]:
+    """Run a script under launch/ENGINE.yaml; its standard output and error are joined in stdout."""
+    command = [sys.executable, "-m", "accelerate.commands.launch", "--main_process_port", "0"]
+    command += ["--config_file", str(ROOT / "launch" / f"{engine}.yaml")]
+    command += [f"--num_processes={processes}"] if processes else []
+    command += [str(script), *map(str, arguments)]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_WAIT_POLICY": "passive"}
+    return subprocess.run(
+        command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=timeout, cwd=cwd
+    )

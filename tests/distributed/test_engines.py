@@ -1,0 +1,91 @@
+"""Every engine on several ranks against one process: losses, gradients and weights over three optimiser steps.
+
+Cells cover all pairs of (task, activation checkpointing, gradient caching, anchors); micro-batches are uneven. DDP and
+FSDP2 are compared in float64, ZeRO in float32 (see `lzn_dist.verify`, whose rows and tolerances these are).
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from launching import ROOT, SMALL, accelerate
+
+WORKER = Path(__file__).with_name("verify_worker.py")
+Cell = dict[str, Any]
+
+
+def cell(task: str, checkpointing: str, caching: bool, anchors: str, *more: str, fault: str | None = None) -> Cell:
+    overrides = [f"activation_checkpointing={checkpointing}", f"micro_batch={5 if caching else 0}"]
+    overrides += [f"anchors={anchors}", f"flow_store_every={1 if checkpointing == 'none' else 4}", *more]
+    return {"config": task, "overrides": overrides, "fault": fault}
+
+
+PAIRS = [
+    cell("generation", "none", True, "ring"),
+    cell("generation", "selective", False, "gathered"),
+    cell("generation", "full", False, "ring"),
+    cell("representation", "none", False, "gathered", "alignment.both_directions=true"),
+    cell("representation", "selective", True, "ring"),
+    cell("representation", "full", True, "gathered"),
+    cell("joint", "none", True, "gathered"),
+    cell("joint", "selective", False, "ring"),
+    cell("joint", "full", True, "ring"),
+]
+FEW = [PAIRS[3], PAIRS[6], PAIRS[8]]
+
+
+def verify(engine: str, cells: list[Cell], folder: Path, processes: int = 2) -> list[list[dict[str, Any]]]:
+    """The rows of each cell."""
+    output = folder / "rows.json"
+    done = accelerate(engine, WORKER, output, json.dumps(cells), processes=processes, cwd=folder)
+    assert done.returncode == 0, done.stdout[-6000:]
+    assert f"engine {engine} on {processes} process(es)" in done.stdout
+    found: list[list[dict[str, Any]]] = json.loads(output.read_text())
+    assert len(found) == len(cells)
+    return found
+
+
+@pytest.mark.parametrize(
+    "engine,cells,processes",
+    [
+        ("ddp", PAIRS, 2),
+        ("fsdp", PAIRS, 2),
+        ("zero1", FEW, 2),
+        ("zero2", PAIRS, 2),
+        ("zero3", PAIRS, 2),
+        ("zero3_offload", FEW, 2),
+        ("ddp", [PAIRS[4], PAIRS[7]], 4),
+    ],
+)
+def test_equals_one_process(engine: str, cells: list[Cell], processes: int, tmp_path: Path) -> None:
+    for described, rows in zip(cells, verify(engine, cells, tmp_path, processes), strict=True):
+        kinds = {row["what"].split(" ")[0] for row in rows}
+        assert kinds == {"loss", "gradient", "change"}
+        assert all(row["passed"] for row in rows), (described, [row for row in rows if not row["passed"]])
+
+
+def test_a_gather_scaled_by_the_world_is_found(tmp_path: Path) -> None:
+    """Adam hides a constant factor in the encoder's gradients from the loss of the first steps; verify must not."""
+    cells = [cell("joint", "none", False, "gathered", fault="gather"), PAIRS[6]]
+    faulty, right = verify("ddp", cells, tmp_path)
+    assert any(not row["passed"] and row["what"].startswith("gradient of encoder") for row in faulty)
+    assert all(row["passed"] for row in right)
+
+
+def test_stale_buffers_of_zero3_are_found(tmp_path: Path) -> None:
+    cells = [cell("joint", "none", True, "gathered", fault="stale"), PAIRS[6]]
+    faulty, right = verify("zero3", cells, tmp_path)
+    assert any(not row["passed"] and row["what"].startswith("gradient of encoder") for row in faulty)
+    assert all(row["passed"] for row in right)
+
+
+def test_the_command_line(tmp_path: Path) -> None:
+    arguments = [ROOT / "configs" / "digits_joint.yaml", *SMALL, f"data.shards={tmp_path / 'digits'}"]
+    done = accelerate("ddp", ROOT / "lzn_dist" / "verify.py", *arguments, cwd=tmp_path)
+    assert done.returncode == 0, done.stdout[-3000:]
+    assert "verify: everything agrees" in done.stdout and "gradient of decoder Conv2d" in done.stdout
+    done = accelerate("zero2", ROOT / "lzn_dist" / "verify.py", *arguments, "precision=float64", cwd=tmp_path)
+    assert done.returncode != 0 and "error: precision=float64 is for DDP and FSDP" in done.stdout

@@ -1,0 +1,74 @@
+"""Started by accelerate launch in the tests: verifies one launch on several configurations, writes the rows as JSON.
+
+    verify_worker.py OUTPUT CELLS, CELLS being JSON: [{"config": NAME, "overrides": [...], "fault": null | NAME}, ...]
+
+A fault breaks the code on purpose: `gather` scales the backward of the anchors' gather by 1/world, `stale` leaves the
+previous step's gradients in ZeRO-3's buffers.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+from unittest.mock import patch
+
+import torch
+from launching import ROOT, SMALL
+from torch import Tensor
+
+from lzn_dist.config import load_config
+from lzn_dist.distributed import Topology
+from lzn_dist.distributed.anchors import _GatherAnchors
+from lzn_dist.distributed.launch import Launch, build_accelerator
+from lzn_dist.distributed.zero import ZeroEngine
+from lzn_dist.verify import verify
+
+
+@contextmanager
+def fault(name: str | None) -> Iterator[None]:
+    if name == "gather":
+        right = _GatherAnchors.backward
+
+        def wrong(ctx: Any, *grads: Tensor) -> Tensor:
+            return right(ctx, *grads) / Topology.current().world_size
+
+        with patch.object(_GatherAnchors, "backward", staticmethod(wrong)):
+            yield
+    elif name == "stale":
+        complete = ZeroEngine.__init__
+
+        def incomplete(self: ZeroEngine, *arguments: Any) -> None:
+            complete(self, *arguments)
+            self.touches_first = False
+
+        with patch.object(ZeroEngine, "__init__", incomplete):
+            yield
+    else:
+        assert name is None
+        yield
+
+
+def main() -> None:
+    output, cells = Path(sys.argv[1]), json.loads(sys.argv[2])
+    launch, accelerator, results = Launch.asked(), None, []
+    for cell in cells:
+        overrides = [*SMALL, f"data.shards={output.parent / 'digits'}", "output_dir=unused", *cell["overrides"]]
+        config = load_config(ROOT / "configs" / f"digits_{cell['config']}.yaml", overrides)
+        accelerator = accelerator or build_accelerator(config, launch)
+        torch.set_num_threads(1)
+        with fault(cell["fault"]):
+            rows = verify(config, launch, accelerator)
+        results.append([{"what": r.what, "difference": r.difference, "passed": r.passed} for r in rows])
+        if Topology.current().is_main:
+            output.write_text(json.dumps(results))
+        accelerator.wait_for_everyone()
+    assert accelerator is not None
+    accelerator.end_training()
+
+
+if __name__ == "__main__":
+    main()
