@@ -69,8 +69,11 @@ class KeyedDropout(nn.Module):
             )
         if key.dtype != torch.int64 or key.shape != x.shape[:1]:
             raise ValueError(f"key: int64 of shape [{x.shape[0]}] is needed, not {key.dtype} {list(key.shape)}")
-        kept = uniform(fold(key, self.index), x.shape[1:]) >= self.rate
-        return x * kept.to(x.dtype) / (1.0 - self.rate)
+        return x * self._kept(key, x.shape[1:]).to(x.dtype) / (1.0 - self.rate)
+
+    @torch.compiler.disable  # inductor has no code for 64-bit constants like those of the generator
+    def _kept(self, key: Tensor, shape: torch.Size) -> Tensor:
+        return uniform(fold(key, self.index), shape) >= self.rate
 
     def extra_repr(self) -> str:
         return f"rate={self.rate}, index={self.index}"
