@@ -15,6 +15,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import warnings
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
@@ -37,6 +38,8 @@ from lzn_dist.networks import Networks, build_networks
 from lzn_dist.step import Counters, TrainState
 
 FORMAT = 2
+# a run of one process is meant as one: no need to say so at every checkpoint
+warnings.filterwarnings("ignore", message="torch.distributed is disabled, unavailable or uninitialized")
 
 
 class CheckpointError(ValueError):

@@ -1,0 +1,43 @@
+"""A small run in this process, without a launcher: networks, engine, objective and samples of the digits' shape."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from lzn_dist.config import Config, load_config
+from lzn_dist.distributed.engine import TorchEngine
+from lzn_dist.models.ema import EMA
+from lzn_dist.objectives import Objective, Samples
+from lzn_dist.step import TrainState, make_optimizer
+from lzn_dist.wiring import fresh_networks
+
+ROOT = Path(__file__).parents[1]
+SIZES = [
+    "encoder.channels=8", "decoder.channels=8", "latent.dim=8", "latent.steps=5", "alignment.steps=5",
+    "decoder.attention_resolutions=[]", "optimizer.warmup_steps=2", "encoder.dropout=0.2",
+]  # fmt: skip
+
+
+def small_config(*overrides: str, task: str = "joint") -> Config:
+    return load_config(ROOT / "configs" / f"digits_{task}.yaml", [*SIZES, *overrides])
+
+
+def small_state(config: Config) -> TrainState:
+    networks = fresh_networks(config, torch.device("cpu"))
+    objective = Objective(config, gather=lambda anchors: anchors)
+    engine = TorchEngine("single", networks, lambda: make_optimizer(networks, config), objective.watch, None)
+    ema = EMA({name: piece.data for name, piece in engine.weights().items()}, config.optimizer.ema_decay)
+    return TrainState(config, engine, objective, ema)
+
+
+def small_samples(batch: int = 0, count: int = 12, dtype: torch.dtype = torch.float32, views: int = 1) -> Samples:
+    generator = torch.Generator().manual_seed(batch)
+
+    def images() -> Tensor:
+        return (torch.rand(count, 1, 8, 8, generator=generator) * 2 - 1).to(dtype)
+
+    index = torch.arange(count) + 100 * batch
+    return Samples(batch, index, torch.arange(count), tuple(images() for _ in range(views)), index % 10)

@@ -1,0 +1,161 @@
+"""Checkpoints: what comes back, what is never taken for one, and what is refused in one line."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from small_run import small_config, small_samples, small_state
+
+from lzn_dist.checkpoint import (
+    CheckpointError,
+    CheckpointWriter,
+    complete_checkpoints,
+    find_checkpoint,
+    load_weights,
+    resume_state,
+)
+from lzn_dist.config import Config
+from lzn_dist.networks import build_networks
+from lzn_dist.step import TrainState, train_step
+
+
+def writer(folder: Path, config: Config, allowed: Callable[[], None] = lambda: None) -> CheckpointWriter:
+    return CheckpointWriter(folder / "checkpoints", config, 1, allowed)
+
+
+def trained(config: Config, steps: int) -> TrainState:
+    state = small_state(config)
+    for _ in range(steps):
+        train_step(state, small_samples(state.counters.batch))
+    return state
+
+
+def resumed(config: Config, path: Path) -> TrainState:
+    state = small_state(config)
+    load_weights(state.engine.networks, path)
+    resume_state(state, path)
+    return state
+
+
+def test_a_resumed_state_goes_on_bit_by_bit(tmp_path: Path) -> None:
+    config = small_config()
+    whole = trained(config, 3)
+    saver = writer(tmp_path, config)
+    saver.save(whole)
+    train_step(whole, small_samples(3))  # while the copy is being written
+    saver.close()
+    parts = resumed(config, find_checkpoint(tmp_path))
+    assert (parts.counters.step, parts.counters.batch, parts.ema.num_updates) == (3, 3, 3)
+    result = train_step(parts, small_samples(3))
+    again = train_step(whole, small_samples(4)), train_step(parts, small_samples(4))
+    assert torch.equal(again[0].scalars["loss"], again[1].scalars["loss"]) and result.applied
+    for ours, theirs in ((whole.engine.weights(), parts.engine.weights()), *_moments(whole, parts)):
+        assert all(torch.equal(piece.data, theirs[name].data) for name, piece in ours.items())
+    assert all(torch.equal(value, parts.ema.shadow[name]) for name, value in whole.ema.shadow.items())
+
+
+def _moments(a: TrainState, b: TrainState):  # type: ignore[no-untyped-def]
+    return [(a.engine.moments()[key], b.engine.moments()[key]) for key in ("exp_avg", "exp_avg_sq")]
+
+
+def test_averaged_weights_and_constants_come_back(tmp_path: Path) -> None:
+    config = small_config("decoder.embedding=fourier")
+    state = trained(config, 3)
+    saver = writer(tmp_path, config)
+    saver.save(state)
+    saver.close()
+    torch.manual_seed(123)  # the Fourier frequencies are drawn and never trained: they must come from the checkpoint
+    networks = build_networks(config)
+    load_weights(networks, find_checkpoint(tmp_path), averaged=True)
+    found = networks.state_dict()
+    assert any(name.endswith(".W") for name in state.engine.constants)
+    assert all(torch.equal(found[name], value) for name, value in state.engine.constants.items())
+    for name, shadow in state.ema.shadow.items():
+        assert torch.equal(found[name].view(-1), shadow)
+        assert not torch.equal(shadow, state.engine.weights()[name].data) or not shadow.abs().sum()
+
+
+def test_old_checkpoints_go_and_the_kept_ones_stay(tmp_path: Path) -> None:
+    config = small_config("keep_last=2", "keep_every=4")
+    state = trained(config, 1)
+    saver = writer(tmp_path, config)
+    for step in range(1, 8):
+        state.counters.step = step
+        saver.save(state)
+    saver.close()
+    assert [path.name for path in complete_checkpoints(tmp_path / "checkpoints")] == [
+        "step_00000004", "step_00000006", "step_00000007"
+    ]  # fmt: skip
+    assert (tmp_path / "checkpoints" / "latest").read_text() == "step_00000007"
+    assert not list((tmp_path / "checkpoints").glob(".*"))
+
+
+def test_what_is_half_written_is_no_checkpoint(tmp_path: Path) -> None:
+    config = small_config()
+    state = trained(config, 1)
+    saver = writer(tmp_path, config)
+    saver.save(state)
+    saver.wait()
+    (tmp_path / "checkpoints" / ".step_00000002.1.tmp").mkdir()
+    (tmp_path / "checkpoints" / "step_00000003").mkdir()
+    assert find_checkpoint(tmp_path).name == "step_00000001"
+    saver.close()
+    writer(tmp_path, config)
+    assert not (tmp_path / "checkpoints" / ".step_00000002.1.tmp").exists()  # a new start clears it away
+
+
+def test_nothing_gets_its_name_once_another_incarnation_has_the_run(tmp_path: Path) -> None:
+    def refuse() -> None:
+        raise RuntimeError("taken over")
+
+    config = small_config()
+    saver = writer(tmp_path, config, refuse)
+    saver.save(trained(config, 1))
+    with pytest.raises(RuntimeError, match="taken over"):
+        saver.close()
+    assert not complete_checkpoints(tmp_path / "checkpoints")
+
+
+def test_a_write_that_fails_is_heard_of(tmp_path: Path) -> None:
+    config = small_config()
+    saver = writer(tmp_path, config)
+    (tmp_path / "checkpoints" / ".step_00000001.1.tmp").write_text("a file where a folder must go")
+    saver.save(trained(config, 1))
+    with pytest.raises(BaseException, match="tmp"):
+        saver.close()
+    assert not complete_checkpoints(tmp_path / "checkpoints")
+
+
+def saved(folder: Path) -> Path:
+    config = small_config()
+    saver = writer(folder, config)
+    saver.save(trained(config, 1))
+    saver.close()
+    return find_checkpoint(folder)
+
+
+def test_refusals_name_what_is_wrong(tmp_path: Path) -> None:
+    path = saved(tmp_path)
+    with pytest.raises(CheckpointError, match=r"another model .* is \[20, 8, 1, 1\] there, \[20, 16, 1, 1\] here"):
+        load_weights(build_networks(small_config("encoder.channels=16")), path)
+    with pytest.raises(CheckpointError, match="no complete checkpoint"):
+        find_checkpoint(tmp_path / "elsewhere")
+    record = json.loads((path / "run.json").read_text())
+    (path / "run.json").write_text(json.dumps({**record, "format": 99}))
+    with pytest.raises(CheckpointError, match="format 99"):
+        load_weights(build_networks(small_config()), path)
+    (path / "run.json").write_text("{")
+    with pytest.raises(CheckpointError, match="cannot be read"):
+        load_weights(build_networks(small_config()), path)
+
+
+def test_a_truncated_file_is_refused(tmp_path: Path) -> None:
+    path = saved(tmp_path)
+    for part in path.glob("*.distcp"):
+        part.write_bytes(part.read_bytes()[: part.stat().st_size // 2])
+    with pytest.raises(CheckpointError, match="cannot be read"):
+        resumed(small_config(), path)

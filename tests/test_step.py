@@ -1,0 +1,147 @@
+"""One step: gradient caching, skipping, stopping, and what stays as it was."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from small_run import small_config, small_samples, small_state
+from torch import nn
+
+from lzn_dist.config import ConfigError
+from lzn_dist.distributed.activations import blocks, checkpoint_activations
+from lzn_dist.distributed.engine import build_engine
+from lzn_dist.distributed.grad_cache import cached_backward, check_batch_independent
+from lzn_dist.distributed.launch import Launch
+from lzn_dist.flops import training_flops_per_image
+from lzn_dist.models import ResNetEncoder
+from lzn_dist.networks import Networks, build_networks
+from lzn_dist.step import TrainState, compute_gradients, make_optimizer, train_step
+from lzn_dist.stopwatch import Stopwatch
+
+
+def gradients(state: TrainState, task: str) -> dict[str, torch.Tensor]:
+    views = 2 if task == "representation" else 1
+    compute_gradients(state, small_samples(dtype=torch.float64, views=views))
+    return state.engine.gradients()
+
+
+@pytest.mark.parametrize("task", ["generation", "representation", "joint"])
+@pytest.mark.parametrize("micro_batch", [1, 5, 12, 100])
+def test_caching_gives_the_gradients_of_one_backward(task: str, micro_batch: int) -> None:
+    plain = gradients(small_state(small_config("precision=float64", task=task)), task)
+    cached = gradients(small_state(small_config("precision=float64", f"micro_batch={micro_batch}", task=task)), task)
+    total = torch.stack([value.norm() for value in plain.values()]).norm()
+    assert total > 1e-3
+    for name, value in plain.items():
+        assert (cached[name] - value).norm() <= 1e-11 * total, name
+
+
+@pytest.mark.parametrize("policy,most", [("selective", 0.7), ("full", 0.1)])
+def test_activation_checkpointing_forgets_and_changes_nothing(policy: str, most: float) -> None:
+    """most: what may stay of the saved numbers; read-outs, which are no blocks, weigh much in so small networks."""
+    plain = gradients(small_state(small_config("precision=float64")), "joint")
+    state = small_state(small_config("precision=float64"))
+    chosen = checkpoint_activations(state.engine.networks, policy)  # type: ignore[arg-type]
+    assert len(chosen) == (2 if policy == "full" else len(blocks(state.engine.networks)))
+    kept: list[int] = []
+
+    def pack(tensor: torch.Tensor) -> torch.Tensor:
+        kept.append(0 if isinstance(tensor, nn.Parameter) else tensor.numel())
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        state.objective(state.engine.networks, small_samples(dtype=torch.float64))
+        few = sum(kept)
+        kept.clear()
+        fresh = small_state(small_config("precision=float64"))
+        fresh.objective(fresh.engine.networks, small_samples(dtype=torch.float64))
+    assert few < most * sum(kept)
+    found = gradients(state, "joint")
+    assert all(torch.equal(found[name], value) for name, value in plain.items())
+
+
+def test_batch_statistics_are_refused_for_caching() -> None:
+    normalised = nn.Sequential(nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4))
+    with pytest.raises(ConfigError, match=r"encoder\.1 \(BatchNorm2d\)"):
+        check_batch_independent(Networks(normalised, None, None))
+    check_batch_independent(build_networks(small_config()))
+
+
+@pytest.mark.parametrize("micro_batch", [0, 5])
+def test_a_step_that_is_not_finite_changes_nothing_but_the_cursor(micro_batch: int) -> None:
+    state = small_state(small_config(f"micro_batch={micro_batch}"))
+    train_step(state, small_samples(0))
+    before = {name: piece.data.clone() for name, piece in state.engine.weights().items()}
+    averages = {name: value.clone() for name, value in state.ema.shadow.items()}
+    poisoned = small_samples(1)
+    poisoned.views[0][3, 0, 2, 2] = float("nan")
+    result = train_step(state, poisoned)
+    assert not result.applied and not result.scalars["loss"].isfinite()
+    assert (state.counters.step, state.counters.batch, state.counters.nonfinite) == (1, 2, 1)
+    assert all(torch.equal(piece.data, before[name]) for name, piece in state.engine.weights().items())
+    assert all(torch.equal(value, averages[name]) for name, value in state.ema.shadow.items())
+    assert state.ema.num_updates == 1
+    assert train_step(state, small_samples(2)).applied
+    assert (state.counters.step, state.counters.batch, state.counters.nonfinite) == (2, 3, 0)
+
+
+def test_a_loss_that_is_not_finite_poisons_finite_gradients() -> None:
+    """A constant term hides from gradients; the step must be skipped all the same."""
+    state = small_state(small_config())
+    endless = torch.tensor(float("inf"))
+    state.engine.backward(lambda networks: (state.objective(networks, small_samples())[0] + endless, None))
+    assert not state.engine.step(1.0).applied
+
+
+def test_a_stopped_group_stays_while_others_move() -> None:
+    state = small_state(small_config("optimizer.decoder_stop=2"))
+    for batch in range(2):
+        train_step(state, small_samples(batch))
+    before = {name: piece.data.clone() for name, piece in state.engine.weights().items()}
+    averages = {name: value.clone() for name, value in state.ema.shadow.items()}
+    result = train_step(state, small_samples(2))
+    for name, piece in state.engine.weights().items():
+        stopped = name.startswith("decoder.")
+        assert torch.equal(piece.data, before[name]) == stopped or not piece.data.any(), name
+        assert torch.equal(state.ema.shadow[name], averages[name]) == stopped or not piece.data.any(), name
+    # the frozen network has no part in the norm that is clipped
+    again = small_state(small_config())
+    compute_gradients(again, small_samples(0))
+    whole = again.engine.step(1.0).norm
+    frozen = small_state(small_config("optimizer.decoder_stop=1"))
+    frozen.counters.step = 1
+    assert train_step(frozen, small_samples(0)).scalars["grad_norm"] < whole
+    assert result.applied
+
+
+def test_the_caching_leaves_no_graph_of_the_whole_batch() -> None:
+    """What is alive between the parts of a cached step does not grow with the encoder's activations."""
+    state = small_state(small_config(task="representation"))
+    sizes: list[int] = []
+
+    def pack(tensor: torch.Tensor) -> torch.Tensor:
+        sizes.append(tensor.shape[0] if tensor.ndim == 4 and tensor.shape[-1] > 3 else 0)
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        cached_backward(state.engine, state.objective, small_samples(views=2), 4)
+    assert max(sizes) == 4
+
+
+def test_another_engine_than_asked_for_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    config = small_config()
+    networks = build_networks(config)
+    monkeypatch.setattr("lzn_dist.distributed.engine._shard", lambda *_: None)
+    with pytest.raises(ConfigError, match="asks for engine fsdp, but single"):
+        build_engine(config, Launch("fsdp", 1), networks, lambda: make_optimizer(networks, config), None, Stopwatch())
+
+
+def test_flops_of_resnet50_are_the_published_ones() -> None:
+    """He et al. 2016, table 1: 3.8e9 multiply-adds at 224 pixels (4.1e9 with the shortcuts' projections)."""
+    config = small_config(
+        "encoder.kind=resnet", "encoder.channels=64", "encoder.blocks=[3,4,6,3]", "encoder.stem=imagenet",
+        "data.embedded=none", "data.image_size=224", "data.image_channels=3", "latent.dim=256", task="representation",
+    )  # fmt: skip
+    networks = Networks(ResNetEncoder(), None, None)
+    per_forward = training_flops_per_image(networks, config) / 3 / 2  # two views
+    assert per_forward / 2 == pytest.approx(4.1e9, rel=0.02)
