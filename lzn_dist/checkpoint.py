@@ -18,6 +18,7 @@ import shutil
 import warnings
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -204,12 +205,14 @@ def _write_text(path: Path, text: str) -> None:
 class CheckpointWriter:
     """Writes a run's checkpoints, one at a time, in the background; `save` and `wait` are collective.
 
-    allowed: asked on the main process before a checkpoint gets its name; raises where another incarnation of the run
-    has taken over. incarnation: part of temporary names, so that two incarnations never share one.
+    held: entered on the main process while a checkpoint gets its name; raises where another incarnation of the run has
+    taken over. incarnation: part of temporary names, so that two incarnations never share one.
     """
 
-    def __init__(self, folder: Path, config: Config, incarnation: int, allowed: Callable[[], None]) -> None:
-        self.folder, self.config, self.incarnation, self.allowed = folder, config, incarnation, allowed
+    def __init__(
+        self, folder: Path, config: Config, incarnation: int, held: Callable[[], AbstractContextManager[None]]
+    ) -> None:
+        self.folder, self.config, self.incarnation, self.held = folder, config, incarnation, held
         self.main = Topology.current().is_main
         self.several = Topology.current().world_size > 1
         # its own group: its collectives run beside the training's
@@ -257,13 +260,13 @@ class CheckpointWriter:
         _write_text(temporary / "run.json", json.dumps(asdict(record)))
         _sync(temporary / "config.yaml")
         _sync(temporary)
-        self.allowed()
-        if final.exists():
-            shutil.rmtree(final)
-        temporary.rename(final)
-        _sync(self.folder)
-        _write_text(self.folder / "latest", final.name)
-        self._prune()
+        with self.held():
+            if final.exists():
+                shutil.rmtree(final)
+            temporary.rename(final)
+            _sync(self.folder)
+            _write_text(self.folder / "latest", final.name)
+            self._prune()
 
     def _prune(self) -> None:
         every = self.config.keep_every

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 
 import torch
@@ -66,9 +67,8 @@ class Run:
         except (ValueError, OSError) as error:
             raise ConfigError(str(error)) from error
         incarnation = same_everywhere(str(self.folder.incarnation) if self.folder is not None else None)
-        self.writer = CheckpointWriter(
-            Path(config.output_dir) / "checkpoints", config, int(incarnation or 0), self._still_ours
-        )
+        held = nullcontext if self.folder is None else self.folder.held
+        self.writer = CheckpointWriter(Path(config.output_dir) / "checkpoints", config, int(incarnation or 0), held)
         self._announce(checkpoint)
         flops = training_flops_per_image(build_networks(config), config) if torch.cuda.is_available() else 0.0
         self.tracker = Tracker(config, accelerator, self.folder, self.state.counters.step, flops)
@@ -87,11 +87,6 @@ class Run:
             f"{self.config.task}: {sum(shapes):,} parameters, {describe(state)}, "
             f"step {state.counters.step} to {self.config.max_steps}"
         )
-
-    def _still_ours(self) -> None:
-        assert self.folder is not None
-        with self.folder.held():
-            pass
 
     def status(self, status: str, why: str = "") -> None:
         if self.folder is not None:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 
 import pytest
@@ -23,8 +24,10 @@ from lzn_dist.networks import build_networks
 from lzn_dist.step import TrainState, train_step
 
 
-def writer(folder: Path, config: Config, allowed: Callable[[], None] = lambda: None) -> CheckpointWriter:
-    return CheckpointWriter(folder / "checkpoints", config, 1, allowed)
+def writer(
+    folder: Path, config: Config, held: Callable[[], AbstractContextManager[None]] = nullcontext
+) -> CheckpointWriter:
+    return CheckpointWriter(folder / "checkpoints", config, 1, held)
 
 
 def trained(config: Config, steps: int) -> TrainState:
@@ -109,8 +112,10 @@ def test_what_is_half_written_is_no_checkpoint(tmp_path: Path) -> None:
 
 
 def test_nothing_gets_its_name_once_another_incarnation_has_the_run(tmp_path: Path) -> None:
-    def refuse() -> None:
+    @contextmanager
+    def refuse() -> Iterator[None]:
         raise RuntimeError("taken over")
+        yield
 
     config = small_config()
     saver = writer(tmp_path, config, refuse)
