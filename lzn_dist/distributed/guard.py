@@ -13,7 +13,6 @@ from types import FrameType
 from typing import Any
 
 import torch.distributed as dist
-from accelerate.utils import broadcast_object_list
 
 from lzn_dist.distributed.topology import Topology
 from lzn_dist.stopwatch import Stopwatch
@@ -66,7 +65,7 @@ class Watchdog:
         host = os.environ.get("MASTER_ADDR", "localhost")
         server = dist.TCPStore(host, 0, is_master=True, wait_for_workers=False) if self.topology.is_main else None
         port = [None if server is None else server.port]
-        broadcast_object_list(port)
+        dist.broadcast_object_list(port)
         return server or dist.TCPStore(host, int(port[0] or 0), is_master=False)
 
     def begin(self, step: int) -> None:

@@ -16,8 +16,9 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
+import torch.distributed as dist
 from accelerate import Accelerator
-from accelerate.utils import DeepSpeedPlugin, InitProcessGroupKwargs, broadcast_object_list
+from accelerate.utils import DeepSpeedPlugin, InitProcessGroupKwargs
 
 from lzn_dist.config import Config, ConfigError
 from lzn_dist.distributed.topology import Topology
@@ -139,5 +140,6 @@ def _filled(deepspeed: dict[str, Any], config: Config, world_size: int) -> dict[
 def same_everywhere(value: str | None) -> str | None:
     """The main process's value on every process (which checkpoint to resume from, say)."""
     shared: list[str | None] = [value]
-    broadcast_object_list(shared)
+    if Topology.current().world_size > 1:
+        dist.broadcast_object_list(shared)
     return shared[0]
