@@ -24,6 +24,7 @@ import subprocess
 import sys
 import tempfile
 import time
+import warnings
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -39,6 +40,7 @@ SETTINGS = [
     "alignment.steps=6", "decoder.attention_resolutions=[]", "encoder.dropout=0.1", "decoder.dropout=0.1",
     "optimizer.warmup_steps=2", "log_every=1", "checkpoint_every=3", "tracking.wandb=disabled", f"max_steps={STEPS}",
 ]  # fmt: skip
+warnings.filterwarnings("ignore", message="torch.distributed is disabled")
 TIMES = re.compile("images_per_second|seconds_.*|peak_memory_mb|mfu")
 
 
@@ -137,6 +139,7 @@ def disturb(folder: Path, engine: str, chance: random.Random, outcome: Outcome, 
         outcome.kills.append(how + (" while writing" if writing else ""))
         _check_resume(folder, before, outcome)
     process.wait()
+    _check_resume(folder, before, outcome)
     outcome.orphans = len(orphans)
     time.sleep(1.0)
     for pid in orphans:  # an orphan that has not found out yet would otherwise outlive the scenario
@@ -158,12 +161,13 @@ def _wait(process: subprocess.Popen[bytes], folder: Path, chance: random.Random 
         if process.poll() is not None:
             return False
         if chance is not None and len(ranks(process.pid)) == 2:
-            if aim and len(rows(folder)) > 2 and any((folder / "checkpoints").glob(".step_*.tmp")):
+            due = len(rows(folder)) >= began + target
+            if due and aim and any((folder / "checkpoints").glob(".step_*.tmp")):
                 return True
-            if not aim and len(rows(folder)) >= began + target:
+            if due and not aim:
                 time.sleep(chance.random() * 0.2)
                 return process.poll() is None
-        time.sleep(0.002 if aim else 0.05)
+        time.sleep(0.01 if aim else 0.05)
     process.kill()
     raise TimeoutError(f"{folder} hung")
 
@@ -235,7 +239,10 @@ def main() -> int:
         outcomes.append(outcome)
         verdict = "pass" if not outcome.problems else "FAIL: " + "; ".join(outcome.problems)
         kills = ", ".join(outcome.kills)
-        print(f"{outcome.scenario:<12} resumes {outcome.resumes}  kills: {kills:<60} {verdict}", flush=True)
+        print(
+            f"{outcome.scenario:<12} resumes {outcome.resumes}  orphans {outcome.orphans}  kills: {kills:<60} {verdict}",
+            flush=True,
+        )
 
     for number, engine in enumerate(engines):
         outcome, path = Outcome(f"{engine} {number + 1}"), folder / f"{engine}_{number}"
