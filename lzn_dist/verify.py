@@ -30,14 +30,19 @@ from torch import Tensor
 from lzn_dist.checkpoint import CheckpointError
 from lzn_dist.config import Config, ConfigError, load_config
 from lzn_dist.distributed import Topology
-from lzn_dist.distributed.engine import TorchEngine
 from lzn_dist.distributed.launch import Launch, build_accelerator, same_everywhere
 from lzn_dist.distributed.pieces import gather_pieces
-from lzn_dist.models.ema import EMA
 from lzn_dist.networks import Networks
-from lzn_dist.objectives import Objective
-from lzn_dist.step import TrainState, apply_gradients, compute_gradients, make_optimizer
-from lzn_dist.wiring import build_state, describe, fresh_networks, make_embedded_data, open_stream, prepare_samples
+from lzn_dist.step import TrainState, apply_gradients, compute_gradients
+from lzn_dist.wiring import (
+    build_state,
+    describe,
+    fresh_networks,
+    make_embedded_data,
+    open_stream,
+    prepare_samples,
+    single_state,
+)
 
 STEPS = 3
 # Relative differences that rounding explains: of losses, gradients, and the weights' change over all steps.
@@ -92,15 +97,6 @@ def run_steps(
     else:
         trace.weights = {name: piece.data.cpu().view(piece.shape) for name, piece in weights.items()}
     return trace
-
-
-def reference_state(config: Config, accelerator: Accelerator) -> TrainState:
-    """One process, whatever the world around it: no collective, all anchors at hand."""
-    networks = fresh_networks(config, accelerator.device)
-    objective = Objective(config, gather=lambda anchors: anchors)
-    engine = TorchEngine("single", networks, lambda: make_optimizer(networks, config), objective.watch, None)
-    ema = EMA({name: piece.data for name, piece in engine.weights().items()}, config.optimizer.ema_decay)
-    return TrainState(config, engine, objective, ema)
 
 
 def group_of(networks: Networks) -> dict[str, str]:
@@ -181,7 +177,7 @@ def verify(config: Config, launch: Launch, accelerator: Accelerator, reference_m
         start = {
             name: p.detach().cpu().clone() for name, p in fresh_networks(alone, accelerator.device).named_parameters()
         }
-        single = reference_state(alone, accelerator)
+        single = single_state(alone, accelerator.device)
         reference = run_steps(single, accelerator, Topology(), ours.gradients)
         rows = compare(ours, reference, start, group_of(single.engine.networks), precision)
     return rows

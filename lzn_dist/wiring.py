@@ -11,7 +11,7 @@ from lzn_dist.checkpoint import CheckpointError, RunRecord, find_checkpoint, loa
 from lzn_dist.config import Config
 from lzn_dist.data import Batch, BatchStream, ShardIndex, augment, ensure_digits
 from lzn_dist.distributed import Topology, gather_anchors, ring_field
-from lzn_dist.distributed.engine import build_engine
+from lzn_dist.distributed.engine import Engine, TorchEngine, build_engine
 from lzn_dist.distributed.grad_cache import check_batch_independent
 from lzn_dist.distributed.launch import Launch, same_everywhere
 from lzn_dist.models.ema import EMA
@@ -74,11 +74,22 @@ def build_state(config: Config, launch: Launch, accelerator: Accelerator, checkp
     engine = build_engine(
         config, launch, networks, lambda: make_optimizer(networks, config), accelerator, objective.watch
     )
-    ema = EMA({name: piece.data for name, piece in engine.weights().items()}, config.optimizer.ema_decay)
-    state = TrainState(config, engine, objective, ema)
+    state = TrainState(config, engine, objective, _averages(engine, config))
     if checkpoint is not None:
         resume_state(state, checkpoint)
     return state
+
+
+def single_state(config: Config, device: torch.device) -> TrainState:
+    """Fresh state of one process, whatever the world around it: no collective, all anchors at hand."""
+    networks = fresh_networks(config, device)
+    objective = Objective(config, gather=lambda anchors: anchors)
+    engine = TorchEngine("single", networks, lambda: make_optimizer(networks, config), objective.watch, None)
+    return TrainState(config, engine, objective, _averages(engine, config))
+
+
+def _averages(engine: Engine, config: Config) -> EMA:
+    return EMA({name: piece.data for name, piece in engine.weights().items()}, config.optimizer.ema_decay)
 
 
 def checkpoint_to_resume(config: Config, is_main: bool) -> Path | None:

@@ -8,11 +8,9 @@ import torch
 from torch import Tensor
 
 from lzn_dist.config import Config, load_config
-from lzn_dist.distributed.engine import TorchEngine
-from lzn_dist.models.ema import EMA
-from lzn_dist.objectives import Objective, Samples
-from lzn_dist.step import TrainState, make_optimizer
-from lzn_dist.wiring import fresh_networks
+from lzn_dist.objectives import Samples
+from lzn_dist.step import TrainState
+from lzn_dist.wiring import single_state
 
 ROOT = Path(__file__).parents[1]
 SIZES = [
@@ -26,11 +24,7 @@ def small_config(*overrides: str, task: str = "joint") -> Config:
 
 
 def small_state(config: Config) -> TrainState:
-    networks = fresh_networks(config, torch.device("cpu"))
-    objective = Objective(config, gather=lambda anchors: anchors)
-    engine = TorchEngine("single", networks, lambda: make_optimizer(networks, config), objective.watch, None)
-    ema = EMA({name: piece.data for name, piece in engine.weights().items()}, config.optimizer.ema_decay)
-    return TrainState(config, engine, objective, ema)
+    return single_state(config, torch.device("cpu"))
 
 
 def small_samples(batch: int = 0, count: int = 12, dtype: torch.dtype = torch.float32, views: int = 1) -> Samples:

@@ -38,6 +38,7 @@ def test_killed_or_told_to_end_the_run_goes_on_as_if_nothing_had_been(tmp_path: 
     process.wait(timeout=100)
     assert len(complete(killed)) >= 1 and len(rows(killed)) < 30
     assert start(killed, "ddp", 2).wait(timeout=200) == 0
+    assert start(killed, "ddp", 2).wait(timeout=100) == 0  # once more, with nothing left to do
     outcome = Outcome("killed")
     compare(killed, reference, outcome)
     assert outcome.problems == []

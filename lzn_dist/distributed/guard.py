@@ -9,6 +9,7 @@ import socket
 import sys
 import threading
 import time
+from datetime import timedelta
 from types import FrameType
 from typing import Any
 
@@ -63,10 +64,15 @@ class Watchdog:
     def _meet(self) -> Any:
         """A store of its own on the main process: the default one may be blocked by whoever waits for it."""
         host = os.environ.get("MASTER_ADDR", "localhost")
-        server = dist.TCPStore(host, 0, is_master=True, wait_for_workers=False) if self.topology.is_main else None
+        limit = timedelta(seconds=60)
+        server = None
+        if self.topology.is_main:
+            server = dist.TCPStore(host, 0, is_master=True, wait_for_workers=False, timeout=limit)
         port = [None if server is None else server.port]
         dist.broadcast_object_list(port)
-        return server or dist.TCPStore(host, int(port[0] or 0), is_master=False)
+        store = server or dist.TCPStore(host, int(port[0] or 0), is_master=False, timeout=limit)
+        dist.barrier()  # a main process with nothing left to do would close it before the others have come
+        return store
 
     def begin(self, step: int) -> None:
         """A step begins."""
@@ -79,7 +85,7 @@ class Watchdog:
     def close(self) -> None:
         self._ended.set()
         if self._thread is not None:
-            self._thread.join()
+            self._thread.join(timeout=1.0)  # it may be waiting for a store that went with the main process
 
     def _run(self) -> None:
         while not self._ended.wait(min(self.seconds / 4, 5.0)):

@@ -5,7 +5,6 @@ Every function writes one PNG and returns its path.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -15,6 +14,8 @@ import torch
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from torch import Tensor
+
+from lzn_dist.run_folder import read_lines
 
 INK = "#22262e"
 # Ten hues of similar weight, ordered so that neighbours differ.
@@ -90,23 +91,12 @@ def interpolation_grid(paths: Sequence[Tensor], path: Path) -> Path:
     return _image_figure(mosaic(torch.cat(list(paths)), len(paths[0])), title, 7.0, [""] * len(paths), path)
 
 
-def read_jsonl(path: Path) -> list[dict[str, Any]]:
-    """Objects of a JSON-lines file; nothing where it is missing, and a half-written last line is left out."""
-    rows = []
-    for line in path.read_text().splitlines() if path.is_file() else []:
-        try:
-            rows.append(json.loads(line))
-        except json.JSONDecodeError:
-            break
-    return rows
-
-
 _FRACTIONS = ("accuracy_centre", "recognised", "recognised_prior", "linear_probe", "knn", "probe_10_labels")
 
 
 def training_curves(run: Path, path: Path) -> Path | None:
     """Losses of metrics.jsonl and fractions of eval.jsonl over the steps; None where there is nothing to draw."""
-    metrics, evaluations = read_jsonl(run / "metrics.jsonl"), read_jsonl(run / "eval.jsonl")
+    metrics, evaluations = read_lines(run / "metrics.jsonl"), read_lines(run / "eval.jsonl")
     if not metrics:
         return None
     losses = sorted({key for row in metrics for key in row if key == "loss" or key.startswith("loss_")})

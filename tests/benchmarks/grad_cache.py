@@ -21,11 +21,9 @@ import torch
 from zones import Peak, machine
 
 from lzn_dist.config import Config, load_config
-from lzn_dist.distributed.engine import TorchEngine
-from lzn_dist.models.ema import EMA
-from lzn_dist.objectives import Objective, Samples
-from lzn_dist.step import TrainState, compute_gradients, make_optimizer
-from lzn_dist.wiring import fresh_networks
+from lzn_dist.objectives import Samples
+from lzn_dist.step import TrainState, compute_gradients
+from lzn_dist.wiring import single_state
 
 ROOT = Path(__file__).parents[2]
 DIM, SIZE, STEPS = 256, 32, 20
@@ -42,11 +40,7 @@ def config(batch: int, micro_batch: int) -> Config:
 
 
 def make_state(settings: Config) -> TrainState:
-    networks = fresh_networks(settings, torch.device("cpu"))
-    objective = Objective(settings, gather=lambda anchors: anchors)
-    engine = TorchEngine("single", networks, lambda: make_optimizer(networks, settings), objective.watch, None)
-    ema = EMA({name: piece.data for name, piece in engine.weights().items()}, 0.99)
-    return TrainState(settings, engine, objective, ema)
+    return single_state(settings, torch.device("cpu"))
 
 
 def make_samples(batch: int) -> Samples:

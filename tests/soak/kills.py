@@ -239,10 +239,8 @@ def main() -> int:
         outcomes.append(outcome)
         verdict = "pass" if not outcome.problems else "FAIL: " + "; ".join(outcome.problems)
         kills = ", ".join(outcome.kills)
-        print(
-            f"{outcome.scenario:<12} resumes {outcome.resumes}  orphans {outcome.orphans}  kills: {kills:<60} {verdict}",
-            flush=True,
-        )
+        counts = f"resumes {outcome.resumes}  orphans {outcome.orphans}"
+        print(f"{outcome.scenario:<12} {counts}  kills: {kills:<60} {verdict}", flush=True)
 
     for number, engine in enumerate(engines):
         outcome, path = Outcome(f"{engine} {number + 1}"), folder / f"{engine}_{number}"
