@@ -2,8 +2,12 @@
 
     python tests/benchmarks/overhead.py [--quick] [--output FILE]
 
-SimCLR's loss is NT-Xent (arXiv 2002.05709, equation 1; temperature 0.1) on the same anchors, normalised. Whole steps
-(encode two views, loss, backward, Adam, averages) of the two alternate in one process; medians and their quartiles.
+SimCLR's loss is NT-Xent (arXiv 2002.05709, equation 1; temperature 0.1) on the same anchors, normalised. Both train
+from the same weights on one batch of smooth random images. Whole steps (encode two views, loss, backward, clipping,
+Adam, averages) of the two take turns in one process, in alternating order, then the losses alone (forward and backward
+to the anchors) on the anchors of LZN's trained encoder. Ratios are taken within a turn; medians and quartiles. As the
+steps differ in the loss alone, 1 + (LZN's loss − SimCLR's loss) / SimCLR's step is their ratio with less noise where
+the encoder's seconds scatter: "from the parts".
 """
 
 from __future__ import annotations
@@ -12,25 +16,43 @@ import argparse
 import statistics
 import sys
 import time
-from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from grad_cache import ROOT, make_state
+from common import machine
+from grad_cache import CPU, make_samples, representation, spread, take_turns
 from torch import Tensor
-from zones import machine
 
-from lzn_dist.config import load_config
+from lzn_dist.networks import Networks
 from lzn_dist.objectives import Samples
-from lzn_dist.step import TrainState, apply_gradients, compute_gradients
+from lzn_dist.step import TrainState, apply_gradients, schedule, train_step
+from lzn_dist.wiring import single_state
 
-CASES: dict[str, tuple[int, int, list[str]]] = {
-    "digits encoder, 8x8, batch 256, D 64": (256, 8, []),
-    "ResNet-50, 64x64, batch 96, D 256": (
-        96, 64, ["encoder.channels=64", "encoder.blocks=[3,4,6,3]", "encoder.stem=imagenet", "latent.dim=256"],
-    ),
-}  # fmt: skip
+
+@dataclass
+class Case:
+    """turns: of whole steps; the losses alone take loss_turns."""
+
+    name: str
+    batch: int
+    size: int
+    channels: int
+    overrides: tuple[str, ...]
+    turns: int
+    loss_turns: int = 30
+
+
+RESNET_50 = ("encoder.channels=64", "encoder.blocks=[3,4,6,3]", "encoder.stem=imagenet", "latent.dim=256")
+FULL = [
+    Case("digits encoder, 8x8, batch 256, D 64", 256, 8, 1, (), 30),
+    Case("ResNet-50, 64x64, batch 128, D 256", 128, 64, 3, RESNET_50, 7),
+]
+QUICK = [
+    Case("digits encoder, 8x8, batch 64, D 64", 64, 8, 1, (), 3, 3),
+    Case("ResNet-50, 64x64, batch 8, D 256", 8, 64, 3, RESNET_50, 2, 3),
+]
 
 
 def nt_xent(first: Tensor, second: Tensor, temperature: float = 0.1) -> Tensor:
@@ -41,84 +63,75 @@ def nt_xent(first: Tensor, second: Tensor, temperature: float = 0.1) -> Tensor:
     return F.cross_entropy(logits, torch.arange(2 * b).roll(b))
 
 
-def lzn_step(state: TrainState, samples: Samples) -> None:
-    compute_gradients(state, samples)
-    apply_gradients(state)
-
-
 def simclr_step(state: TrainState, samples: Samples) -> None:
-    def loss(networks: object) -> tuple[Tensor, None]:
-        first, second = (state.objective.encode(networks, samples, view) for view in range(2))  # type: ignore[arg-type]
+    """`train_step` with the other loss."""
+
+    def loss(networks: Networks) -> tuple[Tensor, None]:
+        first, second = (state.objective.encode(networks, samples, view) for view in range(2))
         return nt_xent(first, second), None
 
+    schedule(state.engine, state.counters.step, state.config)
     state.engine.backward(loss)
     apply_gradients(state)
 
 
-def loss_alone(state: TrainState, samples: Samples, anchors: list[Tensor], lzn: bool) -> None:
-    leaves = [value.detach().requires_grad_() for value in anchors]
-    loss = state.objective.couple(leaves, None, samples).loss if lzn else nt_xent(*leaves)
+def lzn_loss(state: TrainState, samples: Samples, anchors: list[Tensor]) -> None:
+    leaves = [value.clone().requires_grad_() for value in anchors]
+    loss = state.objective.couple(leaves, None, samples).loss
     assert loss is not None
     loss.backward()
 
 
-def quartiles(times: list[float]) -> tuple[float, float, float]:
-    low, middle, high = statistics.quantiles(times, n=4)
-    return low, middle, high
+def simclr_loss(anchors: list[Tensor]) -> None:
+    first, second = (value.clone().requires_grad_() for value in anchors)
+    nt_xent(first, second).backward()
 
 
-def alternate(functions: list[Callable[[], None]], seconds: float) -> list[list[float]]:
-    """Seconds of each call, taking turns for a span, four turns at least, the first one not counted."""
-    times: list[list[float]] = [[] for _ in functions]
-    end = time.perf_counter() + seconds
-    while len(times[0]) < 5 or time.perf_counter() < end:
-        for function, found in zip(functions, times, strict=True):
-            start = time.perf_counter()
-            function()
-            found.append(time.perf_counter() - start)
-    return [found[1:] for found in times]
+def measure(case: Case) -> tuple[list[list[float]], list[list[float]]]:
+    """Seconds of each turn, LZN's and SimCLR's: whole steps, losses alone."""
+    settings = representation(case.batch, case.size, case.channels, case.overrides)
+    samples = make_samples(case.batch, case.size, case.channels)
+    ours, theirs = single_state(settings, CPU), single_state(settings, CPU)
+    steps = take_turns([lambda: train_step(ours, samples), lambda: simclr_step(theirs, samples)], case.turns)
+    anchors = [
+        ours.engine.forward(lambda networks, v=view: ours.objective.encode(networks, samples, v))  # type: ignore[misc]
+        for view in range(2)
+    ]
+    losses = take_turns(
+        [lambda: lzn_loss(ours, samples, anchors), lambda: simclr_loss(anchors)], case.loss_turns
+    )  # fmt: skip
+    return steps, losses
 
 
-def case(batch: int, size: int, overrides: list[str], seconds: float) -> list[tuple[str, list[float], list[float]]]:
-    channels = 1 if size == 8 else 3
-    data = [] if size == 8 else ["data.embedded=none", f"data.image_size={size}", "data.image_channels=3"]
-    settings = load_config(
-        ROOT / "configs" / "digits_representation.yaml", [f"data.global_batch={batch}", *data, *overrides]
-    )
-    generator = torch.Generator().manual_seed(0)
-    first = torch.rand(batch, channels, size, size, generator=generator) * 2 - 1
-    index = torch.arange(batch)
-    samples = Samples(0, index, index, (first, (first * 0.9).clamp(-1, 1)), index % 10)
-    ours, theirs = make_state(settings), make_state(settings)
-    lzn, simclr = alternate([lambda: lzn_step(ours, samples), lambda: simclr_step(theirs, samples)], seconds)
-    networks = ours.engine.networks
-    anchors = [ours.objective.encode(networks, samples, view).detach() for view in range(2)]
-    lzn_loss, simclr_loss = alternate(
-        [lambda lzn=lzn: loss_alone(ours, samples, anchors, lzn) for lzn in (True, False)],  # type: ignore[misc]
-        seconds / 4,
-    )
-    return [("whole step", lzn, simclr), ("loss, forward and backward", lzn_loss, simclr_loss)]
+def rows(case: Case) -> list[str]:
+    steps, losses = measure(case)
+    extra = statistics.median(losses[0]) - statistics.median(losses[1])
+    expected = f"{1 + extra / statistics.median(steps[1]):.3f}"
+    lines = []
+    for what, (lzn, simclr), parts in (("whole step", steps, expected), ("loss alone", losses, "")):
+        ratios = [a / b for a, b in zip(lzn, simclr, strict=True)]
+        shown = [spread([1e3 * value for value in times], 1) for times in (lzn, simclr)]
+        lines.append(f"| {case.name} | {what} | {shown[0]} | {shown[1]} | {spread(ratios, 2)} | {parts} |")
+        print(lines[-1], file=sys.stderr, flush=True)
+    return lines
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="a few calls each")
+    parser.add_argument("--quick", action="store_true", help="small batches, a few calls each")
     parser.add_argument("--output", type=Path, help="also write the table there")
     arguments = parser.parse_args()
+    start = time.perf_counter()
     lines = [
         "# LZN's objective beside SimCLR's loss", "", f"{machine()}.",
-        "Euler 20 + 20 steps, noise 0.45, float32. Medians (quartiles) in ms.", "",
-        "| encoder | what | LZN | SimCLR | LZN/SimCLR |", "|---|---|---|---|---|",
+        "Euler 20 + 20 steps, noise 0.45, float32; NT-Xent at temperature 0.1. Milliseconds and ratios within a turn,",
+        "median (quartiles); from the parts: 1 + (LZN's loss − SimCLR's loss) / SimCLR's step.", "",
+        "| encoder | what | LZN ms | SimCLR ms | LZN / SimCLR | from the parts |", "|---|---|---|---|---|---|",
     ]  # fmt: skip
-    for name, (batch, size, overrides) in CASES.items():
-        for what, lzn, simclr in case(batch, size, overrides, 1.0 if arguments.quick else 60.0):
-            (a, m, b), (c, n, d) = quartiles(lzn), quartiles(simclr)
-            lines.append(
-                f"| {name} | {what} | {m * 1e3:.1f} ({a * 1e3:.1f} to {b * 1e3:.1f}) "
-                f"| {n * 1e3:.1f} ({c * 1e3:.1f} to {d * 1e3:.1f}) | {m / n:.2f} |"
-            )
-            print(lines[-1], file=sys.stderr, flush=True)
+    for case in QUICK if arguments.quick else FULL:
+        lines += rows(case)
     text = "\n".join(lines) + "\n"
+    print(f"{time.perf_counter() - start:.0f} s in all", file=sys.stderr)
     print(text)
     if arguments.output:
         arguments.output.write_text(text)

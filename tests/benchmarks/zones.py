@@ -13,16 +13,12 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
-import platform
-import subprocess
-import sys
-import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
 
 import torch
+from common import Peak, clock, machine, spawn
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
@@ -30,31 +26,6 @@ from lzn_dist.zones import SIGMA_MIN, align, alignment_loss, compute_latents
 
 DIM, STEPS = 256, 20
 SIZES = [(64, 512), (128, 1024), (256, 2048)]
-
-
-def resident() -> float:
-    """MB."""
-    pages = int(Path("/proc/self/statm").read_text().split()[1])
-    return pages * os.sysconf("SC_PAGE_SIZE") / 1e6
-
-
-class Peak:
-    """Largest resident memory over the block, in MB above that at its start, sampled every 2 ms."""
-
-    def __enter__(self) -> Peak:
-        self.start, self.most, self.running = resident(), 0.0, True
-        self.thread = threading.Thread(target=self.sample, daemon=True)
-        self.thread.start()
-        return self
-
-    def sample(self) -> None:
-        while self.running:
-            self.most = max(self.most, resident() - self.start)
-            time.sleep(0.002)
-
-    def __exit__(self, *_: object) -> None:
-        self.running = False
-        self.thread.join()
 
 
 def data(b: int, n: int, view: str) -> tuple[Tensor, Tensor, Tensor]:
@@ -101,17 +72,6 @@ def published(first: Tensor, second: Tensor, noise: Tensor) -> float:
     return loss.item()
 
 
-def clock(function: Callable[[], object], seconds: float) -> float:
-    """Least seconds of the calls that fit into a span, five at least: what other load does not lengthen."""
-    times: list[float] = []
-    end = time.perf_counter() + seconds
-    while len(times) < 5 or time.perf_counter() < end:
-        start = time.perf_counter()
-        function()
-        times.append(time.perf_counter() - start)
-    return min(times)
-
-
 def floor(b: int, n: int) -> float:
     """Seconds of 40 steps' products and exponentials alone."""
     w, a, q = torch.rand(b, n), torch.randn(n, DIM), torch.randn(b, DIM)
@@ -144,24 +104,6 @@ def measure(variant: str, b: int, n: int, view: str) -> dict[str, float]:
     return {"seconds": seconds, "memory": peak.most, "loss": loss}
 
 
-def spawn(variant: str, b: int, n: int, view: str) -> dict[str, float]:
-    command = [sys.executable, __file__, "--child", variant, str(b), str(n), view]
-    result = subprocess.run(command, check=True, capture_output=True, text=True)
-    found: dict[str, float] = json.loads(result.stdout.splitlines()[-1])
-    print(f"b {b}, n {n}, {view}, {variant}: {found}", file=sys.stderr, flush=True)
-    return found
-
-
-def machine() -> str:
-    cpu = platform.machine()
-    information = Path("/proc/cpuinfo")
-    if information.exists():
-        names = [line.split(":")[1].strip() for line in information.read_text().splitlines() if "model name" in line]
-        cpu = names[0] if names else cpu
-    today = time.strftime("%Y-%m-%d")
-    return f"{cpu}, {os.cpu_count()} cores, {torch.get_num_threads()} threads, torch {torch.__version__}, {today}"
-
-
 def table(sizes: list[tuple[int, int]]) -> str:
     lines = [
         "# Zones: latents, alignment and their backward",
@@ -175,11 +117,11 @@ def table(sizes: list[tuple[int, int]]) -> str:
         "|---|---|---|---|---|---|---|---|---|---|---|",
     ]
     for b, n in sizes:
-        floors = [spawn("floor", b, n, "")]
-        fast = {view: spawn("tiled", b, n, view) for view in ("aligned", "unaligned")}
-        floors.append(spawn("floor", b, n, ""))  # before and after, the better: other load comes and goes
+        floors = [spawn(__file__, "floor", b, n, "")]
+        fast = {view: spawn(__file__, "tiled", b, n, view) for view in ("aligned", "unaligned")}
+        floors.append(spawn(__file__, "floor", b, n, ""))  # before and after, the better: other load comes and goes
         least = min(floors, key=lambda found: found["seconds"])
-        theirs = spawn("published", b, n, "unaligned")  # does the same work on either view
+        theirs = spawn(__file__, "published", b, n, "unaligned")  # does the same work on either view
         for view, ours in fast.items():
             lines.append(
                 f"| {b} | {n} | {view} | {ours['seconds']:.3f} | {ours['memory']:.0f} | {theirs['seconds']:.1f} "
