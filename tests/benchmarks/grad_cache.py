@@ -39,7 +39,7 @@ CPU = torch.device("cpu")
 DIM, SIZE, STEPS = 256, 32, 20
 MICRO = 128
 # (global batches at MICRO, other micro-batches at the largest of them, batch of the overhead, its turns)
-FULL = ([1024, 2048, 4096, 8192], [64, 256, 512, 1024], 1024, 7)
+FULL = ([1024, 2048, 4096, 8192], [64, 512], 1024, 5)
 QUICK = ([128, 256], [64], 128, 2)
 
 
