@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import threading
 from pathlib import Path
 
 import pytest
@@ -30,6 +31,35 @@ def test_an_older_incarnation_writes_nothing_more(tmp_path: Path) -> None:
     }  # fmt: skip
 
 
+def test_nobody_takes_the_folder_between_a_check_and_its_write(tmp_path: Path) -> None:
+    """An older incarnation that has checked and is about to write keeps a newer one waiting until it has written."""
+    old = RunFolder(tmp_path)
+    taken = threading.Event()
+
+    def take() -> None:
+        RunFolder(tmp_path)
+        taken.set()
+
+    with old.held():
+        thread = threading.Thread(target=take)
+        thread.start()
+        assert not taken.wait(0.3)
+    assert taken.wait(10.0)
+    thread.join()
+    with pytest.raises(SupersededError), old.held():
+        pytest.fail("entered")
+
+
+def test_starts_at_the_same_moment_get_different_numbers(tmp_path: Path) -> None:
+    found: list[int] = []
+    threads = [threading.Thread(target=lambda: found.append(RunFolder(tmp_path).incarnation)) for _ in range(16)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert sorted(found) == list(range(1, 17))
+
+
 def test_lines_past_the_checkpoint_and_half_lines_go(tmp_path: Path) -> None:
     folder = RunFolder(tmp_path)
     for step in (1, 2, 3):
@@ -39,6 +69,52 @@ def test_lines_past_the_checkpoint_and_half_lines_go(tmp_path: Path) -> None:
     folder.trim(2)
     assert (tmp_path / "metrics.jsonl").read_text() == '{"step": 1}\n{"step": 2}\n'
     assert (tmp_path / "eval.jsonl").read_text() == ""
+    folder.append("metrics.jsonl", {"step": 3})
+    assert [row["step"] for row in read_lines(tmp_path / "metrics.jsonl")] == [1, 2, 3]
+
+
+def test_a_half_line_goes_where_no_whole_one_does(tmp_path: Path) -> None:
+    """Killed while it wrote the line right after the checkpoint: the next line must not be glued to the half."""
+    folder = RunFolder(tmp_path)
+    folder.append("metrics.jsonl", {"step": 1})
+    with (tmp_path / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 2')
+    folder.trim(1)
+    folder.append("metrics.jsonl", {"step": 2})
+    assert (tmp_path / "metrics.jsonl").read_text() == '{"step": 1}\n{"step": 2}\n'
+
+
+def test_status_is_never_half(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A reader at any moment, and whatever comes after a kill, see the old status or the new one."""
+    folder = RunFolder(tmp_path)
+    path, half = tmp_path / "status.json", []
+    folder.status("running", 0)
+    ended = threading.Event()
+
+    def read() -> None:
+        while not ended.is_set():
+            text = path.read_text()
+            if not text.endswith("}\n"):
+                half.append(text)
+
+    thread = threading.Thread(target=read)
+    thread.start()
+    for step in range(1, 301):
+        folder.status("running", step, "x" * 200_000)
+    ended.set()
+    thread.join()
+    assert half == [] and json.loads(path.read_text())["step"] == 300
+
+    class Killed(BaseException):
+        pass
+
+    def killed(*_: object) -> None:
+        raise Killed
+
+    monkeypatch.setattr(Path, "replace", killed)  # after the new one is written, before it has its name
+    with pytest.raises(Killed):
+        folder.status("finished", 301)
+    assert json.loads(path.read_text())["step"] == 300
 
 
 def test_a_damaged_lock_counts_as_none(tmp_path: Path) -> None:
