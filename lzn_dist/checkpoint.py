@@ -266,11 +266,13 @@ class CheckpointWriter:
             temporary.rename(final)
             _sync(self.folder)
             _write_text(self.folder / "latest", final.name)
-            self._prune()
+            self._prune(final)
 
-    def _prune(self) -> None:
+    def _prune(self, newest: Path) -> None:
         every = self.config.keep_every
-        for old in complete_checkpoints(self.folder)[: -self.config.keep_last]:
+        # a run that went back to an older checkpoint finds later steps beside its own: its newest stays in any case
+        others = [path for path in complete_checkpoints(self.folder) if path != newest]
+        for old in others[: max(0, len(others) - self.config.keep_last + 1)]:
             if not every or int(old.name.removeprefix("step_")) % every:
                 # out of sight first: half a folder must not look like a checkpoint
                 doomed = old.with_name(f".{old.name}.{self.incarnation}.tmp")

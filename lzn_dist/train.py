@@ -99,17 +99,19 @@ class Run:
         try:
             with Signals() as signals:
                 ended = self._loop(signals)
-            self.writer.close()
-            self.accelerator.wait_for_everyone()
+                self.writer.close()
+                if ended:
+                    self.status("preempted", f"{ended}: checkpointed; start it again to go on")
+                else:
+                    self.status("finished")
+                # before any rank leaves: when one has ended, the launcher may end the others
+                self.accelerator.wait_for_everyone()
         except SupersededError:
             raise
         except BaseException as error:
             self.status("failed", f"{type(error).__name__}: {error}")
             raise
         self.tracker.close()
-        self.status("preempted", f"{ended}: checkpointed; start it again to go on") if ended else self.status(
-            "finished"
-        )
         return PREEMPTED if ended else 0
 
     def _loop(self, signals: Signals) -> str:

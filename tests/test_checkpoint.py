@@ -97,6 +97,20 @@ def test_old_checkpoints_go_and_the_kept_ones_stay(tmp_path: Path) -> None:
     assert not list((tmp_path / "checkpoints").glob(".*"))
 
 
+def test_going_back_never_deletes_what_was_just_written(tmp_path: Path) -> None:
+    config = small_config("keep_last=2")
+    state = trained(config, 1)
+    saver = writer(tmp_path, config)
+    for step in (6, 8, 4, 5):  # 5 would be the lowest of three
+        state.counters.step = step
+        saver.save(state)
+        saver.wait()
+        assert (tmp_path / "checkpoints" / f"step_{step:08d}" / "run.json").is_file()
+        assert (tmp_path / "checkpoints" / "latest").read_text() == f"step_{step:08d}"
+    saver.close()
+    assert len(complete_checkpoints(tmp_path / "checkpoints")) == 2
+
+
 def test_what_is_half_written_is_no_checkpoint(tmp_path: Path) -> None:
     config = small_config()
     state = trained(config, 1)

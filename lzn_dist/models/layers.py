@@ -7,6 +7,7 @@ state dicts of arXiv 2509.15591.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from contextlib import suppress
 from importlib import import_module
 from typing import Any
@@ -40,6 +41,19 @@ def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return F.scaled_dot_product_attention(q, k, v).transpose(1, 2)
 
 
+@torch.library.custom_op(
+    "lzn_dist::kept", mutates_args=(), schema="(Tensor key, int index, float rate, SymInt[] shape) -> Tensor"
+)
+def _kept(key: Tensor, index: int, rate: float, shape: Sequence[int]) -> Tensor:
+    """Bool [b, *shape]. An operator of its own: inductor has no code for the generator's 64-bit constants."""
+    return uniform(fold(key, index), shape) >= rate
+
+
+@_kept.register_fake
+def _(key: Tensor, index: int, rate: float, shape: Sequence[int]) -> Tensor:
+    return key.new_empty((*key.shape, *shape), dtype=torch.bool)
+
+
 class KeyedDropout(nn.Module):
     """Dropout whose mask is a function of a key a sample and the layer's index, and of nothing else.
 
@@ -69,11 +83,8 @@ class KeyedDropout(nn.Module):
             )
         if key.dtype != torch.int64 or key.shape != x.shape[:1]:
             raise ValueError(f"key: int64 of shape [{x.shape[0]}] is needed, not {key.dtype} {list(key.shape)}")
-        return x * self._kept(key, x.shape[1:]).to(x.dtype) / (1.0 - self.rate)
-
-    @torch.compiler.disable  # inductor has no code for 64-bit constants like those of the generator
-    def _kept(self, key: Tensor, shape: torch.Size) -> Tensor:
-        return uniform(fold(key, self.index), shape) >= self.rate
+        kept = _kept(key, self.index, self.rate, x.shape[1:])
+        return x * kept.to(x.dtype) / (1.0 - self.rate)
 
     def extra_repr(self) -> str:
         return f"rate={self.rate}, index={self.index}"
