@@ -9,7 +9,6 @@ and a probe from 10 labels a class, beside raw pixels and an untrained encoder. 
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import sys
 import time
@@ -21,6 +20,7 @@ from lzn_dist.checkpoint import CheckpointError
 from lzn_dist.config import ConfigError
 from lzn_dist.evaluation import EvaluationData, evaluate_model
 from lzn_dist.model import LZN, load
+from lzn_dist.run_folder import write_json
 
 
 def table(values: dict[str, float], title: str) -> str:
@@ -33,9 +33,7 @@ def table(values: dict[str, float], title: str) -> str:
 def write_results(path: Path, model: LZN, values: dict[str, float]) -> None:
     """The values with the step they belong to, as JSON; a reader sees the old file or the new one."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(json.dumps({"step": model.step, "task": model.config.task, **values}, indent=1) + "\n")
-    temporary.replace(path)
+    write_json(path, {"step": model.step, "task": model.config.task, **values})
 
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
