@@ -2,21 +2,12 @@
 
 from __future__ import annotations
 
-import argparse
-from pathlib import Path
+import sys
 
-from lzn_dist.data import ShardIndex, write_digits
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--output", type=Path, default=Path("data/digits"), help="folder of the shards")
-    parser.add_argument("--samples-per-shard", type=int, default=300, help="samples a shard")
-    arguments = parser.parse_args()
-    index = ShardIndex.load(write_digits(arguments.output, arguments.samples_per_shard))
-    counts = ", ".join(f"{split} {index.samples(split)} samples" for split in index.splits)
-    print(f"{index.folder}: {counts}")
-
+from lzn_dist.data.digits import SAMPLES_PER_SHARD, Digits
+from lzn_dist.data.prepare import parser, run
 
 if __name__ == "__main__":
-    main()
+    options = parser(__doc__, default_output="data/digits")
+    options.set_defaults(samples_per_shard=SAMPLES_PER_SHARD, processes=1)
+    sys.exit(run(lambda given: Digits(), options.parse_args()))

@@ -71,6 +71,29 @@ def find_checkpoint(run_or_checkpoint: str | Path) -> Path:
     return found[-1]
 
 
+def set_aside(folder: Path, resumed: Path | None, incarnation: int) -> Path | None:
+    """Move the checkpoints that are not in a run's past out of the way, to ``superseded/INCARNATION``.
+
+    A run that starts anew, or goes back to an earlier step, leaves the course that wrote the later ones: the newest
+    must always be the run's own. folder: the run's ``checkpoints``; resumed: what it goes on from, which may be of
+    another run. Returns where they are now, None where there was nothing to move.
+    """
+    own = resumed is not None and resumed.parent.resolve() == folder.resolve()
+    past = resumed.name if own and resumed is not None else ""
+    moved = [path for path in complete_checkpoints(folder) if path.name > past]
+    if not moved:
+        return None
+    aside = folder / "superseded" / str(incarnation)
+    aside.mkdir(parents=True, exist_ok=True)
+    for path in moved:
+        path.rename(aside / path.name)
+    if own:
+        _write_text(folder / "latest", past)
+    else:
+        (folder / "latest").unlink(missing_ok=True)
+    return aside
+
+
 # ── reading ─────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
@@ -266,13 +289,11 @@ class CheckpointWriter:
             temporary.rename(final)
             _sync(self.folder)
             _write_text(self.folder / "latest", final.name)
-            self._prune(final)
+            self._prune()
 
-    def _prune(self, newest: Path) -> None:
+    def _prune(self) -> None:
         every = self.config.keep_every
-        # a run that went back to an older checkpoint finds later steps beside its own: its newest stays in any case
-        others = [path for path in complete_checkpoints(self.folder) if path != newest]
-        for old in others[: max(0, len(others) - self.config.keep_last + 1)]:
+        for old in complete_checkpoints(self.folder)[: -self.config.keep_last]:
             if not every or int(old.name.removeprefix("step_")) % every:
                 # out of sight first: half a folder must not look like a checkpoint
                 doomed = old.with_name(f".{old.name}.{self.incarnation}.tmp")

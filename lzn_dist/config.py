@@ -35,7 +35,7 @@ class _Section(BaseModel):
 
 
 class DataConfig(_Section):
-    shards: str = Field("data/digits", description="Folder of WebDataset shards and their manifest.")
+    shards: str = Field("data/digits", description="Folder or URL of WebDataset shards and their manifest.")
     embedded: Literal["none", "digits"] = Field(
         "none", description="An embedded data set to write to `shards` where it is missing."
     )
@@ -45,6 +45,24 @@ class DataConfig(_Section):
     num_classes: NonNegativeInt = Field(10, description="Number of classes; 0 where there are no labels.")
     cache_decoded: bool = Field(False, description="Keep decoded images in memory (small data sets).")
     workers: NonNegativeInt = Field(0, description="Loader processes a rank; 0 reads in a background thread.")
+    streams: PositiveInt = Field(
+        1, description="Canonical streams of an epoch's order, a multiple of the ranks (or 1); part of the order."
+    )
+    shuffle_window: NonNegativeInt = Field(
+        0, description="Samples of a stream that are shuffled together; 0: all, which reads shards at random."
+    )
+    resize: NonNegativeInt = Field(
+        0, description="Shorter side in pixels before a centre crop to image_size; 0: images have that size already."
+    )
+    views: Literal["digits", "simclr"] = Field("digits", description="Augmentations of the two views (representation).")
+    scaled_decoding: bool = Field(
+        False, description="Decode JPEGs at 1/2, 1/4 or 1/8 where that suffices: faster for large ones, other pixels."
+    )
+    max_bad_samples: NonNegativeInt = Field(
+        100, description="Samples an epoch that may be replaced because they are damaged before the run stops."
+    )
+    cache: str = Field("", description="Folder for local copies of remote shards; default: one in the system's /tmp.")
+    retry_seconds: PositiveFloat = Field(600.0, description="Seconds for which a lost server is tried again.")
     flip: bool = Field(False, description="Mirror images horizontally with probability 1/2 (generation).")
 
 
@@ -179,6 +197,14 @@ class Config(_Section):
             raise ValueError("anchors=ring needs a solver with fixed steps and backend auto or tiled")
         if self.task != "representation" and self.encoder.kind == "resnet" and self.data.image_channels != 3:
             raise ValueError("encoder.kind=resnet with one image channel is for task=representation")
+        if self.task == "representation" and self.data.views == "simclr" and self.data.image_channels != 3:
+            raise ValueError("data.views=simclr changes colours: set data.image_channels=3, or data.views=digits")
+        if self.task == "representation" and self.data.views == "simclr" and self.data.cache_decoded:
+            raise ValueError("data.views=simclr crops anew in each epoch: set data.cache_decoded=false")
+        if self.data.embedded != "none" and "://" in self.data.shards:
+            raise ValueError("an embedded data set is written to a folder: set data.embedded=none for shards at a URL")
+        if 0 < self.data.resize < self.data.image_size:
+            raise ValueError("data.resize is smaller than data.image_size; raise it")
         if self.data.embedded == "digits" and (self.data.image_size, self.data.image_channels) != (8, 1):
             raise ValueError("data.embedded=digits holds 8x8 grey images: set data.image_size=8 data.image_channels=1")
         return self

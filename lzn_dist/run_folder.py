@@ -2,7 +2,8 @@
 
 A run that is started again while an older process of it still lives (a lost node, a hung rank) would otherwise have
 two writers. Every start takes the folder's next incarnation number; a process that finds a higher one than its own
-stops. Checks and writes happen under one file lock, so that there is no moment between them.
+stops. Checks and writes happen under one file lock, so that there is no moment between them; a start holds it from
+choosing its checkpoint to taking the folder, so that nobody removes that checkpoint meanwhile.
 """
 
 from __future__ import annotations
@@ -11,13 +12,16 @@ import fcntl
 import json
 import os
 import socket
+import sys
+import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 LOCK = "lock.json"
+PATIENCE = 5.0  # seconds without the lock before a process says what it waits for
 
 
 class SupersededError(RuntimeError):
@@ -42,23 +46,71 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
     return rows
 
 
+def _myself() -> dict[str, Any]:
+    return {"host": socket.gethostname(), "pid": os.getpid()}
+
+
+def _wait_for(handle: TextIO, folder: Path) -> None:
+    """Lock the file; while another process has it (one that hangs, or was halted), say every few seconds which."""
+    said = time.monotonic()
+    while True:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return
+        except BlockingIOError:
+            pass
+        time.sleep(0.01)
+        if time.monotonic() - said > PATIENCE:
+            said = time.monotonic()
+            handle.seek(0)
+            holder = handle.read() or "unknown"
+            message = f"waiting for the lock of {folder}, which another process of this run has ({holder})"
+            print(f"{message}; if that process hangs, end it", file=sys.stderr, flush=True)
+
+
 class RunFolder:
-    """A run's folder on the main process: take it, then write under `held`."""
+    """A run's folder on the main process: take it, then write under `held`.
+
+    Threads of one process may share it; the lock may be entered again by the thread that has it.
+    """
 
     def __init__(self, path: Path) -> None:
-        """Makes the folder and takes its next incarnation number; older incarnations can write no more."""
+        """The folder as it is: nothing is made or taken yet."""
         self.path = path
-        path.mkdir(parents=True, exist_ok=True)
+        self.incarnation = 0
         self.started = time.time()
+        self._own, self._depth = threading.RLock(), 0
+
+    def take(self) -> RunFolder:
+        """Make the folder where it is missing and take its next incarnation number; older ones can write no more."""
+        self.path.mkdir(parents=True, exist_ok=True)
         with self._lock():
             self.incarnation = self._current() + 1
-            write_json(path / LOCK, {"incarnation": self.incarnation, "host": socket.gethostname(), "pid": os.getpid()})
+            write_json(self.path / LOCK, {"incarnation": self.incarnation, **_myself()})
+        return self
+
+    @contextmanager
+    def unchanging(self) -> Iterator[None]:
+        """Within this context nobody else writes to the folder; where it is not there yet, there is nothing to hold."""
+        with self._lock() if self.path.is_dir() else nullcontext():
+            yield
 
     @contextmanager
     def _lock(self) -> Iterator[None]:
-        with (self.path / f".{LOCK}").open("a") as handle:
-            fcntl.flock(handle, fcntl.LOCK_EX)
-            yield
+        with self._own:
+            if self._depth:
+                yield
+                return
+            with (self.path / f".{LOCK}").open("a+") as handle:
+                _wait_for(handle, self.path)
+                handle.truncate(0)
+                json.dump(_myself(), handle)
+                handle.flush()
+                self._depth += 1
+                try:
+                    yield
+                finally:
+                    self._depth -= 1
 
     def _current(self) -> int:
         try:
@@ -78,9 +130,11 @@ class RunFolder:
             yield
 
     def trim(self, step: int) -> None:
-        """Drop the lines of metrics.jsonl and eval.jsonl past a step: those steps are about to be taken again."""
+        """Drop the lines past a step: those steps are about to be taken again."""
         with self.held():
-            for name in ("metrics.jsonl", "eval.jsonl"):
+            for name in ("metrics.jsonl", "eval.jsonl", "bad_samples.jsonl"):
+                if not (self.path / name).is_file():
+                    continue
                 kept = [row for row in read_lines(self.path / name) if row["step"] <= step]
                 temporary = self.path / f"{name}.tmp"
                 temporary.write_text("".join(json.dumps(row) + "\n" for row in kept))
@@ -96,5 +150,12 @@ class RunFolder:
         with self.held():
             write_json(
                 self.path / "status.json",
-                {"state": state, "step": step, "why": why, "incarnation": self.incarnation, **more},
+                {"state": state, "step": step, "why": why, "incarnation": self.incarnation, **more, **self._job()},
             )
+
+    def _job(self) -> dict[str, Any]:
+        """Of a cluster's job, whose task tells it: its number, nodes, requeues, and seconds over all its starts."""
+        told = json.loads(os.environ.get("LZN_DIST_JOB", "{}"))
+        if told:
+            told["wall_seconds"] = round(told.pop("wall_before") + time.time() - self.started, 1)
+        return dict(told)

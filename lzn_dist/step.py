@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -65,19 +66,19 @@ def schedule(engine: Engine, step: int, config: Config) -> None:
 
 @dataclass
 class StepResult:
-    """scalars: on the device and not reduced over ranks. applied: False where the step was skipped. stop: asked for."""
+    """scalars: on the device and not reduced over ranks. applied: False where the step was skipped. votes: summed."""
 
     scalars: dict[str, Tensor]
     applied: bool
-    stop: bool
+    votes: list[float]
 
 
-def train_step(state: TrainState, samples: Samples, stop: bool = False) -> StepResult:
-    """One optimisation step on a global batch; stop: this rank was told to end (all ranks hear of it)."""
+def train_step(state: TrainState, samples: Samples, votes: Sequence[float] = ()) -> StepResult:
+    """One optimisation step on a global batch; votes: numbers of this rank of which all ranks get the sums."""
     loss, parts = compute_gradients(state, samples)
     with state.engine.watch("optimise"):
-        outcome = apply_gradients(state, stop)
-    return StepResult({"loss": loss, **parts, "grad_norm": outcome.norm}, outcome.applied, outcome.stop)
+        outcome = apply_gradients(state, votes)
+    return StepResult({"loss": loss, **parts, "grad_norm": outcome.norm}, outcome.applied, outcome.votes)
 
 
 def compute_gradients(state: TrainState, samples: Samples) -> tuple[Tensor, dict[str, Tensor]]:
@@ -88,10 +89,10 @@ def compute_gradients(state: TrainState, samples: Samples) -> tuple[Tensor, dict
     return state.engine.backward(lambda networks: state.objective(networks, samples))
 
 
-def apply_gradients(state: TrainState, stop: bool = False) -> Outcome:
+def apply_gradients(state: TrainState, votes: Sequence[float] = ()) -> Outcome:
     """The optimiser's step and that of the averages, unless a gradient is not finite: then all stay as they are."""
     engine, counters = state.engine, state.counters
-    outcome = engine.step(state.config.optimizer.clip_norm, stop)
+    outcome = engine.step(state.config.optimizer.clip_norm, votes)
     counters.batch += 1
     if outcome.applied:
         counters.step += 1

@@ -15,6 +15,8 @@ from torch import Tensor
 from tqdm import tqdm
 
 from lzn_dist.config import Config
+from lzn_dist.data import Batch
+from lzn_dist.distributed.launch import everywhere
 from lzn_dist.flops import peak_flops
 from lzn_dist.run_folder import RunFolder
 from lzn_dist.step import Counters
@@ -22,6 +24,33 @@ from lzn_dist.step import Counters
 
 def _logged_in() -> bool:
     return bool(os.environ.get("WANDB_API_KEY")) or (Path.home() / ".netrc").is_file()
+
+
+class BadSamples:
+    """Damaged samples that a rank had to replace, counted within an epoch, and told by the main process."""
+
+    def __init__(self, folder: RunFolder | None) -> None:
+        self.folder = folder
+        self.epoch, self.rows, self.reported, self.new = -1, set[int](), 0.0, list[str]()
+
+    def count(self, batch: Batch) -> int:
+        """Take note of a batch's; returns how many samples of its epoch this rank has found damaged."""
+        if batch.epoch != self.epoch:
+            self.epoch, self.rows, self.reported = batch.epoch, set(), 0.0
+        self.new += [bad.why for bad in batch.bad if bad.row not in self.rows]
+        self.rows |= {bad.row for bad in batch.bad}
+        return len(self.rows)
+
+    def report(self, total: float, step: int) -> None:
+        """Say which are new. total: the counts' sum over ranks. Collective where it has grown."""
+        if total <= self.reported:
+            return
+        self.reported = total
+        told, self.new = everywhere(self.new), []
+        if self.folder is not None:
+            for why in (why for part in told for why in part):
+                print(f"replaced a damaged sample: {why}", file=sys.stderr)
+                self.folder.append("bad_samples.jsonl", {"step": step, "epoch": self.epoch, "sample": why})
 
 
 class Tracker:
@@ -45,8 +74,6 @@ class Tracker:
             desc=config.task, file=sys.stderr, mininterval=1.0,
         )  # fmt: skip
         self.last_time, self.last_step = perf_counter(), step
-        if folder is not None:
-            folder.trim(step)
         if config.tracking.wandb != "disabled":
             mode = config.tracking.wandb
             if mode == "auto":

@@ -17,12 +17,12 @@ from pathlib import Path
 import torch
 from accelerate import Accelerator
 
-from lzn_dist.checkpoint import CheckpointError, CheckpointWriter, average_pieces
+from lzn_dist.checkpoint import CheckpointError, CheckpointWriter, average_pieces, set_aside
 from lzn_dist.config import Config, ConfigError, load_config, save_config
 from lzn_dist.data import BatchStream
 from lzn_dist.distributed import Topology
 from lzn_dist.distributed.guard import Signals, Watchdog
-from lzn_dist.distributed.launch import Launch, build_accelerator, same_everywhere
+from lzn_dist.distributed.launch import Launch, build_accelerator, everywhere, same_everywhere
 from lzn_dist.distributed.pieces import gather_pieces
 from lzn_dist.evaluation import evaluate_model
 from lzn_dist.flops import training_flops_per_image
@@ -31,13 +31,14 @@ from lzn_dist.networks import build_networks
 from lzn_dist.objectives import Samples
 from lzn_dist.run_folder import RunFolder, SupersededError
 from lzn_dist.step import TrainState, train_step
-from lzn_dist.tracking import Tracker
+from lzn_dist.tracking import BadSamples, Tracker
 from lzn_dist.wiring import (
     build_state,
     changed_keys,
     checkpoint_to_resume,
     describe,
     make_embedded_data,
+    no_samples,
     open_stream,
     prepare_samples,
 )
@@ -49,29 +50,46 @@ class NonfiniteError(RuntimeError):
     """Too many steps in a row had gradients that are not finite."""
 
 
+class NoDataError(RuntimeError):
+    """The training data cannot be read any more, or too much of it is damaged."""
+
+
 class Run:
     """A training run in progress: the state, and what it reads from and writes to."""
 
     def __init__(self, config: Config, launch: Launch, accelerator: Accelerator) -> None:
         """Everything that can be refused is refused here, before any long work: raises ConfigError, CheckpointError."""
         self.config, self.accelerator, self.topology = config, accelerator, Topology.current()
-        checkpoint = checkpoint_to_resume(config, self.topology.is_main)
+        self.folder = RunFolder(Path(config.output_dir)) if self.topology.is_main else None
         try:
-            make_embedded_data(config, accelerator)
-            self.stream: BatchStream = open_stream(config, self.topology)
-            self.state: TrainState = build_state(config, launch, accelerator, checkpoint)
-            # taken last: a start that is refused must not stop a run that works
-            self.folder = RunFolder(Path(config.output_dir)) if self.topology.is_main else None
+            # from choosing the checkpoint to taking the folder nobody else may remove it
+            with nullcontext() if self.folder is None else self.folder.unchanging():
+                checkpoint = checkpoint_to_resume(config, self.topology.is_main)
+                make_embedded_data(config, accelerator)
+                self.stream: BatchStream = open_stream(config, self.topology)
+                self.state: TrainState = build_state(config, launch, accelerator, checkpoint)
+                # taken last: a start that is refused must not stop a run that works
+                incarnation = same_everywhere(self._take(checkpoint) if self.folder is not None else None)
         except (CheckpointError, ConfigError):
             raise
         except (ValueError, OSError) as error:
             raise ConfigError(str(error)) from error
-        incarnation = same_everywhere(str(self.folder.incarnation) if self.folder is not None else None)
         held = nullcontext if self.folder is None else self.folder.held
         self.writer = CheckpointWriter(Path(config.output_dir) / "checkpoints", config, int(incarnation or 0), held)
         self._announce(checkpoint)
         flops = training_flops_per_image(build_networks(config), config) if torch.cuda.is_available() else 0.0
         self.tracker = Tracker(config, accelerator, self.folder, self.state.counters.step, flops)
+
+    def _take(self, checkpoint: Path | None) -> str:
+        """Take the folder; what it holds past the checkpoint is of a course that the run leaves now."""
+        assert self.folder is not None
+        self.folder.take()
+        aside = set_aside(self.folder.path / "checkpoints", checkpoint, self.folder.incarnation)
+        if aside is not None:
+            self.accelerator.print(f"checkpoints that this run does not go on from are in {aside} now")
+        own = checkpoint is not None and checkpoint.parent.resolve() == (self.folder.path / "checkpoints").resolve()
+        self.folder.trim(self.state.counters.step if own else 0)
+        return str(self.folder.incarnation)
 
     def _announce(self, checkpoint: Path | None) -> None:
         say, state = self.accelerator.print, self.state
@@ -82,6 +100,7 @@ class Run:
         if self.folder is not None:
             with self.folder.held():
                 save_config(self.config, self.folder.path / "config.yaml")
+        say(self.stream)
         shapes = [piece.numel for piece in state.engine.weights().values()]
         say(
             f"{self.config.task}: {sum(shapes):,} parameters, {describe(state)}, "
@@ -118,16 +137,27 @@ class Run:
         """Steps up to max_steps, or to a signal, whose name is returned."""
         config, state, counters, watch = self.config, self.state, self.state.counters, self.state.objective.watch
         watchdog = Watchdog(watch, config.watchdog)
-        batches = self.stream.iterate(counters.batch, 2**62)
+        batches, bad = self.stream.iterate(counters.batch, 2**62), BadSamples(self.folder)
+        lost: Exception | None = None  # why this rank has no data
         try:
             while counters.step < config.max_steps:
                 watchdog.begin(counters.step)
+                damaged = 0
                 with watch("data"):
-                    samples = prepare_samples(
-                        next(batches), counters.batch, config, self.accelerator.device, self.topology
-                    )
-                result = train_step(state, samples, stop=bool(signals.received))
+                    place = counters.batch, config, self.accelerator.device, self.topology
+                    try:
+                        batch = next(batches)
+                        damaged = bad.count(batch)
+                        samples = prepare_samples(batch, *place)
+                    except (OSError, ValueError) as error:
+                        lost, samples = error, no_samples(*place)
+                result = train_step(state, samples, (bool(signals.received), lost is not None, damaged))
                 watchdog.idle()
+                stop, without_data, damaged_everywhere = result.votes
+                bad.report(damaged_everywhere, counters.step)
+                if without_data:
+                    counters.batch, counters.nonfinite = counters.batch - 1, counters.nonfinite - 1  # not consumed
+                    self._no_more_data("" if lost is None else f"rank {self.topology.rank}: {lost}")
                 if not result.applied:
                     self._skipped(samples)
                 step, last = counters.step, counters.step == config.max_steps
@@ -136,12 +166,17 @@ class Run:
                     if last or step % config.log_every == 0:
                         rates = {group["name"]: group["lr"] for group in state.engine.groups}
                         self.tracker.log(counters, result.scalars, rates, watch.take())
-                    if last or result.stop or step % config.checkpoint_every == 0:
+                    if last or stop or step % config.checkpoint_every == 0:
                         self.writer.save(state)
                         self.status("running")
                     if last or (config.evaluate_every and step % config.evaluate_every == 0):
                         self._evaluate()
-                if result.stop and not last:
+                if damaged_everywhere > config.data.max_bad_samples:
+                    self._no_more_data(
+                        f"{damaged_everywhere:.0f} samples of this epoch are damaged, data.max_bad_samples is "
+                        f"{config.data.max_bad_samples}: see bad_samples.jsonl, mend the shards or raise it"
+                    )
+                if stop and not last:
                     if not result.applied:
                         self.writer.save(state)
                     return same_everywhere(signals.received or None) or "another rank's signal"
@@ -149,6 +184,13 @@ class Run:
             watchdog.close()
             batches.close()  # type: ignore[attr-defined]
         return ""
+
+    def _no_more_data(self, why: str) -> None:
+        """All ranks stop here, with a checkpoint to go on from when the data is back. why: as this rank knows it."""
+        self.writer.save(self.state)
+        self.writer.wait()
+        reasons = sorted({reason for reason in everywhere(why) if reason})
+        raise NoDataError(f"stopped at step {self.state.counters.step} with a checkpoint: {'; '.join(reasons)}")
 
     def _skipped(self, samples: Samples) -> None:
         """A step's gradients were not finite: count it, and stop the run when it has no end."""
@@ -193,7 +235,7 @@ def main(arguments: list[str] | None = None) -> int:
         accelerator = build_accelerator(config, launch)
         status = Run(config, launch, accelerator).train()
         accelerator.end_training()
-    except (ConfigError, CheckpointError, NonfiniteError, SupersededError) as error:
+    except (ConfigError, CheckpointError, NonfiniteError, NoDataError, SupersededError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     return status

@@ -9,7 +9,18 @@ from accelerate import Accelerator
 
 from lzn_dist.checkpoint import CheckpointError, RunRecord, find_checkpoint, load_weights, resume_state
 from lzn_dist.config import Config
-from lzn_dist.data import Batch, BatchStream, ShardIndex, augment, ensure_digits
+from lzn_dist.data import (
+    Batch,
+    BatchStream,
+    RandomResizedCrops,
+    SampleOrder,
+    ShardedDataset,
+    ShardIndex,
+    augment,
+    ensure_digits,
+    to_unit_range,
+    whole_images,
+)
 from lzn_dist.distributed import Topology, gather_anchors, ring_field
 from lzn_dist.distributed.engine import Engine, TorchEngine, build_engine
 from lzn_dist.distributed.grad_cache import check_batch_independent
@@ -22,11 +33,19 @@ from lzn_dist.step import TrainState, make_optimizer
 
 def open_stream(config: Config, topology: Topology) -> BatchStream:
     """A rank's stream of training batches. Raises ValueError or OSError, naming the shards."""
-    return BatchStream(
-        ShardIndex.load(config.data.shards), "train", config.data.global_batch, config.seed, topology.rank,
-        topology.world_size, channels=config.data.image_channels, image_size=config.data.image_size,
-        cache_decoded=config.data.cache_decoded, workers=config.data.workers,
+    data, simclr = config.data, config.task == "representation" and config.data.views == "simclr"
+    index = ShardIndex.load(data.shards, data.cache, data.retry_seconds)
+    dataset = ShardedDataset(
+        index, "train", data.image_channels,
+        RandomResizedCrops(data.image_size, config.seed, scaled_decoding=data.scaled_decoding)
+        if simclr else whole_images(data.image_size, data.resize, data.scaled_decoding),
+        cache_decoded=data.cache_decoded, shared=data.workers > 0, seed=config.seed,
     )  # fmt: skip
+    order = SampleOrder(
+        [shard.samples for shard in dataset.table.shards], data.global_batch, config.seed, data.streams,
+        data.shuffle_window,
+    )  # fmt: skip
+    return BatchStream(dataset, order, topology.rank, topology.world_size, data.workers)
 
 
 def make_embedded_data(config: Config, accelerator: Accelerator) -> None:
@@ -38,17 +57,30 @@ def make_embedded_data(config: Config, accelerator: Accelerator) -> None:
 
 def prepare_samples(batch: Batch, number: int, config: Config, device: torch.device, topology: Topology) -> Samples:
     """Views, positions and labels of a rank's share of global batch `number`, on the device, in the run's dtype."""
-    images, index = batch.images.to(device), batch.index.to(device)
+    images = [to_unit_range(view) for view in batch.pixels.to(device, non_blocking=True)]
+    index = batch.index.to(device)
     if config.task == "representation":
-        views: tuple[torch.Tensor, ...] = augment.two_views(
-            images, index, batch.epoch, config.seed, augment.DigitsPolicy()
-        )
+        policy = augment.SimCLRPolicy() if config.data.views == "simclr" else augment.DigitsPolicy()
+        views: tuple[torch.Tensor, ...] = augment.make_views(images, batch.index, batch.epoch, config.seed, policy)
     else:
-        views = (augment.random_flip(images, index, batch.epoch, config.seed) if config.data.flip else images,)
+        views = (augment.random_flip(images[0], index, batch.epoch, config.seed) if config.data.flip else images[0],)
     if config.precision == "float64":
         views = tuple(view.double() for view in views)
     position = torch.arange(len(index), device=device) + topology.rank * len(index)
     return Samples(number, index, position, views, batch.labels.to(device))
+
+
+def no_samples(number: int, config: Config, device: torch.device, topology: Topology) -> Samples:
+    """What stands in for a rank's share that cannot be read: its NaN makes all ranks skip the step."""
+    count, data = config.data.global_batch // topology.world_size, config.data
+    nothing = torch.zeros(count, dtype=torch.int64, device=device)
+    dtype = torch.float64 if config.precision == "float64" else torch.float32
+    view = torch.full(
+        (count, data.image_channels, data.image_size, data.image_size), torch.nan, dtype=dtype, device=device
+    )
+    position = torch.arange(count, device=device) + topology.rank * count
+    views = (view, view) if config.task == "representation" else (view,)
+    return Samples(number, nothing, position, views, nothing)
 
 
 def fresh_networks(config: Config, device: torch.device) -> Networks:

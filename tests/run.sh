@@ -1,7 +1,27 @@
 #!/usr/bin/env bash
 # Installs what the tests need into .venv and runs everything: ruff, mypy, pytest. Arguments go to pytest.
+# LZN_DIST_INSTALL_SLURM=1 also installs Debian's SLURM (as root, with apt-get) where it is missing; without it, and
+# without a SLURM on this machine, tests/slurm is skipped.
 . "$(dirname "$0")/../launch/setup.sh" "[test]"
+if [ -n "${LZN_DIST_INSTALL_SLURM:-}" ] && ! PATH="$PATH:/usr/sbin" command -v slurmctld >/dev/null; then
+    echo "installing SLURM (slurmctld, slurmd, slurm-client, munge)"
+    apt-get update -qq
+    DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends \
+        slurmctld slurmd slurm-client munge >/dev/null
+fi
 ruff check .
 ruff format --check .
 mypy
-WANDB_MODE=offline python -m pytest "$@"
+export WANDB_MODE=offline
+if [ $# -gt 0 ]; then
+    exec python -m pytest "$@"
+fi
+# those of SLURM wait most of their time (for requeues, for a lost node to be missed): they run beside the others
+log=$(mktemp)
+python -m pytest tests/slurm >"$log" 2>&1 &
+status=0
+python -m pytest --ignore=tests/slurm || status=$?
+wait $! || status=$?
+cat "$log"
+rm -f "$log"
+exit "$status"

@@ -18,6 +18,7 @@ from lzn_dist.checkpoint import (
     find_checkpoint,
     load_weights,
     resume_state,
+    set_aside,
 )
 from lzn_dist.config import Config
 from lzn_dist.networks import build_networks
@@ -97,18 +98,23 @@ def test_old_checkpoints_go_and_the_kept_ones_stay(tmp_path: Path) -> None:
     assert not list((tmp_path / "checkpoints").glob(".*"))
 
 
-def test_going_back_never_deletes_what_was_just_written(tmp_path: Path) -> None:
-    config = small_config("keep_last=2")
+def test_what_a_run_does_not_go_on_from_is_set_aside(tmp_path: Path) -> None:
+    config = small_config("keep_last=9")
     state = trained(config, 1)
-    saver = writer(tmp_path, config)
-    for step in (6, 8, 4, 5):  # 5 would be the lowest of three
+    saver, folder = writer(tmp_path, config), tmp_path / "checkpoints"
+    for step in (2, 4, 6):
         state.counters.step = step
         saver.save(state)
-        saver.wait()
-        assert (tmp_path / "checkpoints" / f"step_{step:08d}" / "run.json").is_file()
-        assert (tmp_path / "checkpoints" / "latest").read_text() == f"step_{step:08d}"
     saver.close()
-    assert len(complete_checkpoints(tmp_path / "checkpoints")) == 2
+    names = ["step_00000002", "step_00000004", "step_00000006"]
+    assert set_aside(folder, folder / names[2], 2) is None  # the newest: nothing lies past it
+    assert set_aside(folder, folder / names[0], 3) == folder / "superseded" / "3"
+    assert [path.name for path in complete_checkpoints(folder)] == names[:1] == [find_checkpoint(tmp_path).name]
+    assert (folder / "latest").read_text() == names[0]
+    assert [path.name for path in complete_checkpoints(folder / "superseded" / "3")] == names[1:]
+    # a start anew, or from another run's checkpoint, has no past here
+    assert set_aside(folder, folder / "superseded" / "3" / names[1], 4) == folder / "superseded" / "4"
+    assert complete_checkpoints(folder) == [] and not (folder / "latest").exists()
 
 
 def test_what_is_half_written_is_no_checkpoint(tmp_path: Path) -> None:

@@ -1,33 +1,43 @@
 """From shards to batches: a pure function of seed and step, the same on any number of ranks."""
 
-from lzn_dist.data.augment import DigitsPolicy, Policy, random_flip, two_views
+from lzn_dist.data.augment import DigitsPolicy, Policy, SimCLRPolicy, make_views, random_flip
 from lzn_dist.data.digits import ensure_digits, write_digits
+from lzn_dist.data.index import Shard, ShardIndex, Split, write_manifest
+from lzn_dist.data.order import SampleOrder
+from lzn_dist.data.pixels import CentreCrop, Exact, RandomResizedCrops, Reading, whole_images
 from lzn_dist.data.shards import (
+    BadSample,
     Batch,
     BatchStream,
     CorruptSampleError,
     EvaluationBatch,
-    Shard,
     ShardedDataset,
-    ShardIndex,
     to_unit_range,
-    write_manifest,
 )
 
 __all__ = [
+    "BadSample",
     "Batch",
     "BatchStream",
+    "CentreCrop",
     "CorruptSampleError",
     "DigitsPolicy",
     "EvaluationBatch",
+    "Exact",
     "Policy",
+    "RandomResizedCrops",
+    "Reading",
+    "SampleOrder",
     "Shard",
     "ShardIndex",
     "ShardedDataset",
+    "SimCLRPolicy",
+    "Split",
     "ensure_digits",
+    "make_views",
     "random_flip",
     "to_unit_range",
-    "two_views",
+    "whole_images",
     "write_digits",
     "write_manifest",
 ]

@@ -6,21 +6,24 @@ Handwritten Digits", its test part). 360 of them, stratified by class, are held 
 
 from __future__ import annotations
 
+import functools
 import os
 import shutil
 import tempfile
 from pathlib import Path
 
 import numpy as np
-import webdataset as wds
 
-from lzn_dist import __version__
-from lzn_dist.data.shards import MANIFEST, write_manifest
+from lzn_dist.data.index import MANIFEST
+from lzn_dist.data.prepare import Item, Options, prepare
+from lzn_dist.data.sources import png
 
 SOURCE = "scikit-learn digits (UCI Optical Recognition of Handwritten Digits, test part)"
 HELD_OUT = 360
+SAMPLES_PER_SHARD = 300
 
 
+@functools.cache
 def digits_pixels() -> tuple[np.ndarray, np.ndarray]:
     """All digits as scikit-learn orders them: pixels uint8 [1797, 8, 8], levels 0…16 scaled to 0…255, labels [1797]."""
     from sklearn.datasets import load_digits
@@ -37,27 +40,39 @@ def digits_splits(labels: np.ndarray) -> dict[str, np.ndarray]:
     return {"train": np.sort(train), "test": np.sort(test)}
 
 
-def write_digits(output: str | Path, samples_per_shard: int = 300) -> Path:
-    """Write ``train-000000.tar`` …, ``test-000000.tar`` … and ``manifest.json`` to the folder ``output``.
+class Digits:
+    """The digits as a source for `prepare`; a sample's key is its row in scikit-learn's order."""
 
-    A sample is ``KEY.png`` and ``KEY.cls``; KEY is the row in scikit-learn's order. The bytes are deterministic. The
-    folder appears complete or not at all; of processes that race, one writes it and the others find it there.
+    name = SOURCE
+
+    def archives(self) -> list[Path]:
+        return []
+
+    def classes(self) -> list[str]:
+        return [str(digit) for digit in range(10)]
+
+    def splits(self) -> dict[str, list[Item]]:
+        _, labels = digits_pixels()
+        return {
+            split: [Item(f"{row:06d}", "png", int(labels[row]), int(row), 64) for row in rows]
+            for split, rows in digits_splits(labels).items()
+        }
+
+    def read(self, item: Item) -> bytes:
+        return png(digits_pixels()[0][item.where])
+
+
+def write_digits(output: str | Path, samples_per_shard: int = SAMPLES_PER_SHARD) -> Path:
+    """Write the digits' shards and manifest to the folder ``output``; returns it. The bytes are deterministic.
+
+    The folder appears complete or not at all; of processes that race, one writes it and the others find it there.
     FileExistsError where ``output`` holds something else.
     """
     output = Path(output).resolve()
     output.parent.mkdir(parents=True, exist_ok=True)
-    pixels, labels = digits_pixels()
     temporary = Path(tempfile.mkdtemp(prefix=f".{output.name}.", dir=output.parent))
     try:
-        for split, rows in digits_splits(labels).items():
-            for number, start in enumerate(range(0, len(rows), samples_per_shard)):
-                path = temporary / f"{split}-{number:06d}.tar"
-                with open(path, "wb") as file, wds.TarWriter(file, user="", group="", mode=0o644, mtime=0) as shard:
-                    for row in rows[start : start + samples_per_shard]:
-                        shard.write({"__key__": f"{row:06d}", "png": pixels[row], "cls": int(labels[row])})
-        write_manifest(
-            temporary, source=SOURCE, classes=[str(digit) for digit in range(10)], tool=f"lzn_dist {__version__}"
-        )
+        prepare(Digits(), Options(temporary, samples_per_shard), quiet=True)
         temporary.chmod(0o755)  # mkdtemp's folders are private
         try:
             os.rename(temporary, output)  # fails on a folder that is not empty

@@ -1,218 +1,222 @@
-"""WebDataset shards, read at random through byte offsets, and batches as a pure function of the step.
+"""Batches from WebDataset shards as a pure function of the step.
 
-WebDataset reads tars from front to back; its shuffling depends on workers, ranks and the place in the shard, and
-it has no state to save. Here a manifest (or one scan of the tars) says where every member lies, so that sample i
-is one read, the order of an epoch is a keyed permutation, and **the step is the whole cursor**: batch k holds the
-same samples on any number of ranks, after any resume. The bytes then go through webdataset's own decoders.
+WebDataset reads tars from front to back; its shuffling depends on workers, ranks and the place in the shard, and it
+has no state to save. Here the index says where every member lies (index.py), an epoch's order is a keyed function
+(order.py), and **the number of the batch is the whole cursor**: batch k holds the same samples on any number of ranks
+and workers, after any resume, and resuming reads nothing of what went before.
 """
 
 from __future__ import annotations
 
-import functools
-import hashlib
-import json
-import os
-import re
-import tarfile
 from collections import deque
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import islice
-from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
-import webdataset as wds
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
-from webdataset.autodecode import DecodingError
 
-from lzn_dist.keyed_random import make_key, permutation
+from lzn_dist.data.index import ABSENT, ShardIndex
+from lzn_dist.data.order import Rows, SampleOrder
+from lzn_dist.data.pixels import Reading, WrongSizeError
+from lzn_dist.keyed_random import make_key
 
-MANIFEST = "manifest.json"
-IMAGE_EXTENSIONS = ("png", "jpg", "jpeg", "webp", "ppm", "pgm")
-LABEL_EXTENSION = "cls"
 NO_LABEL = -1
-_OPEN_SHARDS = 128  # file descriptors a data set keeps; a process may often have no more than 1,024
 _PREFETCH = 2  # batches decoded ahead
-_SHARD_NAME = re.compile(r"(?P<split>.+)-\d+\.tar")
+_CHUNK = 32  # files in memory at once
+_ATTEMPTS = 16  # replacements of a sample that is not there, each by another one
 
 
-class CorruptSampleError(RuntimeError):
-    """A sample that cannot be read or decoded; the message names its shard and key."""
+class CorruptSampleError(ValueError):
+    """Samples that cannot be read or decoded, where none may be replaced; the message names shard and key."""
 
 
-# ---------------------------------------------------------------------------------------------- where samples lie
+# ── samples by number ───────────────────────────────────────────────────────────────────────────────────────────────
 
 
 @dataclass(frozen=True)
-class Shard:
-    """One tar: the keys of its n samples in order, and for each extension where the members' bytes lie.
+class BadSample:
+    """A sample that cannot be used. row: its number in the split; why: shard, key and what is wrong."""
 
-    offsets: extension -> int64 [n, 2], the position of the first byte in the tar and the number of bytes.
-    sha256 is None where the tar was scanned without reading its contents.
+    row: int
+    why: str
+
+
+class ShardedDataset(Dataset[tuple[Tensor, int]]):
+    """The samples of a split by their number in the manifest's order: ``dataset[i] -> (uint8 [c, h, w], label)``.
+
+    channels: 1 (grey) or 3 (RGB), to which images are converted. reading: how files become pixels. The label is -1
+    where the split has none. cache_decoded keeps each decoded image, n·c·h·w bytes in all, `shared` with forked loader
+    processes; it needs a reading that is the same in all epochs. seed: of the replacements of bad samples.
     """
 
-    name: str
-    bytes: int
-    sha256: str | None
-    keys: tuple[str, ...]
-    offsets: dict[str, np.ndarray[Any, np.dtype[np.int64]]]
-
-    @property
-    def samples(self) -> int:
-        return len(self.keys)
-
-    @property
-    def image_extension(self) -> str | None:
-        return next((e for e in IMAGE_EXTENSIONS if e in self.offsets), None)
-
-
-def scan_shard(path: Path) -> Shard:
-    """Read a tar's headers, not its contents. ValueError where its samples do not all have the same members."""
-    samples: dict[str, dict[str, tuple[int, int]]] = {}
-    try:
-        with tarfile.open(path, "r:") as tar:
-            for member in tar:
-                if member.isfile():
-                    folder, _, file = member.name.rpartition("/")
-                    stem, _, extension = file.partition(".")  # webdataset: the key ends at the first dot
-                    key = f"{folder}/{stem}" if folder else stem
-                    samples.setdefault(key, {})[extension.lower()] = (member.offset_data, member.size)
-    except tarfile.TarError as error:
-        raise ValueError(f"{path}: not a readable tar without compression: {error}") from error
-    extensions = set(next(iter(samples.values()), {}))
-    for key, members in samples.items():
-        if set(members) != extensions:
-            raise ValueError(f"{path}: sample {key} has {sorted(members)}, the shard's first has {sorted(extensions)}")
-    offsets = {e: np.array([m[e] for m in samples.values()], dtype=np.int64) for e in sorted(extensions)}
-    return Shard(path.name, path.stat().st_size, None, tuple(samples), offsets)
-
-
-def hash_file(path: Path) -> str:
-    """SHA-256 of a file's bytes in hexadecimal digits."""
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def write_manifest(folder: Path, *, source: str, classes: Sequence[str], tool: str) -> None:
-    """Describe the shards ``SPLIT-000000.tar`` … of ``folder`` in its manifest.json; deterministic bytes."""
-    splits: dict[str, Any] = {}
-    for split, shards in ShardIndex.scan(folder).splits.items():
-        entries = [
-            {
-                "name": shard.name,
-                "samples": shard.samples,
-                "bytes": shard.bytes,
-                "sha256": hash_file(folder / shard.name),
-                "keys": list(shard.keys),
-                "offsets": {extension: table.tolist() for extension, table in shard.offsets.items()},
-            }
-            for shard in shards
-        ]
-        splits[split] = {"samples": sum(shard.samples for shard in shards), "shards": entries}
-    manifest = {"format": 1, "source": source, "tool": tool, "classes": list(classes), "splits": splits}
-    temporary = folder / f".{MANIFEST}.{os.getpid()}"
-    temporary.write_text(json.dumps(manifest))
-    temporary.replace(folder / MANIFEST)
-
-
-@dataclass(frozen=True)
-class ShardIndex:
-    """Which shards a folder holds, by split, and where each sample lies in them."""
-
-    folder: Path
-    splits: dict[str, tuple[Shard, ...]]
-    classes: tuple[str, ...] = ()
-
-    @classmethod
-    def load(cls, folder: str | Path) -> ShardIndex:
-        """Read the manifest, or scan the tars where there is none.
-
-        FileNotFoundError where the folder has no shards or lacks one that the manifest names, ValueError where a
-        shard has another size than the manifest says or the manifest cannot be read.
-        """
-        folder = Path(folder)
-        if not (folder / MANIFEST).is_file():
-            return cls.scan(folder)
+    def __init__(
+        self,
+        index: ShardIndex,
+        split: str,
+        channels: int,
+        reading: Reading,
+        *,
+        cache_decoded: bool = False,
+        shared: bool = False,
+        seed: int = 0,
+    ) -> None:
+        if channels not in (1, 3):
+            raise ValueError(f"channels must be 1 (grey) or 3 (RGB), not {channels}")
+        if cache_decoded and reading.keyed:
+            raise ValueError(
+                "images whose views differ from epoch to epoch cannot be kept decoded: cache_decoded=false"
+            )
+        self.index, self.split, self.channels, self.reading, self.seed = index, split, channels, reading, seed
+        self.table = index.split(split)
         try:
-            manifest = json.loads((folder / MANIFEST).read_text())
-            splits = {
-                split: tuple(
-                    Shard(
-                        s["name"],
-                        s["bytes"],
-                        s["sha256"],
-                        tuple(s["keys"]),
-                        {e: np.array(table, dtype=np.int64).reshape(-1, 2) for e, table in s["offsets"].items()},
-                    )
-                    for s in entry["shards"]
-                )
-                for split, entry in manifest["splits"].items()
-            }
-            classes = tuple(manifest["classes"])
-        except (json.JSONDecodeError, KeyError, TypeError, ValueError) as error:
-            raise ValueError(f"{folder / MANIFEST}: not a manifest of shards: {error!r}") from error
-        for shard in (shard for shards in splits.values() for shard in shards):
-            path = folder / shard.name
-            if not path.is_file():
-                raise FileNotFoundError(f"{path} is missing, though {MANIFEST} names it: {_how_to_write(folder)}")
-            if path.stat().st_size != shard.bytes:
-                raise ValueError(
-                    f"{path} has {path.stat().st_size} bytes, {MANIFEST} says {shard.bytes}: {_how_to_write(folder)}"
-                )
-        return cls(folder, splits, classes)
+            self.images = self.table.images
+        except ValueError as error:
+            raise ValueError(f"{index.folder}, split {split!r}: {error}") from error
+        self.labels = self.table.labels
+        self._cache: tuple[Tensor, Tensor, Tensor] | None = None
+        if cache_decoded:
+            n = len(self)
+            self._cache = (
+                torch.empty(n, 1, channels, reading.size, reading.size, dtype=torch.uint8),
+                torch.empty(n, dtype=torch.int64),
+                torch.zeros(n, dtype=torch.bool),  # which rows are there; written last
+            )
+            if shared:
+                for tensor in self._cache:
+                    tensor.share_memory_()
 
-    @classmethod
-    def scan(cls, folder: str | Path) -> ShardIndex:
-        """Build the index from the tars ``SPLIT-000000.tar`` … alone; the classes stay unknown."""
-        folder = Path(folder)
-        splits: dict[str, tuple[Shard, ...]] = {}
-        for path in sorted(folder.glob("*.tar")):
-            if match := _SHARD_NAME.fullmatch(path.name):
-                splits[match["split"]] = (*splits.get(match["split"], ()), scan_shard(path))
-        if not splits:
-            raise FileNotFoundError(f"no shards (SPLIT-000000.tar …) in {folder}: {_how_to_write(folder)}")
-        return cls(folder, splits)
+    def __len__(self) -> int:
+        return len(self.table)
 
-    def shards(self, split: str) -> tuple[Shard, ...]:
-        """The shards of a split; ValueError naming the splits that there are."""
-        if split not in self.splits:
-            raise ValueError(f"{self.folder} has no split {split!r}; it has {sorted(self.splits)}")
-        return self.splits[split]
+    def __getitem__(self, i: int) -> tuple[Tensor, int]:
+        if not 0 <= i < len(self):
+            raise IndexError(f"sample {i} of {len(self)} in split {self.split!r}")
+        pixels, labels = self.read(np.array([i]))
+        return pixels[0, 0], int(labels[0])
 
-    def samples(self, split: str) -> int:
-        """How many samples a split has."""
-        return sum(shard.samples for shard in self.shards(split))
+    def read(self, rows: Rows, epoch: int = 0) -> tuple[Tensor, Tensor]:
+        """Samples that must all be good: uint8 [v, b, c, h, w] and int64 [b]. Raises CorruptSampleError."""
+        pixels, labels, _, bad = self.read_or_replace(rows, epoch)
+        if bad:
+            raise CorruptSampleError(bad[0].why)
+        return pixels, labels
 
-    def verify(self) -> None:
-        """Read every shard in full; ValueError naming the first whose hash is not the manifest's."""
-        for shard in (shard for shards in self.splits.values() for shard in shards):
-            if shard.sha256 is not None and hash_file(self.folder / shard.name) != shard.sha256:
-                raise ValueError(f"{self.folder / shard.name}: its SHA-256 is not the one in {MANIFEST}")
+    def read_or_replace(self, rows: Rows, epoch: int = 0) -> tuple[Tensor, Tensor, Rows, list[BadSample]]:
+        """Samples, those that cannot be used replaced by others: uint8 [v, b, c, h, w], int64 [b], the rows that were
+        read, and what was bad. The replacement is a function of the seed and the bad sample's number alone.
 
+        Raises ValueError and OSError for what is no damage of single samples: images of another size, a lost server, a
+        full disk.
+        """
+        rows = np.array(rows, dtype=np.int64)
+        pixels = torch.empty(
+            self.reading.views, len(rows), self.channels, self.reading.size, self.reading.size, dtype=torch.uint8
+        )
+        labels = torch.empty(len(rows), dtype=torch.int64)
+        bad: list[BadSample] = []
+        wanted, attempt = np.arange(len(rows)), 0
+        originals = rows.copy()
+        while len(wanted):
+            failed = self._fill(rows, wanted, epoch, pixels, labels, bad)
+            if len(failed) and attempt == _ATTEMPTS:
+                raise CorruptSampleError(f"{bad[-1].why}; so are {_ATTEMPTS} others in a row")
+            for place in failed:
+                key = make_key(self.seed, "replacement", int(originals[place]), attempt)
+                rows[place] = (int(key) & (2**63 - 1)) % len(self)
+            wanted, attempt = np.array(failed, dtype=np.int64), attempt + 1
+        return pixels, labels, rows, bad
 
-def _how_to_write(folder: Path) -> str:
-    return (
-        f"write them with `python data_prep/digits.py --output {folder}` (digits) or the script of your data set in "
-        "data_prep/, or point data.shards at a folder that has them"
-    )
+    def _fill(
+        self, rows: Rows, places: Rows, epoch: int, pixels: Tensor, labels: Tensor, bad: list[BadSample]
+    ) -> list[int]:
+        """Read the samples at some places of a batch; returns the places that failed."""
+        failed: list[int] = []
+        if self._cache is not None:
+            images, known, present = self._cache
+            there = present[torch.from_numpy(rows[places])].numpy()
+            kept = torch.from_numpy(places[there])
+            numbers = torch.from_numpy(rows[places[there]])
+            pixels[:, kept] = images[numbers].transpose(0, 1)
+            labels[kept] = known[numbers]
+            places = places[~there]
+        for start in range(0, len(places), _CHUNK):
+            chunk = places[start : start + _CHUNK]
+            contents = self._contents(rows[chunk])
+            files = [content[0] if isinstance(content, tuple) else b"" for content in contents]
+            try:
+                found = self.reading(files, self.channels, torch.from_numpy(rows[chunk]), epoch)
+            except WrongSizeError as error:
+                raise ValueError(f"{self.index.folder}, split {self.split!r}: an image {error}") from error
+            for place, content, image in zip(chunk.tolist(), contents, found, strict=True):
+                why = content if isinstance(content, str) else str(image) if isinstance(image, ValueError) else ""
+                if isinstance(content, str) or why:
+                    row = int(rows[place])
+                    bad.append(BadSample(row, f"{self.where(row)}: {why}"))
+                    failed.append(place)
+                    continue
+                assert isinstance(image, Tensor)
+                pixels[:, place] = image
+                labels[place] = content[1]
+                if self._cache is not None:
+                    images, known, present = self._cache
+                    images[rows[place]], known[rows[place]] = image, content[1]
+                    present[rows[place]] = True
+        return failed
 
+    def where(self, row: int) -> str:
+        """Shard and key of a sample, for messages."""
+        return f"{self.index.path(self.table.shard_of(row))}: sample {self.table.key(row)}"
 
-# ------------------------------------------------------------------------------------------------ samples by index
+    def _contents(self, rows: Rows) -> list[tuple[bytes, int] | str]:
+        """Each sample's image file and label, or what is wrong with it."""
+        shards = np.searchsorted(self.table.ends, rows, side="right").tolist()
+        images = self.images[rows].tolist()
+        labels = [[ABSENT, 0]] * len(rows) if self.labels is None else self.labels[rows].tolist()
+        # image and label lie beside each other: one read for both
+        spans = []
+        for shard, image, label in zip(shards, images, labels, strict=True):
+            parts = [part for part in (image, label) if part[0] != ABSENT] or [[0, 0]]
+            first = min(part[0] for part in parts)
+            spans.append((self.table.shards[shard].name, first, max(sum(part) for part in parts) - first))
+        storage = self.index.storage
+        storage.fetch(spans)
+        found: list[tuple[bytes, int] | str] = []
+        for span, image, label in zip(spans, images, labels, strict=True):
+            if image[0] == ABSENT or (self.labels is not None and label[0] == ABSENT):
+                found.append("has no image" if image[0] == ABSENT else "has no label")
+                continue
+            content = storage.read(*span)
+            if len(content) != span[2]:
+                found.append("the shard ends inside it")
+                continue
+            start = image[0] - span[1]
+            number = NO_LABEL
+            if self.labels is not None:
+                text = content[label[0] - span[1] : sum(label) - span[1]]
+                try:
+                    number = int(text)
+                except ValueError:
+                    found.append(f"its label is {text[:20]!r}")
+                    continue
+            found.append((content[start : start + image[1]], number))
+        return found
 
+    def fixed_batches(self, batch_size: int) -> Iterator[EvaluationBatch]:
+        """The split in the manifest's order, the same on every rank, in batches of exactly ``batch_size``.
 
-class _Descriptor:
-    """An open file that closes when its last user lets go; pread has no position, so threads and forks share it."""
-
-    def __init__(self, path: Path) -> None:
-        self.number = os.open(path, os.O_RDONLY)
-
-    def __del__(self) -> None:
-        if hasattr(self, "number"):
-            os.close(self.number)
+        The last one is filled up by repeating from the start; ``valid`` [b] says which rows count.
+        """
+        if batch_size < 1:
+            raise ValueError(f"batch_size must be at least 1, not {batch_size}")
+        for start in range(0, len(self), batch_size):
+            position = torch.arange(start, start + batch_size)
+            index = position % len(self)
+            pixels, labels = self.read(index.numpy())
+            yield EvaluationBatch(index, to_unit_range(pixels[0]), labels, position < len(self))
 
 
 @dataclass(frozen=True)
@@ -234,236 +238,83 @@ class EvaluationBatch:
         )
 
 
-class ShardedDataset(Dataset[tuple[Tensor, int]]):
-    """The samples of a split by their index in the manifest's order: ``dataset[i] -> (uint8 [c, h, w], label)``.
-
-    ``channels`` is 1 (grey) or 3 (RGB); images are converted. ``image_size`` is the height and width that they must
-    have: shards are written at the size of training. The label is -1 where samples have no ``cls``.
-    ``cache_decoded`` keeps each decoded image, n·c·h·w bytes in all, ``shared`` with forked loader processes.
-    """
-
-    def __init__(
-        self,
-        index: ShardIndex,
-        split: str,
-        channels: int,
-        image_size: int,
-        cache_decoded: bool = False,
-        shared: bool = False,
-    ) -> None:
-        if channels not in (1, 3):
-            raise ValueError(f"channels must be 1 (grey) or 3 (RGB), not {channels}")
-        self.index, self.split, self.channels, self.image_size = index, split, channels, image_size
-        self.shards = index.shards(split)
-        for shard in self.shards:
-            if shard.image_extension is None:
-                path = index.folder / shard.name
-                raise ValueError(f"{path}: no images ({', '.join(IMAGE_EXTENSIONS)}) among {sorted(shard.offsets)}")
-        self._ends = np.cumsum([shard.samples for shard in self.shards])
-        self._descriptor = functools.lru_cache(maxsize=_OPEN_SHARDS)(_Descriptor)
-        self._cache: tuple[Tensor, Tensor, Tensor] | None = None
-        if cache_decoded:
-            n = len(self)
-            self._cache = (
-                torch.empty(n, channels, image_size, image_size, dtype=torch.uint8),
-                torch.empty(n, dtype=torch.int64),
-                torch.zeros(n, dtype=torch.bool),  # which rows are there; written last
-            )
-            if shared:
-                for tensor in self._cache:
-                    tensor.share_memory_()
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {name: value for name, value in self.__dict__.items() if name != "_descriptor"}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__.update(state)
-        self._descriptor = functools.lru_cache(maxsize=_OPEN_SHARDS)(_Descriptor)
-
-    def __len__(self) -> int:
-        return int(self._ends[-1]) if len(self._ends) else 0
-
-    def __getitem__(self, i: int) -> tuple[Tensor, int]:
-        images, labels = self.read([i])
-        return images[0], int(labels[0])
-
-    def raw(self, i: int) -> dict[str, Any]:
-        """The undecoded sample, as webdataset has it: its key, its shard as ``__url__``, bytes by extension."""
-        if not 0 <= i < len(self):
-            raise IndexError(f"sample {i} of {len(self)} in split {self.split!r}")
-        number = int(np.searchsorted(self._ends, i, side="right"))
-        shard = self.shards[number]
-        row = i - (int(self._ends[number - 1]) if number else 0)
-        path = self.index.folder / shard.name
-        sample: dict[str, Any] = {"__key__": shard.keys[row], "__url__": str(path)}
-        descriptor = self._descriptor(path)
-        for extension in (shard.image_extension, LABEL_EXTENSION):
-            if extension is not None and extension in shard.offsets:
-                offset, size = shard.offsets[extension][row].tolist()
-                sample[extension] = os.pread(descriptor.number, size, offset)
-                if len(sample[extension]) != size:
-                    raise CorruptSampleError(f"{path}: sample {shard.keys[row]}: the shard ends inside {extension}")
-        return sample
-
-    def read(self, rows: Sequence[int]) -> tuple[Tensor, Tensor]:
-        """Decode samples: uint8 [b, c, h, w] and int64 [b]. CorruptSampleError names shard and key."""
-        if self._cache is None:
-            return self._decode(rows)
-        images, labels, present = self._cache
-        wanted = torch.as_tensor(rows, dtype=torch.int64)
-        missing = wanted[~present[wanted]].unique()
-        if len(missing):
-            images[missing], labels[missing] = self._decode(missing.tolist())
-            present[missing] = True
-        return images[wanted], labels[wanted]
-
-    def _decode(self, rows: Iterable[int]) -> tuple[Tensor, Tensor]:
-        images_as = wds.imagehandler("torchl8" if self.channels == 1 else "torchrgb8", IMAGE_EXTENSIONS)
-        pipeline = wds.DataPipeline(
-            lambda: (self.raw(row) for row in rows),
-            wds.decode(images_as),
-            wds.map(self._check),
-            wds.to_tuple("image", "label"),
-        )
-        try:
-            images, labels = zip(*pipeline, strict=True)
-        except DecodingError as error:
-            raise CorruptSampleError(
-                f"{error.url}: sample {error.key}: cannot decode {error.k}: {error.__cause__}"
-            ) from error
-        return torch.stack(images), torch.tensor(labels, dtype=torch.int64)
-
-    def _check(self, sample: dict[str, Any]) -> dict[str, Any]:
-        image = next(sample[extension] for extension in IMAGE_EXTENSIONS if extension in sample)
-        height, width = image.shape[-2:]
-        if (height, width) != (self.image_size, self.image_size):
-            raise ValueError(
-                f"{sample['__url__']}: sample {sample['__key__']} is {height}x{width} pixels, image_size is "
-                f"{self.image_size}: write the shards at that size, or set image_size"
-            )
-        image = image.reshape(self.channels, height, width)
-        return {"__key__": sample["__key__"], "image": image, "label": sample.get(LABEL_EXTENSION, NO_LABEL)}
-
-    def fixed_batches(self, batch_size: int) -> Iterator[EvaluationBatch]:
-        """The split in the manifest's order, the same on every rank, in batches of exactly ``batch_size``.
-
-        The last one is filled up by repeating from the start; ``valid`` [b] says which rows count.
-        """
-        if batch_size < 1:
-            raise ValueError(f"batch_size must be at least 1, not {batch_size}")
-        for start in range(0, len(self), batch_size):
-            position = torch.arange(start, start + batch_size)
-            index = position % len(self)
-            pixels, labels = self.read(index.tolist())
-            yield EvaluationBatch(index, to_unit_range(pixels), labels, position < len(self))
-
-
 def to_unit_range(pixels: Tensor) -> Tensor:
     """8-bit pixels to [-1, 1]: p / 127.5 - 1. uint8 [...] in, float32 [...] out."""
     return pixels.to(torch.float32).div_(127.5).sub_(1.0)
 
 
-# ------------------------------------------------------------------------------------------------- batches by step
+# ── batches by number ───────────────────────────────────────────────────────────────────────────────────────────────
 
 
 @dataclass(frozen=True)
 class Batch:
-    """A rank's part of a global batch: index int64 [b] (in the split), images float32 [b, c, h, w] in [-1, 1],
-    labels int64 [b] (-1 without one), and the epoch that all of them belong to."""
+    """A rank's part of a global batch: index int64 [b] (in the split), pixels uint8 [v, b, c, h, w] of one or more
+    views, labels int64 [b] (-1 without one), the epoch that all belong to, and the samples that were replaced."""
 
     index: Tensor
-    images: Tensor
+    pixels: Tensor
     labels: Tensor
     epoch: int
+    bad: tuple[BadSample, ...] = ()
 
-    def to(self, device: torch.device | str) -> Batch:
-        """The batch on ``device``."""
-        return Batch(self.index.to(device), self.images.to(device), self.labels.to(device), self.epoch)
+    def pin_memory(self) -> Batch:
+        """The same with its pixels in memory from which copies to a GPU run beside the computation."""
+        return replace(self, pixels=self.pixels.pin_memory())
 
 
 class BatchStream:
-    """The batches of a training run, addressed by step: ``batch(k)`` is the rank's part of global batch k.
+    """The batches of a training run by number: ``batch(k)`` is the rank's part of global batch k.
 
-    An epoch is a permutation of the split keyed by (seed, epoch), cut into ``batches_per_epoch`` global batches;
-    the remainder (fewer than ``global_batch`` samples, others in each epoch) is dropped. Global batch k of the run
-    belongs to epoch ``k // batches_per_epoch`` and is cut into contiguous equal parts, one a rank. So the step is
-    the cursor, and a global batch is the same on any number of ranks that divides it.
-
-    ``workers`` is the number of loader processes; 0 decodes in one background thread.
+    Epochs have ``batches_per_epoch`` batches, on all ranks; `order` says how many samples that leaves out. A global
+    batch is cut into contiguous equal parts, one a rank. workers: loader processes; 0 decodes in one background
+    thread. Each worker makes whole batches, so that any number of them does.
     """
 
     def __init__(
-        self,
-        index: ShardIndex,
-        split: str,
-        global_batch: int,
-        seed: int,
-        rank: int = 0,
-        world_size: int = 1,
-        channels: int = 1,
-        image_size: int = 8,
-        cache_decoded: bool = False,
-        workers: int = 0,
+        self, dataset: ShardedDataset, order: SampleOrder, rank: int = 0, world_size: int = 1, workers: int = 0
     ) -> None:
         if not 0 <= rank < world_size:
             raise ValueError(f"rank {rank} is not one of {world_size}")
-        if global_batch < 1:
-            raise ValueError(f"the global batch must be at least 1, not {global_batch}")
-        samples = index.samples(split)
-        if global_batch > samples:
-            raise ValueError(
-                f"the global batch of {global_batch} is larger than split {split!r} of {index.folder}, which has "
-                f"{samples} samples: use at most {samples}"
-            )
-        if global_batch % world_size:
-            below = global_batch // world_size * world_size
-            sizes = [size for size in (below, below + world_size) if 0 < size <= samples]
-            ranks = [n for n in range(1, min(global_batch, 2 * world_size) + 1) if global_batch % n == 0]
-            raise ValueError(
-                f"the global batch of {global_batch} cannot be split evenly over {world_size} ranks: use a global "
-                f"batch of {' or '.join(map(str, sizes)) or 'more samples'}, or {' or '.join(map(str, ranks))} ranks"
-            )
-        self.seed, self.rank, self.workers = seed, rank, workers
-        self.global_batch, self.local_batch = global_batch, global_batch // world_size
-        self.batches_per_epoch = samples // global_batch
-        self.dataset = ShardedDataset(index, split, channels, image_size, cache_decoded, shared=workers > 0)
-        self._order: tuple[int, Tensor] | None = None
+        check_divisible(order, world_size, f"split {dataset.split!r} of {dataset.index.folder}")
+        self.dataset, self.order, self.rank, self.workers = dataset, order, rank, workers
+        self.local_batch = order.global_batch // world_size
+        self.batches_per_epoch = order.batches_per_epoch
 
-    def order(self, epoch: int) -> Tensor:
-        """The epoch's permutation of the split: int64 [samples]."""
-        cached = self._order  # one read, for threads
-        if cached is None or cached[0] != epoch:
-            cached = (epoch, permutation(make_key(self.seed, "order", epoch), len(self.dataset)))
-            self._order = cached
-        return cached[1]
+    def __str__(self) -> str:
+        """How long an epoch is, for people."""
+        order, split = self.order, self.dataset.split
+        left_out = f", {order.remainder:,} other samples left out in each" if order.remainder else ""
+        return (
+            f"{split}: {order.samples:,} samples, {order.batches_per_epoch:,} global batches of "
+            f"{order.global_batch:,} an epoch{left_out}"
+        )
 
-    def indices(self, step: int) -> Tensor:
-        """Which samples the rank sees in global batch ``step``: int64 [b]."""
-        if step < 0:
-            raise ValueError(f"batches are counted from 0; there is no batch {step}")
-        epoch, number = divmod(step, self.batches_per_epoch)
-        start = number * self.global_batch + self.rank * self.local_batch
-        return self.order(epoch)[start : start + self.local_batch].clone()
+    def indices(self, number: int) -> Rows:
+        """Which samples the rank sees in global batch `number`: int64 [b]."""
+        if number < 0:
+            raise ValueError(f"batches are counted from 0; there is no batch {number}")
+        return self.order.batch(number, self.rank * self.local_batch, (self.rank + 1) * self.local_batch)
 
-    def batch(self, step: int) -> Batch:
-        """The rank's part of global batch ``step``, read and decoded here and now."""
-        index = self.indices(step)
-        pixels, labels = self.dataset.read(index.tolist())
-        return Batch(index, to_unit_range(pixels), labels, step // self.batches_per_epoch)
+    def batch(self, number: int) -> Batch:
+        """The rank's part of global batch `number`, read and decoded here and now."""
+        epoch = number // self.batches_per_epoch
+        pixels, labels, rows, bad = self.dataset.read_or_replace(self.indices(number), epoch)
+        return Batch(torch.from_numpy(rows), pixels, labels, epoch, tuple(bad))
 
-    def iterate(self, start_step: int, stop_step: int) -> Iterator[Batch]:
-        """Batches ``start_step`` … ``stop_step - 1`` in order, the next ones being decoded meanwhile.
+    def iterate(self, start: int, stop: int) -> Iterator[Batch]:
+        """Batches start … stop - 1 in order, the next ones being decoded meanwhile.
 
         An error surfaces at the batch that it belongs to; closing the iterator ends thread or processes.
         """
-        steps = range(start_step, stop_step)
-        if self.workers and len(steps):
+        numbers = range(start, stop)
+        if self.workers and len(numbers):
             loader = DataLoader(
                 _BatchOrError(self),
                 batch_size=None,
-                sampler=steps,
-                num_workers=min(self.workers, len(steps)),
+                sampler=numbers,
+                num_workers=min(self.workers, len(numbers)),
                 prefetch_factor=_PREFETCH,
+                pin_memory=torch.cuda.is_available(),
                 generator=torch.Generator(),  # the loader would otherwise draw from torch's global one
             )
             for item in loader:
@@ -471,7 +322,7 @@ class BatchStream:
                     raise item
                 yield item
             return
-        remaining = iter(steps)
+        remaining = iter(numbers)
         with ThreadPoolExecutor(1, thread_name_prefix="batches") as reader:
             ahead: deque[Future[Batch]] = deque(reader.submit(self.batch, k) for k in islice(remaining, _PREFETCH))
             try:
@@ -483,6 +334,30 @@ class BatchStream:
                 reader.shutdown(wait=True, cancel_futures=True)
 
 
+def check_divisible(order: SampleOrder, world_size: int, what: str) -> None:
+    """ValueError, naming the numbers that work, unless ranks get equal parts of a batch that the split can fill."""
+    batch, samples, streams = order.global_batch, order.samples, order.streams
+    if batch > samples:
+        raise ValueError(f"the global batch of {batch} is larger than {what}, which has {samples} samples: "
+                         f"use at most {samples}")  # fmt: skip
+    if batch % world_size:
+        below = batch // world_size * world_size
+        sizes = [size for size in (below, below + world_size) if 0 < size <= samples]
+        ranks = [n for n in range(1, min(batch, 2 * world_size) + 1) if batch % n == 0]
+        raise ValueError(
+            f"the global batch of {batch} cannot be split evenly over {world_size} ranks: use a global "
+            f"batch of {' or '.join(map(str, sizes)) or 'more samples'}, or {' or '.join(map(str, ranks))} ranks"
+        )
+    if streams > 1 and streams % world_size:
+        below = streams // world_size * world_size
+        counts = [count for count in (below, below + world_size) if count]
+        ranks = [n for n in range(1, min(streams, 2 * world_size) + 1) if streams % n == 0 and batch % n == 0]
+        raise ValueError(
+            f"{streams} streams (data.streams) cannot be shared evenly by {world_size} ranks: set "
+            f"{' or '.join(map(str, counts))} (another order of samples), or use {' or '.join(map(str, ranks))} ranks"
+        )
+
+
 class _BatchOrError(Dataset["Batch | Exception"]):
     """What a loader process runs. An error comes back as a value: raised there, torch would bury its message in the
     worker's traceback, and keep the processes waiting in a reference cycle."""
@@ -490,8 +365,8 @@ class _BatchOrError(Dataset["Batch | Exception"]):
     def __init__(self, stream: BatchStream) -> None:
         self.stream = stream
 
-    def __getitem__(self, step: int) -> Batch | Exception:
+    def __getitem__(self, number: int) -> Batch | Exception:
         try:
-            return self.stream.batch(step)
-        except (CorruptSampleError, OSError, ValueError) as error:
+            return self.stream.batch(number)
+        except (OSError, ValueError) as error:
             return error

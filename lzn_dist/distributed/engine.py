@@ -8,7 +8,7 @@ clips them by their global norm, and skips the step on all ranks alike where tha
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any, TypeVar
@@ -45,11 +45,11 @@ class EngineModule(nn.Module):
 
 @dataclass
 class Outcome:
-    """norm: of the gradient before clipping. applied: False where the step was skipped. stop: some rank asked to."""
+    """norm: of the gradient before clipping. applied: False where the step was skipped. votes: summed over ranks."""
 
     norm: Tensor
     applied: bool
-    stop: bool
+    votes: list[float]
 
 
 class Engine(ABC):
@@ -86,8 +86,8 @@ class Engine(ABC):
         """
 
     @abstractmethod
-    def step(self, clip_norm: float, stop: bool = False) -> Outcome:
-        """One optimiser step; gradients are gone afterwards. stop: this rank's wish, which becomes everyone's."""
+    def step(self, clip_norm: float, votes: Sequence[float] = ()) -> Outcome:
+        """One optimiser step; gradients are gone afterwards. votes: numbers of this rank that all ranks add up."""
 
     @abstractmethod
     def gradients(self) -> dict[str, Tensor]:
@@ -134,12 +134,16 @@ def poisoned(loss: Tensor) -> Tensor:
     return loss * torch.where(loss.detach().isfinite(), 1.0, torch.nan).to(loss.dtype)
 
 
-def agree(flags: list[Tensor | bool], device: torch.device, topology: Topology) -> list[bool]:
-    """Each flag, if any rank raised it. One collective and one wait for the device: the only ones of a step."""
-    joined = torch.stack([torch.as_tensor(flag, device=device).float() for flag in flags])
+def agree(
+    flag: Tensor | bool, votes: Sequence[float], device: torch.device, topology: Topology
+) -> tuple[bool, list[float]]:
+    """Whether any rank raised the flag, and each vote's sum over ranks. One collective and one wait for the device:
+    the only ones of a step."""
+    joined = torch.stack([torch.as_tensor(value, device=device).float() for value in (flag, *votes)])
     if topology.world_size > 1:
-        dist.all_reduce(joined, dist.ReduceOp.MAX)
-    return [value > 0 for value in joined.tolist()]
+        dist.all_reduce(joined)
+    raised, *sums = joined.tolist()
+    return raised > 0, sums
 
 
 class TorchEngine(Engine):
@@ -182,7 +186,7 @@ class TorchEngine(Engine):
                 poisoned(loss).backward()
         return loss.detach(), more
 
-    def step(self, clip_norm: float, stop: bool = False) -> Outcome:
+    def step(self, clip_norm: float, votes: Sequence[float] = ()) -> Outcome:
         frozen = self.frozen_names()
         for name in frozen:
             self.names[name].grad = None
@@ -190,12 +194,12 @@ class TorchEngine(Engine):
         norm = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
         if isinstance(norm, DTensor):
             norm = norm.full_tensor()
-        skip, stop = agree([~norm.isfinite(), stop], self.device, self.topology)
+        skip, sums = agree(~norm.isfinite(), votes, self.device, self.topology)
         if not skip:
             torch.nn.utils.clip_grads_with_norm_(parameters, clip_norm, norm)
             self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
-        return Outcome(norm, not skip, stop)
+        return Outcome(norm, not skip, sums)
 
     def gradients(self) -> dict[str, Tensor]:
         return {

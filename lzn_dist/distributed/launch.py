@@ -13,7 +13,7 @@ import os
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -25,6 +25,7 @@ from lzn_dist.distributed.topology import Topology
 
 EngineName = Literal["single", "ddp", "zero1", "zero2", "zero3", "zero3_offload", "fsdp"]
 PROJECT = Path(__file__).parents[2]
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -143,3 +144,12 @@ def same_everywhere(value: str | None) -> str | None:
     if Topology.current().world_size > 1:
         dist.broadcast_object_list(shared)
     return shared[0]
+
+
+def everywhere(value: T) -> list[T]:
+    """Every process's (small) value, by rank, on every process."""
+    if Topology.current().world_size == 1:
+        return [value]
+    found: list[Any] = [None] * Topology.current().world_size
+    dist.all_gather_object(found, value)
+    return found

@@ -7,7 +7,7 @@ DeepSpeed's own; both use the global norm, as `TorchEngine` does.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
 import torch
@@ -93,15 +93,15 @@ class ZeroEngine(Engine):
             self.deepspeed.backward(poisoned(loss))
         return loss.detach(), more
 
-    def step(self, clip_norm: float, stop: bool = False) -> Outcome:
+    def step(self, clip_norm: float, votes: Sequence[float] = ()) -> Outcome:
         # clip_norm stands in DeepSpeed's configuration
         self.deepspeed.step()
         norm = torch.as_tensor(self.deepspeed.get_global_grad_norm(), device=self.device)
         applied = bool(self.deepspeed.was_step_applied())
-        skip, stop = agree([not applied, stop], self.device, self.topology)
+        skip, sums = agree(not applied, votes, self.device, self.topology)
         if skip == applied:
             raise RuntimeError("ranks disagree on whether the step was taken: the weights differ between them now")
-        return Outcome(norm, applied, stop)
+        return Outcome(norm, applied, sums)
 
     def gradients(self) -> dict[str, Tensor]:
         from deepspeed.utils import safe_get_full_grad

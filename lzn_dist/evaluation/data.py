@@ -11,10 +11,11 @@ import torch
 from torch import Tensor
 
 from lzn_dist.config import Config
-from lzn_dist.data import EvaluationBatch, ShardedDataset, ShardIndex, ensure_digits
+from lzn_dist.data import EvaluationBatch, ShardedDataset, ShardIndex, ensure_digits, whole_images
 from lzn_dist.evaluation.frechet import DigitClassifier
 
-IN_MEMORY = 50_000  # images of a split that are held at once: enough for probes and figures
+IN_MEMORY = 50_000  # images of a split that are held at once, at most: enough for probes and figures
+MEMORY = 4e9  # bytes of a split that are held at once, at most
 
 
 @dataclass
@@ -45,35 +46,41 @@ class EvaluationData:
     """
 
     def __init__(self, config: Config, train: str = "train", test: str = "test") -> None:
-        self.config, self.names = config, {"train": train, "test": test}
+        self.config = config
         if config.data.embedded == "digits":
             ensure_digits(config.data.shards)
-        self.index = ShardIndex.load(config.data.shards)
+        self.index = ShardIndex.load(config.data.shards, config.data.cache, config.data.retry_seconds)
+        if test not in self.index.splits and "val" in self.index.splits:
+            test = "val"  # ImageNet's labelled held-out images
+        self.names = {"train": train, "test": test}
 
     def batches(self, split: str) -> Iterator[EvaluationBatch]:
         """Batches of exactly `evaluation.batch` images; the last is filled up with rows that are not valid."""
         data = self.config.data
-        dataset = ShardedDataset(self.index, self.names[split], data.image_channels, data.image_size)
+        reading = whole_images(data.image_size, data.resize, data.scaled_decoding)
+        dataset = ShardedDataset(self.index, self.names[split], data.image_channels, reading)
         return dataset.fixed_batches(self.config.evaluation.batch)
 
     def _load(self, split: str) -> ImageSet:
         images, labels, count = [], [], 0
+        data = self.config.data
+        most = min(IN_MEMORY, int(MEMORY / (4 * data.image_channels * data.image_size**2)))
         for batch in self.batches(split):
             images.append(batch.images[batch.valid])
             labels.append(batch.labels[batch.valid])
             count += len(images[-1])
-            if count >= IN_MEMORY:
+            if count >= most:
                 break
-        return ImageSet(torch.cat(images)[:IN_MEMORY], torch.cat(labels)[:IN_MEMORY])
+        return ImageSet(torch.cat(images)[:most], torch.cat(labels)[:most])
 
     @cached_property
     def train(self) -> ImageSet:
-        """The first IN_MEMORY training images."""
+        """The first training images, as many as are held."""
         return self._load("train")
 
     @cached_property
     def test(self) -> ImageSet:
-        """The first IN_MEMORY test images."""
+        """The first test images, as many as are held."""
         return self._load("test")
 
     @property

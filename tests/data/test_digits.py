@@ -17,6 +17,7 @@ from sklearn.datasets import load_digits
 
 from lzn_dist.data import ShardIndex, ensure_digits, write_digits
 from lzn_dist.data.digits import HELD_OUT, digits_splits
+from lzn_dist.data.prepare import check
 
 Samples = dict[str, tuple[np.ndarray, int]]
 
@@ -76,19 +77,21 @@ def test_manifest_describes_the_tars(digits: Path) -> None:
     manifest = json.loads((digits / "manifest.json").read_text())
     assert manifest["classes"] == [str(c) for c in range(10)]
     assert "scikit-learn" in manifest["source"] and manifest["tool"].startswith("lzn_dist ")
+    index = ShardIndex.load(digits)
     for split, entry in manifest["splits"].items():
-        assert entry["samples"] == sum(shard["samples"] for shard in entry["shards"])
-        for shard in entry["shards"]:
+        table = index.split(split)
+        assert entry["samples"] == sum(shard["samples"] for shard in entry["shards"]) == len(table)
+        for shard, end in zip(entry["shards"], table.ends, strict=True):
             data = (digits / shard["name"]).read_bytes()
             assert shard["name"].startswith(split) and len(data) == shard["bytes"]
             assert hashlib.sha256(data).hexdigest() == shard["sha256"]
             with tarfile.open(digits / shard["name"]) as tar:
-                for row, key in enumerate(shard["keys"]):
-                    for extension, table in shard["offsets"].items():
-                        member = tar.extractfile(f"{key}.{extension}")
-                        offset, size = table[row]
+                for row in range(end - shard["samples"], end):
+                    for extension, offsets in table.offsets.items():
+                        member = tar.extractfile(f"{table.key(row)}.{extension}")
+                        offset, size = offsets[row]
                         assert member is not None and member.read() == data[offset : offset + size]
-    ShardIndex.load(digits).verify()
+    assert check(digits, decode=True, quiet=True) == []
 
 
 def test_an_existing_folder_is_kept(digits: Path, tmp_path: Path) -> None:
@@ -112,12 +115,14 @@ def test_processes_that_race_do_no_harm(digits: Path, tmp_path: Path) -> None:
         assert pool.map(ensure_digits, [folder] * 4, chunksize=1) == [folder] * 4
     assert [path.name for path in folder.parent.iterdir()] == ["digits"]
     assert (folder / "manifest.json").read_bytes() == (digits / "manifest.json").read_bytes()
-    ShardIndex.load(folder).verify()
+    assert check(folder, quiet=True) == []
 
 
 def test_script(digits: Path, tmp_path: Path) -> None:
     root = Path(__file__).parents[2]
     command = [sys.executable, str(root / "data_prep" / "digits.py"), "--output", str(tmp_path / "digits")]
     result = subprocess.run(command, capture_output=True, text=True, check=True, env={"PYTHONPATH": str(root)})
-    assert "train 1437 samples" in result.stdout
+    assert "train: 1,437 images" in result.stdout and "10 classes" in result.stdout
+    again = subprocess.run(command, capture_output=True, text=True, check=True, env={"PYTHONPATH": str(root)})
+    assert "complete already" in again.stdout
     assert (tmp_path / "digits" / "manifest.json").read_bytes() == (digits / "manifest.json").read_bytes()

@@ -4,6 +4,7 @@ import io
 import json
 import multiprocessing
 import pickle
+import re
 import shutil
 import threading
 import time
@@ -17,20 +18,41 @@ import webdataset as wds
 from PIL import Image
 from sklearn.datasets import load_digits
 
-from lzn_dist.data import Batch, BatchStream, CorruptSampleError, ShardedDataset, ShardIndex
+from lzn_dist.data import (
+    Batch,
+    BatchStream,
+    CentreCrop,
+    CorruptSampleError,
+    Exact,
+    RandomResizedCrops,
+    SampleOrder,
+    ShardedDataset,
+    ShardIndex,
+    to_unit_range,
+)
+from lzn_dist.data.prepare import check
 
 TRAIN = 1437
 
 
+def make_dataset(
+    index: ShardIndex, split: str = "train", channels: int = 1, size: int = 8, **options: Any
+) -> ShardedDataset:
+    return ShardedDataset(index, split, channels, options.pop("reading", Exact(size)), **options)
+
+
 def stream(
-    index: ShardIndex, rank: int = 0, world_size: int = 1, global_batch: int = 256, seed: int = 3, **kw: Any
-) -> BatchStream:
-    return BatchStream(index, "train", global_batch, seed, rank, world_size, **kw)
+    index: ShardIndex, rank: int = 0, world_size: int = 1, global_batch: int = 256, seed: int = 3, *,
+    workers: int = 0, streams: int = 1, window: int = 0, **options: Any,
+) -> BatchStream:  # fmt: skip
+    dataset = make_dataset(index, **options)
+    order = SampleOrder([shard.samples for shard in dataset.table.shards], global_batch, seed, streams, window)
+    return BatchStream(dataset, order, rank, world_size, workers)
 
 
 def assert_equal(a: Batch, b: Batch) -> None:
     assert a.epoch == b.epoch
-    for field in ("index", "images", "labels"):
+    for field in ("index", "pixels", "labels"):
         torch.testing.assert_close(getattr(a, field), getattr(b, field), rtol=0, atol=0)
 
 
@@ -47,14 +69,15 @@ def write_shard(path: Path, images: dict[str, Image.Image], extension: str = "pn
 
 def test_random_access_reads_the_right_sample(index: ShardIndex) -> None:
     source = load_digits()
-    dataset = ShardedDataset(index, "test", channels=1, image_size=8)
+    dataset = make_dataset(index, "test")
     assert len(dataset) == 360 == index.samples("test")
     for i in (359, 0, 299, 300, 17):  # both sides of the border between shards, in no order
-        row = int(dataset.raw(i)["__key__"])
+        row = int(dataset.table.key(i))
         image, label = dataset[i]
         assert image.dtype == torch.uint8 and image.shape == (1, 8, 8)
         np.testing.assert_array_equal(np.rint(image[0].numpy() * (16 / 255)), source.images[row])
         assert label == source.target[row]
+        assert f"test-00000{int(i >= 300)}.tar: sample {row:06d}" in dataset.where(i)
     with pytest.raises(IndexError):
         dataset[360]
 
@@ -65,11 +88,14 @@ def test_scan_without_manifest_gives_the_same_index(digits: Path, index: ShardIn
     scanned = ShardIndex.load(folder)
     assert scanned.splits.keys() == index.splits.keys()
     for split in index.splits:
-        for ours, theirs in zip(scanned.shards(split), index.shards(split), strict=True):
-            assert (ours.name, ours.bytes, ours.keys) == (theirs.name, theirs.bytes, theirs.keys)
-            assert ours.offsets.keys() == theirs.offsets.keys()
-            for extension in ours.offsets:
-                np.testing.assert_array_equal(ours.offsets[extension], theirs.offsets[extension])
+        ours, theirs = scanned.split(split), index.split(split)
+        assert [(a.name, a.bytes, a.samples) for a in ours.shards] == [
+            (b.name, b.bytes, b.samples) for b in theirs.shards
+        ]
+        np.testing.assert_array_equal(ours.keys, theirs.keys)
+        assert ours.offsets.keys() == theirs.offsets.keys()
+        for extension in ours.offsets:
+            np.testing.assert_array_equal(ours.offsets[extension], theirs.offsets[extension])
     assert_equal(stream(scanned).batch(4), stream(index).batch(4))
 
 
@@ -78,22 +104,23 @@ def test_colour_jpeg_subfolders_and_no_labels(tmp_path: Path) -> None:
     blocks = np.kron(generator.integers(0, 256, (3, 1, 1, 3)), np.ones((1, 16, 16, 1))).astype(np.uint8)
     images = {f"cats/{i}": Image.fromarray(block) for i, block in enumerate(blocks)}
     write_shard(tmp_path / "train-000000.tar", images, extension="jpg", labels=False)
-    dataset = ShardedDataset(ShardIndex.load(tmp_path), "train", channels=3, image_size=16)
-    pixels, labels = dataset.read([2, 0])
-    assert pixels.shape == (2, 3, 16, 16) and labels.tolist() == [-1, -1]
+    dataset = make_dataset(ShardIndex.load(tmp_path), channels=3, size=16)
+    pixels, labels = dataset.read(np.array([2, 0]))
+    assert pixels.shape == (1, 2, 3, 16, 16) and labels.tolist() == [-1, -1]
     expected = torch.from_numpy(blocks[[2, 0]]).permute(0, 3, 1, 2)
-    assert (pixels.int() - expected.int()).abs().max() <= 3
-    grey = ShardedDataset(ShardIndex.load(tmp_path), "train", channels=1, image_size=16)[1][0]
+    assert (pixels[0].int() - expected.int()).abs().max() <= 3
+    grey = make_dataset(ShardIndex.load(tmp_path), size=16)[1][0]
     np.testing.assert_allclose(grey[0], np.asarray(images["cats/1"].convert("L")), atol=3)
 
 
 def test_data_set_survives_pickling_and_threads(index: ShardIndex) -> None:
-    dataset = ShardedDataset(index, "train", 1, 8)
-    expected, _ = dataset.read(range(600))
+    dataset = make_dataset(index)
+    rows = np.arange(600)
+    expected, _ = dataset.read(rows)
     restored = pickle.loads(pickle.dumps(dataset))
-    torch.testing.assert_close(restored.read(range(600))[0], expected)
+    torch.testing.assert_close(restored.read(rows)[0], expected)
     results: list[torch.Tensor] = []
-    threads = [threading.Thread(target=lambda: results.append(dataset.read(range(600))[0])) for _ in range(4)]
+    threads = [threading.Thread(target=lambda: results.append(dataset.read(rows)[0])) for _ in range(4)]
     for thread in threads:
         thread.start()
     for thread in threads:
@@ -106,12 +133,13 @@ def test_data_set_survives_pickling_and_threads(index: ShardIndex) -> None:
 
 def test_batch_contents(index: ShardIndex) -> None:
     batch = stream(index).batch(7)
-    assert batch.index.dtype == batch.labels.dtype == torch.int64 and batch.images.dtype == torch.float32
-    assert batch.images.shape == (256, 1, 8, 8) and batch.epoch == 1
-    assert batch.images.min() == -1.0 and batch.images.max() == 1.0
-    keys = [int(ShardedDataset(index, "train", 1, 8).raw(i)["__key__"]) for i in batch.index.tolist()]
+    assert batch.index.dtype == batch.labels.dtype == torch.int64 and batch.pixels.dtype == torch.uint8
+    assert batch.pixels.shape == (1, 256, 1, 8, 8) and batch.epoch == 1 and batch.bad == ()
+    keys = [int(index.split("train").key(i)) for i in batch.index.tolist()]
     source = load_digits()
-    np.testing.assert_allclose(batch.images[:, 0], source.images[keys] / 8 - 1, atol=1 / 255 + 1e-6)
+    images = to_unit_range(batch.pixels[0])
+    assert images.dtype == torch.float32 and images.min() == -1.0 and images.max() == 1.0
+    np.testing.assert_allclose(images[:, 0], source.images[keys] / 8 - 1, atol=1 / 255 + 1e-6)
     np.testing.assert_array_equal(batch.labels, source.target[keys])
 
 
@@ -123,8 +151,9 @@ def test_any_number_of_ranks_sees_the_same_global_batch(
     for step in (0, 4, 5, 23):  # 5 batches an epoch
         whole = stream(index).batch(step)
         parts = [stream(index, r, world_size, cache_decoded=cache_decoded).batch(step) for r in range(world_size)]
-        joined = [torch.cat([getattr(p, f) for p in parts]) for f in ("index", "images", "labels")]
-        assert_equal(Batch(joined[0], joined[1], joined[2], parts[0].epoch), whole)
+        pixels = torch.cat([p.pixels for p in parts], dim=1)
+        joined = [torch.cat([getattr(p, f) for p in parts]) for f in ("index", "labels")]
+        assert_equal(Batch(joined[0], pixels, joined[1], parts[0].epoch), whole)
 
 
 @pytest.mark.parametrize("global_batch", [256, 1437, 100])
@@ -132,13 +161,13 @@ def test_epochs(index: ShardIndex, global_batch: int) -> None:
     batches = stream(index, global_batch=global_batch)
     n = batches.batches_per_epoch
     assert n == TRAIN // global_batch
-    orders = [torch.cat([batches.indices(e * n + k) for k in range(n)]) for e in range(3)]
+    orders = [torch.from_numpy(np.concatenate([batches.indices(e * n + k) for k in range(n)])) for e in range(3)]
     for order in orders:
         assert len(order.unique()) == len(order) == n * global_batch
         assert order.min() >= 0 and order.max() < TRAIN
         assert not torch.equal(order, order.sort().values)
     assert not torch.equal(orders[0], orders[1]) and not torch.equal(orders[1], orders[2])
-    assert not torch.equal(stream(index, global_batch=global_batch, seed=4).indices(0), orders[0][:global_batch])
+    assert stream(index, global_batch=global_batch, seed=4).indices(0).tolist() != orders[0][:global_batch].tolist()
     if n * global_batch < TRAIN:  # the remainder differs between epochs
         assert set(orders[0].tolist()) != set(orders[1].tolist())
     assert [batches.batch(k).epoch for k in (0, n - 1, n)] == [0, 0, 1]
@@ -180,16 +209,16 @@ def test_the_thread_reads_no_further_than_two_batches_ahead(index: ShardIndex, m
 def test_cache_is_not_handed_out(index: ShardIndex) -> None:
     batches = stream(index, cache_decoded=True)
     first = batches.batch(0)
-    expected = first.images.clone()
-    first.images.zero_()
+    expected = first.pixels.clone()
+    first.pixels.zero_()
     first.index.zero_()
-    torch.testing.assert_close(batches.batch(0).images, expected)
+    torch.testing.assert_close(batches.batch(0).pixels, expected)
     assert len(batches.batch(0).index.unique()) == 256
 
 
 @pytest.mark.parametrize("cache_decoded", [False, True])
 def test_fixed_batches(index: ShardIndex, cache_decoded: bool) -> None:
-    dataset = ShardedDataset(index, "test", 1, 8, cache_decoded)
+    dataset = make_dataset(index, "test", cache_decoded=cache_decoded)
     batches = list(dataset.fixed_batches(100))
     assert [len(batch.images) for batch in batches] == [100] * 4
     valid = torch.cat([batch.valid for batch in batches])
@@ -205,7 +234,7 @@ def test_fixed_batches(index: ShardIndex, cache_decoded: bool) -> None:
 
 
 def test_missing_shards(tmp_path: Path, digits: Path) -> None:
-    with pytest.raises(FileNotFoundError, match=rf"{tmp_path}/nowhere.*data_prep/digits.py --output"):
+    with pytest.raises(FileNotFoundError, match=rf"no shards .* {tmp_path}/nowhere.*data_prep/image_folder.py"):
         ShardIndex.load(tmp_path / "nowhere")
     folder = Path(shutil.copytree(digits, tmp_path / "digits"))
     (folder / "train-000002.tar").unlink()
@@ -219,48 +248,109 @@ def test_truncated_shard_and_wrong_hash(tmp_path: Path, digits: Path) -> None:
     data = bytearray(path.read_bytes())
     data[600] ^= 1
     path.write_bytes(data)
-    with pytest.raises(ValueError, match=r"train-000001.tar: its SHA-256"):
-        ShardIndex.load(folder).verify()
+    assert check(folder, quiet=True) == [f"{path}: its SHA-256 is not the one in manifest.json"]
     index = ShardIndex.load(folder)
     path.write_bytes(data[:5000])
     with pytest.raises(ValueError, match=r"train-000001.tar has 5000 bytes"):
         ShardIndex.load(folder)
     with pytest.raises(CorruptSampleError, match=r"train-000001.tar: sample .*: the shard ends inside"):
-        ShardedDataset(index, "train", 1, 8)[400]
+        make_dataset(index)[400]
+
+
+def damage(folder: Path, extension: str, row: int) -> str:
+    """Overwrite a member of a sample of the second training shard; returns what messages call the sample."""
+    split = ShardIndex.load(folder).split("train")
+    offset, size = split.offsets[extension][row].tolist()
+    with open(folder / split.shard_of(row).name, "r+b") as file:
+        file.seek(offset)
+        file.write(b"?" * size)
+    return f"{folder}/{split.shard_of(row).name}: sample {split.key(row)}"
 
 
 @pytest.mark.parametrize("workers", [0, 1])
-@pytest.mark.parametrize("extension", ["png", "cls"])
-def test_corrupt_member_names_shard_and_key(tmp_path: Path, digits: Path, extension: str, workers: int) -> None:
+@pytest.mark.parametrize("extension,what", [("png", "not a whole image"), ("cls", r"its label is b'\?'")])
+@pytest.mark.parametrize("cache_decoded", [False, True])
+def test_a_damaged_sample_is_replaced_by_a_function_of_its_number(
+    tmp_path: Path, digits: Path, extension: str, what: str, workers: int, cache_decoded: bool
+) -> None:
     folder = Path(shutil.copytree(digits, tmp_path / "digits"))
-    shard = ShardIndex.load(folder).shards("train")[1]
-    offset, size = shard.offsets[extension][5].tolist()
-    with open(folder / shard.name, "r+b") as file:
-        file.seek(offset)
-        file.write(b"?" * size)
-    batches = stream(ShardIndex.load(folder), global_batch=TRAIN, workers=workers)
-    message = f"train-000001.tar: sample {shard.keys[5]}: cannot decode {extension}"
-    with pytest.raises(CorruptSampleError, match=message) as caught:
-        list(batches.iterate(0, 2))
-    assert "\n" not in str(caught.value)
+    name = damage(folder, extension, 305)
+    whole = stream(ShardIndex.load(digits), global_batch=479)
+    found = stream(ShardIndex.load(folder), global_batch=479, workers=workers, cache_decoded=cache_decoded)
+    replacements = []
+    for batch, expected in zip(found.iterate(0, 6), whole.iterate(0, 6), strict=True):  # two epochs
+        assert len(batch.index) == 479
+        places = torch.nonzero(batch.index != expected.index).flatten().tolist()
+        assert len(places) == len(batch.bad) == int(305 in expected.index)
+        for place, bad in zip(places, batch.bad, strict=True):
+            assert expected.index[place] == bad.row == 305
+            assert bad.why.startswith(name) and re.search(what, bad.why) and "\n" not in bad.why
+            replacements.append(int(batch.index[place]))
+            image, label = found.dataset[replacements[-1]]
+            assert torch.equal(batch.pixels[0, place], image) and batch.labels[place] == label
+    assert len(replacements) == 2 and len(set(replacements)) == 1  # the same one in both epochs
+    with pytest.raises(CorruptSampleError, match=name):
+        found.dataset[305]
     assert not multiprocessing.active_children()
 
 
-def test_wrong_image_size_and_missing_members(tmp_path: Path) -> None:
-    write_shard(tmp_path / "train-000000.tar", {"a": Image.new("L", (16, 16)), "b": Image.new("L", (16, 12))})
-    dataset = ShardedDataset(ShardIndex.load(tmp_path), "train", 1, 16)
-    assert dataset[0][0].shape == (1, 16, 16)
-    with pytest.raises(ValueError, match=r"train-000000.tar: sample b is 12x16 pixels, image_size is 16"):
-        dataset[1]
+def test_replacements_that_are_damaged_too_are_replaced(tmp_path: Path, digits: Path) -> None:
+    folder = Path(shutil.copytree(digits, tmp_path / "digits"))
+    damage(folder, "png", 7)
+    first = int(make_dataset(ShardIndex.load(folder)).read_or_replace(np.array([7]))[2][0])
+    damage(folder, "png", first)
+    _, _, rows, bad = make_dataset(ShardIndex.load(folder)).read_or_replace(np.array([7, 3]))
+    assert rows[1] == 3 and rows[0] not in (7, first) and [b.row for b in bad] == [7, first]
+    for row in range(1437):
+        damage(folder, "cls", row)
+    with pytest.raises(CorruptSampleError, match="so are 16 others in a row"):
+        make_dataset(ShardIndex.load(folder)).read_or_replace(np.array([7]))
+
+
+def test_missing_members_are_damage(tmp_path: Path) -> None:
     with open(tmp_path / "train-000000.tar", "wb") as file, wds.TarWriter(file) as shard:
-        shard.write({"__key__": "a", "png": b"", "cls": 1})
-        shard.write({"__key__": "b", "cls": 1})
-    with pytest.raises(ValueError, match=r"train-000000.tar: sample b has \['cls'\]"):
-        ShardIndex.load(tmp_path)
+        for number in range(4):
+            image = {} if number == 1 else {"png": np.full((8, 8), number, np.uint8)}
+            label = {} if number == 2 else {"cls": number}
+            shard.write({"__key__": f"k{number}", **image, **label})
+    pixels, labels, rows, bad = make_dataset(ShardIndex.load(tmp_path)).read_or_replace(np.arange(4))
+    assert [b.why.partition(": sample ")[2] for b in bad[:2]] == ["k1: has no image", "k2: has no label"]
+    assert set(rows[[1, 2]]) <= {0, 3} and rows[[0, 3]].tolist() == [0, 3]
+    assert torch.equal(pixels[0, :, 0, 0, 0].long(), labels) and labels.tolist() == rows.tolist()
+
+
+def test_wrong_image_size_and_no_images(tmp_path: Path) -> None:
+    write_shard(tmp_path / "train-000000.tar", {"a": Image.new("L", (16, 16)), "b": Image.new("L", (16, 12))})
+    dataset = make_dataset(ShardIndex.load(tmp_path), size=16)
+    assert dataset[0][0].shape == (1, 16, 16)
+    with pytest.raises(ValueError, match=r"is 12x16 pixels, data\.image_size is 16: set data\.resize"):
+        dataset[1]
+    assert make_dataset(ShardIndex.load(tmp_path), reading=CentreCrop(8, 12))[1][0].shape == (1, 8, 8)
     with open(tmp_path / "train-000000.tar", "wb") as file, wds.TarWriter(file) as shard:
         shard.write({"__key__": "a", "cls": 1})
-    with pytest.raises(ValueError, match=r"train-000000.tar: no images"):
-        ShardedDataset(ShardIndex.load(tmp_path), "train", 1, 16)
+    with pytest.raises(ValueError, match=r"split 'train': no images \(jpg"):
+        make_dataset(ShardIndex.load(tmp_path))
+
+
+def test_views_that_differ_are_not_kept(index: ShardIndex) -> None:
+    with pytest.raises(ValueError, match="cache_decoded=false"):
+        make_dataset(index, reading=RandomResizedCrops(8, 0), cache_decoded=True)
+
+
+@pytest.mark.parametrize("world_size,workers,streams", [(2, 0, 4), (1, 2, 4), (4, 1, 4), (2, 3, 1)])
+def test_random_crops_are_the_same_on_any_ranks_and_workers(
+    index: ShardIndex, world_size: int, workers: int, streams: int
+) -> None:
+    """Three batches past the first epoch's end, in two epochs' crops."""
+    options: dict[str, Any] = {"reading": RandomResizedCrops(6, 5), "global_batch": 480, "window": 50}
+    whole = [stream(index, streams=streams, **options).batch(k) for k in range(1, 5)]
+    parts = [
+        list(stream(index, rank, world_size, workers=workers, streams=streams, **options).iterate(1, 5))
+        for rank in range(world_size)
+    ]
+    for number, expected in enumerate(whole):
+        assert torch.equal(torch.cat([part[number].pixels for part in parts], dim=1), expected.pixels)
+        assert expected.pixels.shape == (2, 480, 1, 6, 6) and not torch.equal(*expected.pixels)
 
 
 def test_impossible_batches(index: ShardIndex) -> None:
@@ -270,19 +360,32 @@ def test_impossible_batches(index: ShardIndex) -> None:
         stream(index, 0, 3)
     with pytest.raises(ValueError, match="cannot be split evenly over 8 ranks: use a global batch of 8, or 1 or 2 or"):
         stream(index, 0, 8, global_batch=6)
+    with pytest.raises(ValueError, match=r"6 streams .* by 4 ranks: set 4 or 8 .* or use 1 or 2 ranks"):
+        stream(index, 0, 4, streams=6)
     with pytest.raises(ValueError, match=r"no split 'validation'; it has \['test', 'train'\]"):
-        BatchStream(index, "validation", 8, 0)
+        stream(index, split="validation")
     with pytest.raises(ValueError, match="rank 2 is not one of 2"):
         stream(index, 2, 2)
     with pytest.raises(ValueError, match="no batch -1"):
         stream(index).batch(-1)
     with pytest.raises(ValueError, match="channels must be 1"):
         stream(index, channels=4)
+    for options in ({"global_batch": 0}, {"streams": 0}, {"window": -1}):
+        with pytest.raises(ValueError, match=f"{next(iter(options))} must be at least"):
+            stream(index, **options)  # type: ignore[arg-type]
 
 
 def test_unreadable_manifest(tmp_path: Path, digits: Path) -> None:
     folder = Path(shutil.copytree(digits, tmp_path / "digits"))
-    for text in ("{", json.dumps({"splits": {}}), "[]"):
+    right = (folder / "manifest.json").read_text()
+    for text in ("{", json.dumps({"splits": {}}), "[]", right.replace('"format": 2', '"format": 1')):
         (folder / "manifest.json").write_text(text)
         with pytest.raises(ValueError, match=r"manifest.json: not a manifest of shards"):
             ShardIndex.load(folder)
+    (folder / "manifest.json").write_text(right)
+    (folder / "train.index.npz").write_bytes((folder / "test.index.npz").read_bytes())
+    with pytest.raises(ValueError, match=r"train.index.npz is not the file that was written with it"):
+        ShardIndex.load(folder)
+    (folder / "train.index.npz").unlink()
+    with pytest.raises(ValueError, match=r"train.index.npz is missing"):
+        ShardIndex.load(folder)

@@ -1,0 +1,17 @@
+"""Write CelebA-HQ as WebDataset shards without labels, from a folder of its images:
+
+python data_prep/celeba_hq.py --folder celeba_hq_images --output data/celeba_hq --resize 256 --crop
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+from lzn_dist.data.prepare import parser, run
+from lzn_dist.data.sources import ImageFolder
+
+if __name__ == "__main__":
+    options = parser(__doc__)
+    options.add_argument("--folder", type=Path, required=True, metavar="DIR", help="images, also in folders below it")
+    sys.exit(run(lambda given: ImageFolder(given.folder, labelled=False, name="CelebA-HQ"), options.parse_args()))

@@ -1,0 +1,17 @@
+"""Write LSUN Bedroom as WebDataset shards without labels, from a folder of its images:
+
+python data_prep/lsun_bedroom.py --folder lsun_bedroom_images --output data/lsun_bedroom --resize 256 --crop
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+from lzn_dist.data.prepare import parser, run
+from lzn_dist.data.sources import ImageFolder
+
+if __name__ == "__main__":
+    options = parser(__doc__)
+    options.add_argument("--folder", type=Path, required=True, metavar="DIR", help="images, also in folders below it")
+    sys.exit(run(lambda given: ImageFolder(given.folder, labelled=False, name="LSUN Bedroom"), options.parse_args()))

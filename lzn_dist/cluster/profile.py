@@ -1,0 +1,57 @@
+"""A cluster's profile: what its users would otherwise repeat at every submission."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, PositiveFloat, PositiveInt, ValidationError
+
+FOLDER = Path(__file__).parents[2] / "slurm" / "profiles"
+
+
+class ProfileError(ValueError):
+    """A profile that cannot be used; the message names the key and what to do."""
+
+
+class Profile(BaseModel):
+    """Everything has a default: SLURM's own."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    partition: str | None = Field(None, description="Partition of the job.")
+    account: str | None = Field(None, description="Account that the job is charged to.")
+    qos: str | None = Field(None, description="Quality of service.")
+    constraint: str | None = Field(None, description="Features that nodes must have, for example a100&nvlink.")
+    exclude: str | None = Field(None, description="Nodes to keep away from.")
+    cpus_per_rank: PositiveInt | None = Field(None, description="CPU cores of each rank (of each GPU).")
+    memory_gb: PositiveFloat | None = Field(None, description="Memory of a node in GB.")
+    setup: tuple[str, ...] = Field((), description="Shell lines before the job: modules, a virtual environment.")
+    python: str | None = Field(None, description="Python to run; default: the one that submits.")
+    container: str | None = Field(None, description="Image for srun --container-image (pyxis).")
+    srun: tuple[str, ...] = Field((), description="More arguments of srun.")
+    environment: dict[str, str] = Field({}, description="Variables of the job: NCCL_SOCKET_IFNAME, HF_HOME and others.")
+    scratch: str | None = Field(None, description="Folder on each node's own disk, for copies of remote shards.")
+    requeue: bool = Field(True, description="Whether the job comes back after preemption, time limits and failures.")
+    signal_seconds: NonNegativeInt = Field(120, description="Seconds before the time limit at which it checkpoints.")
+    sbatch: dict[str, Any] = Field({}, description="More flags of sbatch, by name.")
+
+
+def load_profile(name: str | None) -> Profile:
+    """slurm/profiles/NAME.yaml, or the file of that path; without a name, SLURM's defaults. Raises ProfileError."""
+    if name is None:
+        return Profile()
+    path = Path(name) if name.endswith((".yaml", ".yml")) else FOLDER / f"{name}.yaml"
+    if not path.is_file():
+        known = ", ".join(sorted(found.stem for found in FOLDER.glob("*.yaml")))
+        raise ProfileError(f"no profile {path}; known: {known}. Copy slurm/profiles/example.yaml and adapt it")
+    try:
+        return Profile.model_validate(yaml.safe_load(path.read_text()) or {})
+    except yaml.YAMLError as error:
+        raise ProfileError(f"{path} is not readable YAML: {error}") from error
+    except ValidationError as error:
+        problems = [f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors()]
+        raise ProfileError(
+            f"{path}: {'; '.join(problems)}. Known keys: {', '.join(sorted(Profile.model_fields))}"
+        ) from None

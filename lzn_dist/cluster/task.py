@@ -1,0 +1,153 @@
+"""What every task of a job runs: one rank of the launch, as a process of its own that hears the job's signals.
+
+submitit starts a `Task` on each task of the job. Its own signal handler would requeue the job from rank 0 at once, too
+early for a checkpoint of all ranks; here signals go on to the rank's process, where training remembers them, agrees on
+them at the end of the step and checkpoints (exit status 75). Whether the job then comes back is decided after all ranks
+have ended, by epilogue.py.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import yaml
+
+from lzn_dist.cluster.job import PREEMPTED, Job, note, starts_of, wall_seconds
+from lzn_dist.cluster.watch import MARKER
+
+SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
+
+
+def launch_environment(launch: Path, engine: str) -> dict[str, str]:
+    """What `accelerate launch --config_file launch/ENGINE.yaml` would set for each rank."""
+    settings = yaml.safe_load((launch / f"{engine}.yaml").read_text())
+    found = {"ACCELERATE_MIXED_PRECISION": "no", "OMP_WAIT_POLICY": os.environ.get("OMP_WAIT_POLICY", "passive")}
+    kind = settings["distributed_type"]
+    if kind == "DEEPSPEED":
+        found |= {
+            "ACCELERATE_USE_DEEPSPEED": "true",
+            "ACCELERATE_DEEPSPEED_CONFIG_FILE": settings["deepspeed_config"]["deepspeed_config_file"],
+        }
+    elif kind == "FSDP":
+        found |= {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": str(settings["fsdp_config"]["fsdp_version"])}
+    return found
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where this task stands in the job."""
+
+    rank: int
+    world_size: int
+    local_rank: int
+    local_world_size: int
+    node: int
+    job: str
+    hosts: tuple[str, ...]
+    restart: int
+
+    @staticmethod
+    def current() -> Place:
+        """From submitit's environment, on SLURM or local."""
+        from submitit import JobEnvironment
+
+        found = JobEnvironment()
+        return Place(
+            found.global_rank, found.num_tasks, found.local_rank, found.num_tasks // found.num_nodes, found.node,
+            found.job_id, tuple(found.hostnames), int(os.environ.get("SLURM_RESTART_COUNT", "0")),
+        )  # fmt: skip
+
+    def environment(self) -> dict[str, str]:
+        """Rendezvous at the job's first node, at a port of this job and start."""
+        number = int("".join(c for c in self.job if c.isdigit()) or "0")
+        port = 20_000 + (7 * number + self.restart) % 30_000
+        host = self.hosts[0] if self.world_size > self.local_world_size else "127.0.0.1"
+        return {
+            "RANK": str(self.rank), "WORLD_SIZE": str(self.world_size), "LOCAL_RANK": str(self.local_rank),
+            "LOCAL_WORLD_SIZE": str(self.local_world_size), "MASTER_ADDR": host, "MASTER_PORT": str(port),
+        }  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Task:
+    """The callable that submitit pickles. run: the run's folder."""
+
+    run: str
+
+    def __call__(self) -> None:
+        """Raises SystemExit with the status of the phase that failed."""
+        received: list[int] = []
+        child: list[subprocess.Popen[bytes]] = []
+
+        def forward(number: int, _: FrameType | None) -> None:
+            received.append(number)
+            for process in child:
+                process.send_signal(number)
+
+        print(f"{MARKER} {os.environ.get('SLURM_PROCID', '')}", file=sys.stderr, flush=True)
+        for number in SIGNALS:  # submitit's handlers are replaced before anything else is done
+            signal.signal(number, forward)
+        job = Job.load(self.run)
+        assert job is not None, f"{self.run}/job/job.json is gone"
+        place = Place.current()
+        again = bool(starts_of(self.run, place.job))
+        if place.rank == 0:
+            note(self.run, "start", job=place.job, restart=place.restart, hosts=list(place.hosts),
+                 host=socket.gethostname())  # fmt: skip
+        status = 0
+        # a job that comes back has been checked, and goes on from its own newest checkpoint whatever it began with
+        phases = job.phases[-1:] if again else job.phases
+        for phase in phases:
+            if received:
+                status = PREEMPTED
+                break
+            child[:] = [self._start(job, place, phase, again)]
+            if received:
+                child[0].send_signal(received[-1])
+            status = child[0].wait()
+            child.clear()
+            if status < 0:  # ended by a signal; by one of ours before it could listen, if we have had one
+                status = PREEMPTED if -status in received else 128 - status
+            if status:
+                break
+        if place.rank == 0 and job.cluster == "local":
+            note(self.run, "end", job=place.job, status=status)
+        if status == PREEMPTED:
+            if place.rank:
+                return  # all ranks have checkpointed; the first one says so for all
+            time.sleep(1.0)  # when it has ended, srun ends the others
+        if status:
+            sys.exit(status)
+
+    def _start(self, job: Job, place: Place, phase: str, again: bool) -> subprocess.Popen[bytes]:
+        facts = {
+            "job": place.job,
+            "nodes": len(place.hosts),
+            "requeues": place.restart,
+            "wall_before": wall_seconds(self.run),
+        }
+        environment = {
+            **os.environ, **launch_environment(job.code / "launch", job.engine), **place.environment(),
+            "PYTHONPATH": f"{job.code}:{os.environ.get('PYTHONPATH', '')}", "LZN_DIST_JOB": json.dumps(facts),
+        }  # fmt: skip
+        command = [sys.executable, "-u", "-m", *PHASES[phase], str(job.config)]
+        if phase == "train" and again:
+            command.append("resume=auto")
+        return subprocess.Popen(command, env=environment)
+
+
+PHASES: dict[str, list[Any]] = {
+    "preflight": ["lzn_dist.cluster.preflight"],
+    "verify": ["lzn_dist.verify"],
+    "train": ["lzn_dist.train"],
+}

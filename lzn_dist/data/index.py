@@ -1,0 +1,267 @@
+"""Which samples a folder of WebDataset shards holds, and where their bytes lie.
+
+A folder has shards ``SPLIT-000000.tar`` … (plain tars; a sample is the members that share a key), a ``manifest.json``
+that people read (shards with their samples, bytes and SHA-256; classes; where the data is from), and beside it one
+``SPLIT.index.npz`` a split that machines read: the keys and the byte offsets of all members. With offsets, sample i is
+one read, and an epoch's order may be any function. Without a manifest a local folder is scanned once, header by header.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import re
+import tarfile
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from lzn_dist.data.storage import LocalStorage, Storage, is_remote, open_storage
+
+MANIFEST = "manifest.json"
+FORMAT = 2
+IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp", "ppm", "pgm")
+LABEL_EXTENSION = "cls"
+ABSENT = -1  # the offset of a member that a sample lacks
+_SHARD_NAME = re.compile(r"(?P<split>.+)-\d+\.tar")
+
+
+@dataclass(frozen=True)
+class Shard:
+    """One tar. sha256 is empty where the tar was scanned without reading its contents."""
+
+    name: str
+    samples: int
+    bytes: int
+    sha256: str = ""
+
+
+@dataclass(frozen=True)
+class Split:
+    """The samples of a split in the manifest's order: shard after shard, each from front to back.
+
+    keys: bytes (UTF-8) [n]. offsets: extension -> int64 [n, 2], the first byte in the tar and the number of bytes;
+    (ABSENT, 0) where a sample has no such member.
+    """
+
+    shards: tuple[Shard, ...]
+    keys: NDArray[np.bytes_]
+    offsets: dict[str, NDArray[np.int64]]
+
+    def __len__(self) -> int:
+        return len(self.keys)
+
+    @cached_property
+    def ends(self) -> NDArray[np.int64]:
+        """For each shard the number of samples up to its end."""
+        return np.cumsum([shard.samples for shard in self.shards], dtype=np.int64)
+
+    def shard_of(self, row: int) -> Shard:
+        return self.shards[int(np.searchsorted(self.ends, row, side="right"))]
+
+    def key(self, row: int) -> str:
+        return self.keys[row].decode()
+
+    @cached_property
+    def images(self) -> NDArray[np.int64]:
+        """Where each sample's image lies: int64 [n, 2]. ValueError where no sample has one."""
+        tables = [self.offsets[extension] for extension in IMAGE_EXTENSIONS if extension in self.offsets]
+        if not tables:
+            raise ValueError(f"no images ({', '.join(IMAGE_EXTENSIONS)}) among {sorted(self.offsets)}")
+        found = tables[0].copy()
+        for table in tables[1:]:
+            missing = found[:, 0] == ABSENT
+            found[missing] = table[missing]
+        return found
+
+    @cached_property
+    def labels(self) -> NDArray[np.int64] | None:
+        """Where each sample's label lies: int64 [n, 2]; None where no sample has one."""
+        return self.offsets.get(LABEL_EXTENSION)
+
+
+def scan_tar(path: Path) -> tuple[list[str], list[dict[str, tuple[int, int]]]]:
+    """Keys and members (extension -> offset, size) of a tar's samples, from its headers. ValueError if unreadable."""
+    samples: dict[str, dict[str, tuple[int, int]]] = {}
+    try:
+        with tarfile.open(path, "r:") as tar:
+            for member in tar:
+                if member.isfile():
+                    folder, _, file = member.name.rpartition("/")
+                    stem, _, extension = file.partition(".")  # webdataset: the key ends at the first dot
+                    key = f"{folder}/{stem}" if folder else stem
+                    samples.setdefault(key, {})[extension.lower()] = (member.offset_data, member.size)
+    except tarfile.TarError as error:
+        raise ValueError(f"{path}: not a readable tar without compression: {error}") from error
+    return list(samples), list(samples.values())
+
+
+def make_split(parts: Iterable[tuple[Shard, list[str], list[dict[str, tuple[int, int]]]]]) -> Split:
+    """Join what `scan_tar` says of several shards."""
+    shards: list[Shard] = []
+    keys: list[bytes] = []
+    members: list[dict[str, tuple[int, int]]] = []
+    for shard, names, found in parts:
+        shards.append(shard)
+        keys += [name.encode() for name in names]
+        members += found
+    extensions = sorted({extension for sample in members for extension in sample})
+    offsets = {
+        extension: np.array([sample.get(extension, (ABSENT, 0)) for sample in members], dtype=np.int64).reshape(-1, 2)
+        for extension in extensions
+    }
+    return Split(tuple(shards), np.array(keys, dtype=np.bytes_), offsets)
+
+
+def hash_file(path: Path) -> str:
+    """SHA-256 of a file's bytes in hexadecimal digits."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _index_name(split: str) -> str:
+    return f"{split}.index.npz"
+
+
+def write_manifest(
+    folder: Path, splits: dict[str, Split], *, source: str, tool: str, classes: Iterable[str] = (), **more: Any
+) -> None:
+    """Write manifest.json and the index files; the bytes are a function of the arguments."""
+    entries: dict[str, Any] = {}
+    for name, split in splits.items():
+        tables = {f"offsets.{extension}": table for extension, table in split.offsets.items()}
+        temporary = folder / f".{_index_name(name)}"
+        with temporary.open("wb") as file:
+            np.savez_compressed(file, keys=split.keys, **tables)  # type: ignore[arg-type]
+        temporary.replace(folder / _index_name(name))
+        entries[name] = {
+            "samples": len(split),
+            "index": {"name": _index_name(name), "sha256": hash_file(folder / _index_name(name))},
+            "shards": [vars(shard) for shard in split.shards],
+        }
+    manifest = {"format": FORMAT, "source": source, "tool": tool, **more, "classes": list(classes), "splits": entries}
+    temporary = folder / f".{MANIFEST}"
+    temporary.write_text(json.dumps(manifest, indent=1) + "\n")
+    temporary.replace(folder / MANIFEST)  # last: a folder with a manifest is complete
+
+
+@dataclass(frozen=True)
+class ShardIndex:
+    """Which shards a folder holds, by split, and where each sample lies in them.
+
+    identity: a hash of the manifest; empty for a folder that was scanned.
+    """
+
+    folder: str
+    storage: Storage
+    splits: dict[str, Split]
+    classes: tuple[str, ...] = ()
+    manifest: dict[str, Any] = field(default_factory=dict)
+    identity: str = ""
+
+    @staticmethod
+    def load(folder: str | Path, cache: str | Path = "", retry_seconds: float = 600.0) -> ShardIndex:
+        """Read the manifest, or scan the tars of a local folder where there is none.
+
+        folder: a path, or a URL (http, https, and what fsspec knows: s3, gs, …) that must have a manifest; its shards
+        are kept in the folder `cache` as far as they are read. FileNotFoundError where there are no shards or one is
+        missing, ValueError where a shard has another size than the manifest says or the manifest cannot be read.
+        """
+        folder = str(folder)
+        storage = open_storage(folder, cache, retry_seconds)
+        if isinstance(storage, LocalStorage) and not (Path(folder) / MANIFEST).is_file():
+            return ShardIndex.scan(folder)
+        try:
+            text = storage.read_file(MANIFEST)
+        except FileNotFoundError as error:
+            raise FileNotFoundError(f"{folder} has no {MANIFEST}: {_how_to_write(folder)}") from error
+        try:
+            manifest = json.loads(text)
+            if manifest["format"] != FORMAT:
+                raise ValueError(f"it has format {manifest['format']}, this version of lzn_dist reads {FORMAT}")
+            splits = {name: _read_split(storage, entry) for name, entry in manifest["splits"].items()}
+            classes = tuple(manifest["classes"])
+        except (json.JSONDecodeError, KeyError, TypeError, ValueError) as error:
+            raise ValueError(
+                f"{folder}/{MANIFEST}: not a manifest of shards ({error}): {_how_to_write(folder)}"
+            ) from error
+        identity = hashlib.sha256(text).hexdigest()
+        storage.know(identity, {shard.name: shard.bytes for split in splits.values() for shard in split.shards})
+        index = ShardIndex(folder, storage, splits, classes, manifest, identity)
+        index._check_sizes()
+        return index
+
+    @staticmethod
+    def scan(folder: str | Path) -> ShardIndex:
+        """Build the index from the tars ``SPLIT-000000.tar`` … alone; the classes stay unknown."""
+        found: dict[str, list[Path]] = {}
+        for path in sorted(Path(folder).glob("*.tar")):
+            if match := _SHARD_NAME.fullmatch(path.name):
+                found.setdefault(match["split"], []).append(path)
+        if not found:
+            raise FileNotFoundError(f"no shards (SPLIT-000000.tar …) in {folder}: {_how_to_write(str(folder))}")
+        splits = {}
+        for name, paths in found.items():
+            scanned = [(path, *scan_tar(path)) for path in paths]
+            splits[name] = make_split(
+                (Shard(path.name, len(keys), path.stat().st_size), keys, members) for path, keys, members in scanned
+            )
+        return ShardIndex(str(folder), LocalStorage(Path(folder)), splits)
+
+    def split(self, name: str) -> Split:
+        """A split; ValueError naming those that there are."""
+        if name not in self.splits:
+            raise ValueError(f"{self.folder} has no split {name!r}; it has {sorted(self.splits)}")
+        return self.splits[name]
+
+    def samples(self, split: str) -> int:
+        """How many samples a split has."""
+        return len(self.split(split))
+
+    def path(self, shard: Shard) -> str:
+        """Where a shard is, for messages."""
+        return f"{self.folder}/{shard.name}"
+
+    def _check_sizes(self) -> None:
+        if is_remote(self.folder):
+            return  # one request a shard: what is short is found when it is read
+        for shard in (shard for split in self.splits.values() for shard in split.shards):
+            size = self.storage.size(shard.name)
+            if size is None:
+                raise FileNotFoundError(
+                    f"{self.path(shard)} is missing, though {MANIFEST} names it: {_how_to_write(self.folder)}"
+                )
+            if size != shard.bytes:
+                raise ValueError(
+                    f"{self.path(shard)} has {size} bytes, {MANIFEST} says {shard.bytes}: {_how_to_write(self.folder)}"
+                )
+
+
+def _read_split(storage: Storage, entry: dict[str, Any]) -> Split:
+    name = entry["index"]["name"]
+    try:
+        content = storage.read_file(name)
+    except FileNotFoundError as error:
+        raise ValueError(f"{name} is missing") from error
+    if hashlib.sha256(content).hexdigest() != entry["index"]["sha256"]:
+        raise ValueError(f"{name} is not the file that was written with it")
+    with np.load(io.BytesIO(content), allow_pickle=False) as tables:
+        prefix = "offsets."
+        offsets = {key.removeprefix(prefix): tables[key] for key in tables.files if key.startswith(prefix)}
+        split = Split(tuple(Shard(**shard) for shard in entry["shards"]), tables["keys"], offsets)
+    if not len(split) == entry["samples"] == split.ends[-1]:
+        raise ValueError(f"{name} has {len(split)} samples, not {entry['samples']}")
+    return split
+
+
+def _how_to_write(folder: str) -> str:
+    return (
+        f"write the shards with the script of your data set in data_prep/ (python data_prep/image_folder.py --help), "
+        f"or point data.shards at a folder that has them (now {folder})"
+    )

@@ -1,0 +1,429 @@
+"""From a data set as it was published to WebDataset shards with a manifest; the scripts of data_prep/ are thin.
+
+A `Source` lists its images without reading them, and reads any one of them: archives stay packed. All images of a
+split are shuffled by a keyed permutation (so that shards are alike and any run of samples is a fair one) and cut into
+shards, each of which is a pure function of the source and the options: processes write them side by side, and what is
+there after a stop is kept when the same command runs again. Every image is decoded once; its bytes stay as published
+unless another size is asked for. The manifest comes last: a folder that has one is complete.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import io
+import json
+import os
+import shutil
+import sys
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, ThreadPoolExecutor, wait
+from dataclasses import asdict, dataclass
+from functools import partial
+from itertools import islice
+from pathlib import Path
+from typing import IO, Any, NamedTuple, Protocol
+
+import numpy as np
+import webdataset as wds
+from PIL import Image
+from tqdm import tqdm
+
+from lzn_dist import __version__
+from lzn_dist.data.index import MANIFEST, Shard, ShardIndex, hash_file, make_split, scan_tar, write_manifest
+from lzn_dist.keyed_random import make_key, permutation
+
+PLAN = ".plan.json"  # what a folder is being filled with
+PARTS = ".shards"  # what is known of finished shards until the manifest is written
+Image.MAX_IMAGE_PIXELS = None  # published archives are trusted to hold no bombs; some hold very large pictures
+
+
+class PrepareError(ValueError):
+    """Shards that cannot be written as asked; the message says what to do."""
+
+
+# ── what is to be written ───────────────────────────────────────────────────────────────────────────────────────────
+
+
+class Item(NamedTuple):
+    """One image of a source. key: of the sample, without dots in its last part; extension: of the published file;
+    label: the class's number, -1 without one; where: what the source's `read` needs; size: in bytes, about."""
+
+    key: str
+    extension: str
+    label: int
+    where: Any
+    size: int
+
+
+class Source(Protocol):
+    """A data set as published. Small and picklable: each process opens the archives by itself."""
+
+    name: str
+
+    def splits(self) -> dict[str, list[Item]]:
+        """All images by split, in an order that is always the same. Raises PrepareError and OSError."""
+
+    def classes(self) -> list[str]:
+        """Names of the classes by number, after `splits`; empty without labels."""
+
+    def read(self, item: Item) -> bytes:
+        """The bytes of one image file."""
+
+    def archives(self) -> list[Path]:
+        """Published files whose hashes are recorded."""
+
+
+@dataclass(frozen=True)
+class Options:
+    """How shards are written. A shard ends at `samples_per_shard` samples or `bytes_per_shard` source bytes.
+
+    resize: shorter side in pixels (0: published bytes); crop: then the central square; quality: of JPEG, 0 for PNG.
+    """
+
+    output: Path
+    samples_per_shard: int = 0
+    bytes_per_shard: int = 256 << 20
+    resize: int = 0
+    crop: bool = False
+    quality: int = 0
+    processes: int = 1
+    seed: int = 0
+    skip_corrupt: bool = False
+
+    def __post_init__(self) -> None:
+        if self.samples_per_shard < 0 or self.bytes_per_shard < 1 or self.processes < 1 or self.resize < 0:
+            raise PrepareError("samples and bytes per shard, processes and resize must be positive")
+        if not 0 <= self.quality <= 100:
+            raise PrepareError(f"quality must be 1 to 100, or 0 for PNG, not {self.quality}")
+        if (self.crop or self.quality) and not self.resize:
+            raise PrepareError("--crop and --quality go with --resize: without it the published bytes are kept")
+
+    def content(self) -> dict[str, Any]:
+        """The options that decide what the shards hold."""
+        return {key: value for key, value in asdict(self).items() if key not in ("output", "processes")}
+
+
+class Plan(NamedTuple):
+    """One shard to write: its name and its items."""
+
+    name: str
+    items: list[Item]
+
+
+def plan_shards(split: str, items: Sequence[Item], options: Options) -> Iterator[Plan]:
+    """Shuffle a split's items and cut them into shards."""
+    order = permutation(make_key(options.seed, f"shuffle {split}"), len(items)).tolist()
+    part: list[Item] = []
+    size, number = 0, 0
+    for row in order:
+        item = items[row]
+        full = size + item.size > options.bytes_per_shard or (0 < options.samples_per_shard <= len(part))
+        if part and full:
+            yield Plan(f"{split}-{number:06d}.tar", part)
+            part, size, number = [], 0, number + 1
+        part.append(item)
+        size += item.size
+    if part:
+        yield Plan(f"{split}-{number:06d}.tar", part)
+
+
+# ── writing ─────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+class _HashedFile:
+    """A file that is being written, and the SHA-256 of what was."""
+
+    def __init__(self, file: IO[bytes]) -> None:
+        self.file, self.hash, self.bytes = file, hashlib.sha256(), 0
+
+    def write(self, content: bytes) -> int:
+        self.hash.update(content)
+        self.bytes += len(content)
+        return self.file.write(content)
+
+
+def finish_image(content: bytes, item: Item, options: Options) -> tuple[str, bytes]:
+    """Check that the image can be decoded; its extension and bytes, of another size where asked for."""
+    with Image.open(io.BytesIO(content)) as published:
+        published.load()
+        if not options.resize:
+            return item.extension, content
+        image: Image.Image = published.convert("L" if published.mode in ("1", "L", "LA", "I", "I;16") else "RGB")
+        factor = options.resize / min(image.size)
+        if factor != 1:
+            size = tuple(max(options.resize, round(side * factor)) for side in image.size)
+            image = image.resize((size[0], size[1]), Image.Resampling.BICUBIC)
+        if options.crop:
+            left, top = ((side - options.resize) // 2 for side in image.size)
+            image = image.crop((left, top, left + options.resize, top + options.resize))
+        buffer = io.BytesIO()
+        if options.quality:
+            image.save(buffer, "JPEG", quality=options.quality, subsampling=0)
+            return "jpg", buffer.getvalue()
+        image.save(buffer, "PNG")
+        return "png", buffer.getvalue()
+
+
+def write_shard(source: Source, options: Options, plan: Plan) -> dict[str, Any]:
+    """Write one shard and what is known of it; returns that. Raises PrepareError for an image that is damaged."""
+    skipped: list[str] = []
+    written = 0
+    temporary = options.output / f".{plan.name}.tmp"
+    with temporary.open("wb") as file:
+        hashed = _HashedFile(file)
+        with wds.TarWriter(hashed, user="", group="", mode=0o644, mtime=0) as tar:
+            for item in plan.items:
+                try:
+                    extension, content = finish_image(source.read(item), item, options)
+                except (OSError, SyntaxError, ValueError) as error:
+                    if isinstance(error, OSError) and error.errno is not None:
+                        raise  # the archive itself cannot be read
+                    if not options.skip_corrupt:
+                        raise PrepareError(
+                            f"{source.name}: {item.key}.{item.extension} cannot be decoded ({error}): fetch the "
+                            "archive again, or leave such images out with --skip-corrupt; finished shards are kept"
+                        ) from error
+                    skipped.append(item.key)
+                    continue
+                label = {"cls": str(item.label).encode()} if item.label >= 0 else {}
+                tar.write({"__key__": item.key, extension: content, **label})
+                written += 1
+        file.flush()
+        os.fsync(file.fileno())
+    known = {"name": plan.name, "samples": written, "bytes": hashed.bytes, "sha256": hashed.hash.hexdigest()}
+    temporary.rename(options.output / plan.name)
+    part = options.output / PARTS / f"{plan.name}.json"
+    part.with_suffix(".tmp").write_text(json.dumps({"shard": known, "skipped": skipped}))
+    part.with_suffix(".tmp").rename(part)
+    return {"shard": known, "skipped": skipped}
+
+
+def _finished(options: Options, plan: Plan) -> dict[str, Any] | None:
+    """What an earlier start knew of a shard that it finished; None where it is still to be written."""
+    try:
+        found: dict[str, Any] = json.loads((options.output / PARTS / f"{plan.name}.json").read_text())
+        size = (options.output / plan.name).stat().st_size
+    except (OSError, json.JSONDecodeError):
+        return None
+    return found if size == found["shard"]["bytes"] else None
+
+
+def prepare(source: Source, options: Options, *, dry_run: bool = False, quiet: bool = False) -> None:
+    """Write a source's shards, index and manifest to `options.output`, or go on where an earlier start stopped.
+
+    Raises PrepareError: a folder that holds something else, too little space, a damaged image. quiet: no progress.
+    """
+    say: Callable[[str], None] = (lambda _: None) if quiet else partial(print, flush=True)
+    splits = source.splits()
+    plans = {name: list(plan_shards(name, items, options)) for name, items in splits.items()}
+    for name, items in splits.items():
+        _check_keys(name, items)
+    for name, items in splits.items():
+        size = sum(item.size for item in items)
+        say(f"{name}: {len(items):,} images, {size / 1e9:.2f} GB, {len(plans[name])} shards")
+    if classes := source.classes():
+        say(f"{len(classes)} classes: {', '.join(classes[:3])}{' …' if len(classes) > 3 else ''}")
+    if dry_run:
+        say(f"nothing was written (--dry-run); first sample: {next(iter(plans.values()))[0].items[0].key}")
+        return
+    plan: dict[str, Any] = {"source": source.name, "listing": _listing(splits), "options": options.content()}
+    if _claim(options.output, plan):
+        say(f"{options.output} is complete already")
+        return
+    waiting = [plan for part in plans.values() for plan in part if _finished(options, plan) is None]
+    if not options.resize:
+        _check_space(options.output, sum(item.size + 2048 for plan in waiting for item in plan.items))
+    count = sum(len(items) for items in splits.values())
+    done = count - sum(len(plan.items) for plan in waiting)
+    with (
+        ThreadPoolExecutor(1) as hasher,
+        tqdm(total=count, initial=done, unit="image", disable=quiet, smoothing=0.05, mininterval=0.5) as bar,
+    ):
+        hashes = hasher.submit(lambda: [_describe(path) for path in source.archives()])  # beside the writing
+        for found in _run(partial(write_shard, source, options), waiting, options.processes):
+            bar.update(found["shard"]["samples"] + len(found["skipped"]))
+        archives = hashes.result()
+    parts = {name: [_finished(options, plan) for plan in part] for name, part in plans.items()}
+    written = {}
+    for name, known in parts.items():
+        shards = [Shard(**part["shard"]) for part in known if part is not None and part["shard"]["samples"]]
+        written[name] = make_split((shard, *scan_tar(options.output / shard.name)) for shard in shards)
+    skipped = [key for part in parts.values() for known in part if known is not None for key in known["skipped"]]
+    left_out = set(skipped)
+    counts = {
+        name: np.bincount([i.label for i in items if i.key not in left_out], minlength=len(classes)).tolist()
+        for name, items in splits.items()
+        if classes
+    }
+    write_manifest(
+        options.output, written, tool=f"lzn_dist {__version__}", classes=classes, archives=archives,
+        counts=counts, skipped=skipped, **plan,
+    )  # fmt: skip
+    shutil.rmtree(options.output / PARTS)
+    (options.output / PLAN).unlink()
+    say(f"{options.output}: complete" + (f", {len(skipped)} damaged images left out" if skipped else ""))
+
+
+def _run(function: Callable[[Plan], dict[str, Any]], plans: Sequence[Plan], processes: int) -> Iterator[dict[str, Any]]:
+    """Results as they come; few tasks wait at a time, so that an error or a stop ends soon."""
+    if processes == 1:
+        yield from map(function, plans)
+        return
+    with ProcessPoolExecutor(processes) as pool:
+        waiting: set[Future[dict[str, Any]]] = set()
+        left = iter(plans)
+        try:
+            while True:
+                waiting |= {pool.submit(function, plan) for plan in islice(left, 2 * processes - len(waiting))}
+                if not waiting:
+                    return
+                done, waiting = wait(waiting, return_when=FIRST_COMPLETED)
+                for future in done:
+                    yield future.result()
+        except BaseException:
+            pool.shutdown(wait=True, cancel_futures=True)
+            raise
+
+
+def _check_keys(split: str, items: Iterable[Item]) -> None:
+    seen: set[str] = set()
+    for item in items:
+        if item.key in seen:
+            raise PrepareError(f"split {split!r} has two images of the key {item.key!r}: rename one of them")
+        if "." in item.key.rpartition("/")[2]:
+            raise PrepareError(f"the key {item.key!r} has a dot, at which WebDataset would end it")
+        seen.add(item.key)
+    if not seen:
+        raise PrepareError(f"split {split!r} has no images")
+
+
+def _listing(splits: dict[str, list[Item]]) -> str:
+    """A hash of what a source holds: keys, labels and sizes."""
+    listing = hashlib.sha256()
+    for name, items in splits.items():
+        for item in items:
+            listing.update(f"{name} {item.key} {item.extension} {item.label} {item.size}\n".encode())
+    return listing.hexdigest()
+
+
+def _claim(folder: Path, plan: dict[str, Any]) -> bool:
+    """Make the folder this plan's; True where it is complete already. PrepareError where it is somebody else's."""
+    path = folder / PLAN
+    folder.mkdir(parents=True, exist_ok=True)
+    complete = (folder / MANIFEST).is_file()
+    if complete or path.is_file():
+        theirs = json.loads((folder / MANIFEST if complete else path).read_text())
+        if changed := [key for key in plan if theirs.get(key) != plan[key]]:
+            raise PrepareError(
+                f"{folder} was {'written' if complete else 'begun'} with other settings ({', '.join(changed)}): repeat "
+                "the first command to go on, or name another folder"
+            )
+        if complete:
+            return True
+    elif any(folder.iterdir()):
+        raise PrepareError(f"{folder} exists and is not empty: name another folder")
+    else:
+        path.with_suffix(".tmp").write_text(json.dumps(plan))
+        path.with_suffix(".tmp").rename(path)
+    (folder / PARTS).mkdir(exist_ok=True)
+    for left in folder.glob(".*.tar.tmp"):
+        left.unlink()
+    return False
+
+
+def _check_space(folder: Path, needed: int) -> None:
+    free = shutil.disk_usage(folder).free
+    if needed > free:
+        raise PrepareError(f"the shards need about {needed / 1e9:.1f} GB, {folder} has {free / 1e9:.1f} GB free")
+
+
+def _describe(path: Path) -> dict[str, Any]:
+    return {"name": path.name, "bytes": path.stat().st_size, "sha256": hash_file(path)}
+
+
+# ── the scripts ─────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def parser(description: str | None, default_output: str = "") -> argparse.ArgumentParser:
+    """The options that all scripts have."""
+    result = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    result.add_argument(
+        "--output", type=Path, required=not default_output, default=default_output or None, help="folder of the shards"
+    )
+    result.add_argument("--samples-per-shard", type=int, default=0, metavar="N", help="at most N samples a shard")
+    result.add_argument(
+        "--bytes-per-shard", type=int, default=256 << 20, metavar="N", help="at most N source bytes (default: 256 MiB)"
+    )
+    result.add_argument("--resize", type=int, default=0, metavar="N", help="shorter side in pixels (default: keep)")
+    result.add_argument("--crop", action="store_true", help="with --resize: then the central square")
+    result.add_argument("--quality", type=int, default=0, metavar="Q", help="with --resize: JPEG (default: PNG)")
+    result.add_argument("--processes", type=int, default=os.cpu_count() or 1, metavar="N", help="default: all cores")
+    result.add_argument("--seed", type=int, default=0, help="of the shuffle of all images (default: 0)")
+    result.add_argument("--skip-corrupt", action="store_true", help="leave damaged images out instead of stopping")
+    result.add_argument("--dry-run", action="store_true", help="say what would be written")
+    return result
+
+
+def run(make_source: Callable[[argparse.Namespace], Source], arguments: argparse.Namespace) -> int:
+    """What a script does; returns the exit status: 0, or 2 for what the user can mend, said in one line."""
+    try:
+        options = Options(**{key: getattr(arguments, key) for key in Options.__dataclass_fields__})
+        prepare(make_source(arguments), options, dry_run=arguments.dry_run)
+    except (PrepareError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("stopped; finished shards are kept: repeat the command to go on", file=sys.stderr)
+        return 130
+    return 0
+
+
+# ── checking ────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def check_shard(folder: Path, shard: Shard, decode: bool, rows: list[tuple[str, int, int]]) -> list[str]:
+    """What is wrong with one shard. rows: (key, offset, bytes) of its images, for decoding."""
+    path = folder / shard.name
+    if hash_file(path) != shard.sha256:
+        return [f"{path}: its SHA-256 is not the one in {MANIFEST}"]
+    problems = []
+    with path.open("rb") as file:
+        for key, offset, size in rows if decode else ():
+            file.seek(offset)
+            try:
+                Image.open(io.BytesIO(file.read(size))).load()
+            except (OSError, SyntaxError, ValueError) as error:
+                problems.append(f"{path}: sample {key} cannot be decoded: {error}")
+    return problems
+
+
+def check(folder: Path, *, decode: bool = False, processes: int = 1, quiet: bool = False) -> list[str]:
+    """Compare shards and index with the manifest, byte for byte; returns what is wrong, empty if nothing is.
+
+    Raises FileNotFoundError and ValueError where there is no manifest, or a shard is missing or of another size.
+    """
+    if not (folder / MANIFEST).is_file():
+        raise FileNotFoundError(
+            f"{folder} has no {MANIFEST}: its shards were not written by data_prep/, or not all yet"
+        )
+    index = ShardIndex.load(folder)
+    problems: list[str] = []
+    tasks = []
+    for name, split in index.splits.items():
+        scanned = make_split((shard, *scan_tar(folder / shard.name)) for shard in split.shards)
+        same = np.array_equal(scanned.keys, split.keys) and scanned.offsets.keys() == split.offsets.keys()
+        if not same or any(not np.array_equal(scanned.offsets[e], split.offsets[e]) for e in split.offsets):
+            problems.append(f"{folder}: the index of split {name!r} is not that of its shards")
+        for shard, end in zip(split.shards, split.ends.tolist(), strict=True):
+            rows = range(end - shard.samples, end)
+            images = [(split.key(row), *split.images[row].tolist()) for row in rows] if decode else []
+            tasks.append((folder, shard, decode, images))
+    with (
+        ProcessPoolExecutor(processes) as pool,
+        tqdm(total=len(tasks), unit="shard", disable=quiet) as bar,
+    ):
+        for future in [pool.submit(check_shard, *task) for task in tasks]:
+            problems += future.result()
+            bar.update()
+    return problems

@@ -1,0 +1,389 @@
+"""Data sets as their authors publish them, for `prepare`: archives are listed and read without unpacking them."""
+
+from __future__ import annotations
+
+import csv
+import functools
+import io
+import os
+import pickle
+import tarfile
+import zipfile
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from lzn_dist.data.prepare import Item, PrepareError
+
+NO_LABEL = -1
+_EXTENSIONS = {"jpg": "jpg", "jpeg": "jpg", "png": "png", "webp": "webp", "bmp": "bmp", "ppm": "ppm", "pgm": "pgm"}
+
+
+def extension_of(name: str) -> str | None:
+    """The extension that an image file's sample gets; None for other files."""
+    return _EXTENSIONS.get(name.rpartition(".")[2].lower())
+
+
+def key_of(name: str) -> str:
+    """A file's path as a key: without its extension, and without the dots at which WebDataset would end it."""
+    folder, _, file = name.rpartition("/")
+    stem = file.rpartition(".")[0].replace(".", "_")
+    return f"{folder}/{stem}" if folder else stem
+
+
+def png(pixels: np.ndarray) -> bytes:
+    """Lossless bytes of pixels uint8 [h, w] or [h, w, 3]."""
+    buffer = io.BytesIO()
+    Image.fromarray(pixels).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+@functools.lru_cache(maxsize=8)
+def _opened(path: Path, process: int) -> int:
+    """A descriptor a process: pread has no position."""
+    return os.open(path, os.O_RDONLY)
+
+
+def _pread(path: Path, offset: int, size: int) -> bytes:
+    content = os.pread(_opened(path, os.getpid()), size, offset)
+    if len(content) != size:
+        raise PrepareError(f"{path} ends inside an image: it is not whole, fetch it again")
+    return content
+
+
+def _members(path: Path) -> Iterable[tarfile.TarInfo]:
+    """The files in a plain tar. Raises PrepareError where it is damaged."""
+    try:
+        with tarfile.open(path, "r:") as tar:
+            yield from (member for member in tar if member.isfile())
+    except tarfile.TarError as error:
+        raise PrepareError(f"{path} is not a readable tar ({error}): fetch it again") from error
+
+
+# ── ImageNet ────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def read_devkit(path: Path) -> tuple[list[str], list[str], list[str]]:
+    """ILSVRC2012_devkit_t12.tar.gz: WNIDs of the classes, sorted; their words; the WNID of each validation image.
+
+    meta.mat lists the synsets of the whole hierarchy; the classes are those without children. The validation file has
+    an ILSVRC2012_ID a line, for the images in the order of their names.
+    """
+    from scipy.io import loadmat
+
+    names = ("data/meta.mat", "data/ILSVRC2012_validation_ground_truth.txt")
+    try:
+        with tarfile.open(path) as tar:
+            found = {name: member for member in tar for name in names if member.name.endswith(name)}
+            contents = {name: tar.extractfile(found[name]).read() for name in names}  # type: ignore[union-attr]
+    except (tarfile.TarError, KeyError) as error:
+        raise PrepareError(f"{path} is not ILSVRC2012_devkit_t12.tar.gz: {error!r}") from error
+    synsets = loadmat(io.BytesIO(contents[names[0]]), squeeze_me=True, struct_as_record=False)["synsets"]
+    leaves = {int(s.ILSVRC2012_ID): (str(s.WNID), str(s.words)) for s in np.atleast_1d(synsets) if not s.num_children}
+    order = sorted(leaves.values())
+    try:
+        truth = [leaves[int(line)][0] for line in contents[names[1]].split()]
+    except KeyError as error:
+        raise PrepareError(f"{path}: the validation labels name synset {error}, which is no class") from error
+    return [wnid for wnid, _ in order], [words for _, words in order], truth
+
+
+@dataclass
+class ImageNet:
+    """ILSVRC2012: the training tar of 1,000 inner tars, the validation tar, the devkit."""
+
+    train: Path
+    val: Path
+    devkit: Path
+    name: str = "ImageNet ILSVRC2012 (CLS-LOC)"
+
+    def archives(self) -> list[Path]:
+        return [self.train, self.val, self.devkit]
+
+    def classes(self) -> list[str]:
+        wnids, words, _ = read_devkit(self.devkit)
+        return [f"{wnid} {word}" for wnid, word in zip(wnids, words, strict=True)]
+
+    def splits(self) -> dict[str, list[Item]]:
+        wnids, _, truth = read_devkit(self.devkit)
+        number = {wnid: label for label, wnid in enumerate(wnids)}
+        return {"train": self._train(number), "val": self._val([number[wnid] for wnid in truth])}
+
+    def _train(self, number: dict[str, int]) -> list[Item]:
+        """The inner tars lie in the outer one as they are: their images have a place in it."""
+        items: list[Item] = []
+        seen: set[str] = set()
+        with self.train.open("rb") as file:
+            for outer in _members(self.train):
+                wnid = PurePosixPath(outer.name).name.removesuffix(".tar")
+                if wnid not in number:
+                    raise PrepareError(f"{self.train} holds {outer.name}, which is no class of {self.devkit}")
+                seen.add(wnid)
+                inner_file = _Window(file, outer.offset_data, outer.size)
+                try:
+                    with tarfile.open(fileobj=inner_file, mode="r:") as inner:
+                        for member in inner:
+                            if member.isfile() and extension_of(member.name):
+                                where = ("train", outer.offset_data + member.offset_data, member.size)
+                                key = key_of(PurePosixPath(member.name).name)
+                                items.append(Item(key, "jpg", number[wnid], where, member.size))
+                except tarfile.TarError as error:
+                    raise PrepareError(f"{self.train}: {outer.name} is damaged ({error}): fetch it again") from error
+        if missing := sorted(number.keys() - seen):
+            raise PrepareError(f"{self.train} lacks {len(missing)} classes of {self.devkit}, the first is {missing[0]}")
+        return items
+
+    def _val(self, truth: list[int]) -> list[Item]:
+        members = sorted(_members(self.val), key=lambda member: member.name)
+        members = [member for member in members if extension_of(member.name)]
+        if len(members) != len(truth):
+            raise PrepareError(f"{self.val} has {len(members)} images, {self.devkit} labels for {len(truth)}")
+        return [
+            Item(key_of(PurePosixPath(m.name).name), "jpg", label, ("val", m.offset_data, m.size), m.size)
+            for m, label in zip(members, truth, strict=True)
+        ]
+
+    def read(self, item: Item) -> bytes:
+        archive, offset, size = item.where
+        return _pread(self.train if archive == "train" else self.val, offset, size)
+
+
+class _Window(io.RawIOBase):
+    """A part of a file as a file."""
+
+    def __init__(self, file: io.BufferedIOBase | Any, start: int, size: int) -> None:
+        self.file, self.start, self.length, self.position = file, start, size, 0
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def tell(self) -> int:
+        return self.position
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+        base = {io.SEEK_SET: 0, io.SEEK_CUR: self.position, io.SEEK_END: self.length}[whence]
+        self.position = base + offset
+        return self.position
+
+    def read(self, size: int = -1) -> bytes:
+        left = max(0, self.length - self.position)
+        size = left if size < 0 else min(size, left)
+        self.file.seek(self.start + self.position)
+        content: bytes = self.file.read(size)
+        self.position += len(content)
+        return content
+
+
+# ── CIFAR10 ─────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+class _PixelsOnly(pickle.Unpickler):
+    """A pickle may run any code; one of CIFAR10 needs but these names."""
+
+    def find_class(self, module: str, name: str) -> Any:
+        if module in ("numpy.core.multiarray", "numpy._core.multiarray") and name == "_reconstruct":
+            return np._core.multiarray._reconstruct  # type: ignore[attr-defined]
+        if (module, name) in {("numpy", "ndarray"), ("numpy", "dtype")}:
+            return getattr(np, name)
+        if (module, name) == ("_codecs", "encode"):
+            import _codecs
+
+            return _codecs.encode
+        raise PrepareError(f"a batch of CIFAR10 asks for {module}.{name}: this is not the published archive")
+
+
+@dataclass
+class CIFAR10:
+    """cifar-10-python.tar.gz or cifar-10-binary.tar.gz: 32x32 RGB pixels, written as PNG."""
+
+    archive: Path
+    name: str = "CIFAR10"
+    _names: list[str] = field(default_factory=list)
+
+    def archives(self) -> list[Path]:
+        return [self.archive]
+
+    def classes(self) -> list[str]:
+        if not self._names:
+            self._load()
+        return self._names
+
+    def splits(self) -> dict[str, list[Item]]:
+        # pixels travel with the items: the archive is compressed, no image in it can be read alone
+        found = {}
+        for split, (pixels, labels) in self._load().items():
+            found[split] = [
+                Item(f"{split}_{row:05d}", "png", int(label), image.tobytes(), image.nbytes)
+                for row, (image, label) in enumerate(zip(pixels, labels, strict=True))
+            ]
+        return found
+
+    def read(self, item: Item) -> bytes:
+        return png(np.frombuffer(item.where, np.uint8).reshape(3, 32, 32).transpose(1, 2, 0))
+
+    def _load(self) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+        """By split: pixels uint8 [n, 3072] (all red, all green, all blue; row by row) and labels [n]."""
+        try:
+            with tarfile.open(self.archive) as tar:
+                files = {PurePosixPath(m.name).name: tar.extractfile(m).read() for m in tar if m.isfile()}  # type: ignore[union-attr]
+        except (tarfile.TarError, EOFError) as error:
+            raise PrepareError(f"{self.archive} is not a readable archive ({error}): fetch it again") from error
+        binary = "batches.meta.txt" in files
+        suffix = ".bin" if binary else ""
+        batches = {
+            "train": sorted(name for name in files if name.startswith("data_batch_") and name.endswith(suffix)),
+            "test": [f"test_batch{suffix}"],
+        }
+        if not batches["train"] or batches["test"][0] not in files or not (binary or "batches.meta" in files):
+            raise PrepareError(f"{self.archive} is neither cifar-10-python.tar.gz nor cifar-10-binary.tar.gz")
+        parse = self._parse_binary if binary else self._parse_pickle
+        if binary:
+            self._names = files["batches.meta.txt"].decode().split()
+        else:
+            self._names = [name.decode() for name in _PixelsOnly(
+                io.BytesIO(files["batches.meta"]), encoding="bytes").load()[b"label_names"]]  # fmt: skip
+        found = {}
+        for split, names in batches.items():
+            parts = [parse(files[name]) for name in names]
+            found[split] = (np.concatenate([p for p, _ in parts]), np.concatenate([labels for _, labels in parts]))
+        return found
+
+    @staticmethod
+    def _parse_pickle(content: bytes) -> tuple[np.ndarray, np.ndarray]:
+        batch = _PixelsOnly(io.BytesIO(content), encoding="bytes").load()
+        return np.asarray(batch[b"data"], np.uint8), np.asarray(batch[b"labels"], np.int64)
+
+    @staticmethod
+    def _parse_binary(content: bytes) -> tuple[np.ndarray, np.ndarray]:
+        if len(content) % 3073:
+            raise PrepareError("a binary batch of CIFAR10 is not of rows of 3,073 bytes: fetch the archive again")
+        rows = np.frombuffer(content, np.uint8).reshape(-1, 3073)
+        return rows[:, 1:], rows[:, 0].astype(np.int64)
+
+
+# ── AFHQ ────────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+@dataclass
+class AFHQCat:
+    """afhq.zip or afhq_v2.zip of StarGAN v2: its cats; `val` (v1) and `test` (v2) as split ``test``."""
+
+    archive: Path
+    name: str = "AFHQ Cat"
+
+    def archives(self) -> list[Path]:
+        return [self.archive]
+
+    def classes(self) -> list[str]:
+        return ["cat"]
+
+    def splits(self) -> dict[str, list[Item]]:
+        found: dict[str, list[Item]] = {"train": [], "test": []}
+        try:
+            with zipfile.ZipFile(self.archive) as archive:
+                entries = sorted(archive.infolist(), key=lambda entry: entry.filename)
+        except zipfile.BadZipFile as error:
+            raise PrepareError(f"{self.archive} is not a readable zip ({error}): fetch it again") from error
+        for entry in entries:
+            path = PurePosixPath(entry.filename)
+            extension = extension_of(path.name)
+            if extension and path.parent.name == "cat":
+                split = "train" if path.parent.parent.name == "train" else "test"
+                found[split].append(Item(key_of(path.name), extension, 0, entry.filename, entry.file_size))
+        if not found["train"]:
+            raise PrepareError(f"{self.archive} has no folder train/cat: it is not afhq.zip or afhq_v2.zip")
+        return {split: items for split, items in found.items() if items}
+
+    def read(self, item: Item) -> bytes:
+        try:
+            return _zip(self.archive, os.getpid()).read(item.where)
+        except zipfile.BadZipFile as error:
+            raise ValueError(str(error)) from error
+
+
+@functools.lru_cache(maxsize=2)
+def _zip(path: Path, process: int) -> zipfile.ZipFile:
+    return zipfile.ZipFile(path)
+
+
+# ── folders ─────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+@dataclass
+class ImageFolder:
+    """Images in folders: FOLDER/CLASS/…, FOLDER/SPLIT/CLASS/… (splits train, val, test), or as a CSV file says.
+
+    labelled: whether folders are classes; else all images belong to split ``train``. table: CSV with a header and the
+    columns path (relative to the folder), label (a class's name) and, if wanted, split.
+    """
+
+    folder: Path
+    labelled: bool = True
+    table: Path | None = None
+    name: str = ""
+    _classes: list[str] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self.name = self.name or f"image folder {self.folder.name}"
+        if not self.folder.is_dir():
+            raise PrepareError(f"{self.folder} is no folder")
+
+    def archives(self) -> list[Path]:
+        return [] if self.table is None else [self.table]
+
+    def classes(self) -> list[str]:
+        return self._classes
+
+    def splits(self) -> dict[str, list[Item]]:
+        rows = self._from_table() if self.table is not None else self._from_folders()
+        self._classes = sorted({label for _, _, label in rows if label})
+        number = {name: label for label, name in enumerate(self._classes)}
+        found: dict[str, list[Item]] = {}
+        for split, path, label in rows:
+            extension = extension_of(path)
+            if extension is None:
+                raise PrepareError(f"{path} has no extension of an image ({', '.join(_EXTENSIONS)})")
+            size = (self.folder / path).stat().st_size
+            key = key_of(path.removeprefix(f"{split}/"))
+            found.setdefault(split, []).append(Item(key, extension, number.get(label, NO_LABEL), path, size))
+        if not found:
+            raise PrepareError(f"{self.folder} has no images ({', '.join(_EXTENSIONS)})")
+        return found
+
+    def _from_folders(self) -> list[tuple[str, str, str]]:
+        """(split, path, class) of all images; a path from the folder on, in order of names."""
+        paths = sorted(
+            path.relative_to(self.folder).as_posix() for path in self.folder.rglob("*") if extension_of(path.name)
+        )
+        if not self.labelled:
+            return [("train", path, "") for path in paths]
+        parts = [path.split("/") for path in paths]
+        split = all(part[0] in ("train", "val", "test") and len(part) >= 3 for part in parts)
+        if any(len(part) < 2 for part in parts):
+            raise PrepareError(f"{self.folder} has images outside class folders: give --unlabelled or --csv")
+        return [
+            (part[0] if split else "train", path, part[1 if split else 0])
+            for path, part in zip(paths, parts, strict=True)
+        ]
+
+    def _from_table(self) -> list[tuple[str, str, str]]:
+        assert self.table is not None
+        with self.table.open(newline="") as file:
+            reader = csv.DictReader(file)
+            if not {"path", "label"} <= set(reader.fieldnames or ()):
+                raise PrepareError(f"{self.table} needs a header with the columns path and label, perhaps split")
+            rows = [(row.get("split") or "train", row["path"], row["label"]) for row in reader]
+        for line, (_, path, _) in enumerate(rows, start=2):
+            if not (self.folder / path).is_file():
+                raise PrepareError(f"{self.table}, line {line}: there is no {self.folder / path}")
+        return rows
+
+    def read(self, item: Item) -> bytes:
+        return (self.folder / item.where).read_bytes()

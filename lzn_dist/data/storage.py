@@ -1,0 +1,265 @@
+"""Bytes of shards: from a local folder, or from a server or object store through blocks kept on the local disk."""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import functools
+import getpass
+import hashlib
+import os
+import random
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, Protocol, TypeVar
+
+BLOCK = 4 << 20  # bytes of one range request
+_CONNECTIONS = 16
+_OPEN_FILES = 128  # file descriptors that are kept; a process may often have no more than 1,024
+_T = TypeVar("_T")
+
+Span = tuple[str, int, int]  # name of a shard, first byte, number of bytes
+
+
+class RemoteError(OSError):
+    """A server that could not be read for as long as retries go on; the message names it and what it said."""
+
+
+class Storage(Protocol):
+    """Files of one folder. Pickled with what reads them; opened anew in each process."""
+
+    def read_file(self, name: str) -> bytes:
+        """A whole (small) file. Raises FileNotFoundError."""
+
+    def size(self, name: str) -> int | None:
+        """Bytes of a file; None where there is none."""
+
+    def know(self, identity: str, sizes: dict[str, int]) -> None:
+        """What the manifest says: its hash, and the bytes of the shards."""
+
+    def fetch(self, spans: Iterable[Span]) -> None:
+        """Bring what is about to be read, many pieces at a time; nothing to do where it is near."""
+
+    def read(self, name: str, offset: int, size: int) -> bytes:
+        """Bytes of a shard; fewer where it ends before."""
+
+
+def is_remote(folder: str) -> bool:
+    """Whether a folder is a URL."""
+    return "://" in folder
+
+
+def open_storage(folder: str, cache: str | Path, retry_seconds: float) -> Storage:
+    """The storage of a path or a URL. cache: folder for remote bytes, by default one of the system's for such files."""
+    if not is_remote(folder):
+        return LocalStorage(Path(folder))
+    default = Path(tempfile.gettempdir()) / f"lzn_dist-{getpass.getuser()}"
+    return RemoteStorage(folder.rstrip("/"), Path(cache or default).expanduser(), retry_seconds)
+
+
+class _Descriptor:
+    """An open file that closes when its last user lets go; pread has no position, so threads and forks share it."""
+
+    def __init__(self, path: Path, flags: int = os.O_RDONLY) -> None:
+        self.number = os.open(path, flags, 0o644)
+
+    def __del__(self) -> None:
+        if hasattr(self, "number"):
+            os.close(self.number)
+
+
+class LocalStorage:
+    """A folder on a file system."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self._open = functools.lru_cache(maxsize=_OPEN_FILES)(_Descriptor)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"folder": self.folder}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__init__(**state)  # type: ignore[misc]
+
+    def read_file(self, name: str) -> bytes:
+        return (self.folder / name).read_bytes()
+
+    def size(self, name: str) -> int | None:
+        path = self.folder / name
+        return path.stat().st_size if path.is_file() else None
+
+    def know(self, identity: str, sizes: dict[str, int]) -> None:
+        pass
+
+    def fetch(self, spans: Iterable[Span]) -> None:
+        pass
+
+    def read(self, name: str, offset: int, size: int) -> bytes:
+        return os.pread(self._open(self.folder / name).number, size, offset)
+
+
+class _CachedShard:
+    """The local copy of a shard: a sparse file, and a file with one byte a block, 1 where the block is there.
+
+    Processes share both. A block counts as there only once its bytes are on the disk; whoever fetches one holds a
+    lock on its byte, so that the others wait for it instead of fetching it too.
+    """
+
+    def __init__(self, path: Path, size: int) -> None:
+        self.size, self.blocks = size, -(-size // BLOCK)
+        self.data = _Descriptor(path, os.O_RDWR | os.O_CREAT)
+        self.there = _Descriptor(path.with_name(f"{path.name}.blocks"), os.O_RDWR | os.O_CREAT)
+        if os.fstat(self.data.number).st_size != size:
+            os.ftruncate(self.data.number, size)
+        self.known = bytearray(self.blocks)
+
+    def missing(self, offset: int, size: int) -> list[int]:
+        """The blocks of a span that are not there yet."""
+        wanted = range(offset // BLOCK, min(self.blocks, -(-(offset + size) // BLOCK)))
+        if not all(self.known[block] for block in wanted):
+            present = os.pread(self.there.number, self.blocks, 0)
+            self.known[: len(present)] = present
+        return [block for block in wanted if not self.known[block]]
+
+    def fill(self, block: int, get: Callable[[int, int], bytes]) -> None:
+        """Fetch a block unless another process has done it meanwhile."""
+        start = block * BLOCK
+        # asked again and again: threads of two processes that wait for each other's blocks look like a deadlock to
+        # the system, which counts by process, and would be refused
+        while True:
+            try:
+                fcntl.lockf(self.there.number, fcntl.LOCK_EX | fcntl.LOCK_NB, 1, block)
+                break
+            except OSError as error:
+                if error.errno not in (errno.EACCES, errno.EAGAIN):
+                    raise
+                time.sleep(0.01)
+        try:
+            if not self.missing(start, 1):
+                return
+            os.pwrite(self.data.number, get(start, min(start + BLOCK, self.size)), start)
+            os.fdatasync(self.data.number)
+            os.pwrite(self.there.number, b"\1", block)
+            self.known[block] = 1
+        finally:
+            fcntl.lockf(self.there.number, fcntl.LOCK_UN, 1, block)
+
+
+class RemoteStorage:
+    """A folder on a server (http, https) or in an object store, through fsspec, read by range requests.
+
+    What has been read stays in `cache`, in a folder of its own for each URL and manifest. A request that fails is
+    repeated, after waits that double up to 30 s, for `retry_seconds`; then RemoteError.
+    """
+
+    def __init__(self, url: str, cache: Path, retry_seconds: float) -> None:
+        self.url, self.cache, self.retry_seconds = url, cache, retry_seconds
+        self.sizes: dict[str, int] = {}
+        self.folder = cache
+        self._prepare()
+
+    def _prepare(self) -> None:
+        self._lock, self._given_up, self._said = threading.Lock(), threading.Event(), 0.0
+        self._shards: dict[str, _CachedShard] = {}
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in self.__dict__.items() if not name.startswith("_")}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._prepare()
+
+    @property
+    def _filesystem(self) -> Any:
+        import fsspec
+
+        try:  # fsspec keeps one instance a process
+            return fsspec.core.url_to_fs(self.url)[0]
+        except ImportError as error:
+            raise ValueError(f"{self.url}: {error}") from error  # it names the package that is missing
+        except ValueError as error:
+            raise ValueError(f"{self.url}: no protocol that fsspec knows: {error}") from error
+
+    def know(self, identity: str, sizes: dict[str, int]) -> None:
+        self.sizes = sizes
+        self.folder = self.cache / hashlib.sha256(f"{self.url} {identity}".encode()).hexdigest()[:16]
+        self.folder.mkdir(parents=True, exist_ok=True)
+
+    def read_file(self, name: str) -> bytes:
+        return self._persist(name, lambda: bytes(self._filesystem.cat_file(f"{self.url}/{name}")))
+
+    def size(self, name: str) -> int | None:
+        return self.sizes.get(name)
+
+    def fetch(self, spans: Iterable[Span]) -> None:
+        missing = {(name, block) for name, start, size in spans for block in self._shard(name).missing(start, size)}
+        if len(missing) == 1:
+            self._fill(*missing.pop())
+        elif missing:
+            self._given_up.clear()
+            with ThreadPoolExecutor(min(_CONNECTIONS, len(missing)), thread_name_prefix="fetch") as pool:
+                try:
+                    list(pool.map(lambda item: self._fill(*item), sorted(missing)))
+                except BaseException:
+                    self._given_up.set()  # the others need not wait for a server any more
+                    pool.shutdown(cancel_futures=True)
+                    raise
+
+    def read(self, name: str, offset: int, size: int) -> bytes:
+        self.fetch([(name, offset, size)])
+        return os.pread(self._shard(name).data.number, size, offset)
+
+    def _shard(self, name: str) -> _CachedShard:
+        with self._lock:
+            if name not in self._shards:
+                while len(self._shards) >= _OPEN_FILES // 2:  # the oldest goes
+                    self._shards.pop(next(iter(self._shards)))
+                self._shards[name] = _CachedShard(self.folder / name, self.sizes[name])
+            return self._shards[name]
+
+    def _fill(self, name: str, block: int) -> None:
+        self._shard(name).fill(block, lambda start, stop: self._request(name, start, stop))
+
+    def _request(self, name: str, start: int, stop: int) -> bytes:
+        def get() -> bytes:
+            found = bytes(self._filesystem.cat_file(f"{self.url}/{name}", start=start, end=stop))
+            if len(found) > stop - start:
+                raise ValueError(f"the server of {self.url} does not answer range requests: use one that does")
+            if len(found) < stop - start:
+                raise ValueError(f"{name} ends at byte {start + len(found)}, its manifest says {self.sizes[name]}")
+            return found
+
+        return self._persist(name, get)
+
+    def _persist(self, name: str, get: Callable[[], _T]) -> _T:
+        """Call until it succeeds, or is refused for good, or patience ends."""
+        began, pause = time.monotonic(), 0.5
+        while True:
+            try:
+                return get()
+            except (FileNotFoundError, PermissionError, ValueError):
+                raise
+            except Exception as error:  # each library behind fsspec has errors of its own
+                said = f"{type(error).__name__}: {str(error)[:200]}"
+                status = getattr(error, "status", 0)
+                if 400 <= status < 500 and status not in (408, 429):  # refused: waiting does not mend it
+                    short = " (it is shorter than its manifest says)" if status == 416 else ""
+                    raise ValueError(f"{self.url}/{name}: the server answers {status}{short}: {said}") from error
+                waited = time.monotonic() - began
+                if waited + pause > self.retry_seconds:
+                    raise RemoteError(
+                        f"{self.url}/{name} could not be read for {waited:.0f} s: {said}; see that the server is up"
+                    ) from error
+                with self._lock:  # one line for all that wait
+                    if time.monotonic() - self._said > 1.0:
+                        print(f"{self.url}: {said}; trying again in {pause:.1f} s", file=sys.stderr, flush=True)
+                        self._said = time.monotonic()
+                # not all ranks at the same moment
+                if self._given_up.wait(pause * random.uniform(0.75, 1.25)):
+                    raise RemoteError(f"{self.url}/{name}: given up") from error
+                pause = min(2 * pause, 30.0)

@@ -1,0 +1,144 @@
+"""Decoding, and the transforms that change an image's size, against their published definitions."""
+
+from __future__ import annotations
+
+import io
+import math
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from lzn_dist.data import CentreCrop, RandomResizedCrops
+from lzn_dist.data.pixels import TRIES, crop_box, decode, jpeg_size, resize
+
+
+def picture(height: int, width: int, seed: int = 0, coarse: tuple[int, int] = (6, 7)) -> np.ndarray:
+    """Smooth colours: what JPEG and resizing are made for."""
+    pixels = np.random.default_rng(seed).integers(0, 256, (*coarse, 3)).astype(np.uint8)
+    return np.array(Image.fromarray(pixels).resize((width, height), Image.Resampling.BICUBIC))
+
+
+def encoded(pixels: np.ndarray, kind: str = "JPEG", mode: str = "RGB", **options: object) -> bytes:
+    buffer = io.BytesIO()
+    Image.fromarray(pixels).convert(mode).save(buffer, kind, **options)
+    return buffer.getvalue()
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+@pytest.mark.parametrize("kind,mode", [
+    ("JPEG", "RGB"), ("JPEG", "L"), ("JPEG", "CMYK"), ("PNG", "RGB"), ("PNG", "L"), ("PNG", "P"), ("PNG", "1"),
+    ("WEBP", "RGB"), ("PPM", "RGB"), ("BMP", "RGB"),
+])  # fmt: skip
+def test_pixels_are_pillows(kind: str, mode: str, channels: int) -> None:
+    content = encoded(picture(37, 50), kind, mode)
+    found = decode(content, channels)
+    image = Image.open(io.BytesIO(content))
+    if channels == 1 and kind == "JPEG":
+        image.draft("L", image.size)  # the luminance channel as it is stored
+    expected = np.asarray(image.convert("L" if channels == 1 else "RGB"))
+    assert found.dtype == np.uint8 and found.shape == (37, 50, channels)
+    difference = np.abs(found.astype(int) - expected.reshape(found.shape))
+    # decoders of lossy formats may round differently
+    assert difference.max() <= (0 if kind in ("PNG", "PPM", "BMP") and channels == 3 else 3)
+
+
+def test_turned_by_its_exif_it_stays_as_it_is() -> None:
+    image = Image.fromarray(picture(20, 30))
+    exif = image.getexif()
+    exif[0x0112] = 6
+    for kind in ("JPEG", "PNG", "WEBP"):
+        buffer = io.BytesIO()
+        image.save(buffer, kind, exif=exif)
+        assert decode(buffer.getvalue(), 3).shape == (20, 30, 3)
+
+
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP"])
+def test_what_is_damaged_is_refused(kind: str) -> None:
+    content = encoded(picture(64, 64), kind)
+    assert decode(content, 3).shape == (64, 64, 3)
+    for broken in (b"", b"?" * 200, content[: len(content) // 2], content[:20]):
+        with pytest.raises(ValueError, match="not a whole image"):
+            decode(broken, 3)
+
+
+def test_a_jpeg_named_png_and_the_other_way_round() -> None:
+    """Members keep their published names; only the content counts (ImageNet has a PNG that is called .JPEG)."""
+    assert jpeg_size(encoded(picture(40, 30))) == (40, 30)
+    assert jpeg_size(encoded(picture(40, 30), "PNG")) is None and jpeg_size(b"\xff\xd8\xff") is None
+
+
+@pytest.mark.parametrize("size,box", [
+    ((24, 24), None), ((24, 24), (3, 10, 40, 52)), ((80, 90), (5, 6, 30, 20)), ((20, 30), (0, 0, 60, 90)),
+])  # fmt: skip
+def test_resize_is_antialiased_bilinear_of_the_cropped_image(size: tuple[int, int], box: tuple | None) -> None:  # type: ignore[type-arg]
+    """Pillow's filter after a crop, as torchvision does it; enlarging, too."""
+    image = picture(60, 90)
+    found = resize(image, size, box)
+    top, left, height, width = box or (0, 0, 60, 90)
+    cropped = Image.fromarray(image).crop((left, top, left + width, top + height))
+    expected = np.asarray(cropped.resize(size[::-1], Image.Resampling.BILINEAR))
+    assert found.dtype == torch.uint8 and found.shape == (3, *size)
+    assert np.abs(found.permute(1, 2, 0).numpy().astype(int) - expected).max() <= 1
+
+
+@pytest.mark.parametrize("height,width", [(375, 500), (500, 375), (300, 300), (256, 1000)])
+def test_evaluation_takes_the_centre(height: int, width: int) -> None:
+    """Resize(256), CenterCrop(224), with the sizes that torchvision rounds to."""
+    content = encoded(picture(height, width), "PNG")
+    (found,) = CentreCrop(224, 256)([content], 3, torch.zeros(1, dtype=torch.int64), 0)
+    assert isinstance(found, torch.Tensor) and found.shape == (1, 3, 224, 224)
+    short = min(height, width)
+    h, w = int(256 * height / short), int(256 * width / short)
+    resized = Image.open(io.BytesIO(content)).resize((w, h), Image.Resampling.BILINEAR)
+    top, left = round((h - 224) / 2), round((w - 224) / 2)
+    expected = np.asarray(resized.crop((left, top, left + 224, top + 224)))
+    assert np.abs(found[0].permute(1, 2, 0).numpy().astype(int) - expected).max() <= 1
+
+
+def test_random_boxes_follow_the_published_distribution() -> None:
+    """RandomResizedCrop: area uniform in 0.08 to 1, log-uniform aspect ratio in 3/4 to 4/3, position uniform."""
+    numbers = np.random.default_rng(0).random((20_000, TRIES, 4))
+    boxes = np.array([crop_box(4000, 4000, one, (0.08, 0.4), (3 / 4, 4 / 3)) for one in numbers])
+    top, left, height, width = boxes.T
+    area, ratio = height * width / 4000**2, np.log(width / height)
+    assert area.min() == pytest.approx(0.08, abs=0.001) and area.max() == pytest.approx(0.4, abs=0.001)
+    assert area.mean() == pytest.approx(0.24, abs=0.003)
+    assert abs(ratio).max() == pytest.approx(math.log(4 / 3), abs=0.001) and ratio.mean() == pytest.approx(0, abs=0.004)
+    assert ratio.std() == pytest.approx(math.log(4 / 3) / math.sqrt(3), abs=0.003)
+    for start, length in ((top, height), (left, width)):
+        place = start / (4000 - length)
+        assert place.min() < 0.001 and place.max() > 0.999 and place.mean() == pytest.approx(0.5, abs=0.01)
+    assert (top + height).max() <= 4000 and (left + width).max() <= 4000
+    # the last row and column are reached
+    tight = crop_box(10, 10, np.full((TRIES, 4), [0.2, 0.5, 0.9999, 0.9999]), (0.08, 1), (1, 1))
+    assert tight[0] + tight[2] == 10 and tight[1] + tight[3] == 10
+
+
+def test_where_nothing_fits_it_is_the_largest_central_box() -> None:
+    never = np.full((TRIES, 4), [0.999, 0.5, 0.5, 0.5])
+    assert crop_box(100, 1000, never, (0.08, 1.0), (3 / 4, 4 / 3)) == (0, 433, 100, 133)
+    assert crop_box(1000, 100, never, (0.08, 1.0), (3 / 4, 4 / 3)) == (433, 0, 133, 100)
+    later = never.copy()
+    later[TRIES - 1] = [0.0, 0.5, 0.0, 0.0]  # the last try counts
+    assert crop_box(100, 1000, later, (0.08, 1.0), (3 / 4, 4 / 3)) == (0, 0, 89, 89)
+
+
+@pytest.mark.parametrize("scaled", [False, True])
+def test_views_are_the_keyed_boxes_of_the_image(scaled: bool) -> None:
+    """And with scaled decoding nearly so: boxes are then whole pixels of an image at 1/4 or 1/8 of its size."""
+    contents = [encoded(picture(1000, 900, seed, coarse=(3, 3)), quality=95) for seed in range(6)]
+    rows = torch.tensor([4, 9, 2, 7, 7, 100])
+    reading = RandomResizedCrops(48, 3, scale=(0.3, 1.0), scaled_decoding=scaled)
+    found = reading(contents, 3, rows, 2)
+    whole = RandomResizedCrops(48, 3, scale=(0.3, 1.0))(contents, 3, rows, 2)
+    for one, other in zip(found, whole, strict=True):
+        assert isinstance(one, torch.Tensor) and isinstance(other, torch.Tensor)
+        assert one.shape == (2, 3, 48, 48) and one.dtype == torch.uint8
+        assert (one.int() - other.int()).abs().float().mean() <= (1.5 if scaled else 0)
+    (alone,) = reading(contents[2:3], 3, rows[2:3], 2)
+    assert isinstance(alone, torch.Tensor) and torch.equal(alone, found[2])  # type: ignore[arg-type]
+    (other_epoch,) = reading(contents[2:3], 3, rows[2:3], 3)
+    assert not torch.equal(other_epoch, alone)  # type: ignore[arg-type]
+    assert isinstance(reading([b"?"], 3, rows[:1], 0)[0], ValueError)

@@ -1,0 +1,307 @@
+"""The scripts of data_prep/ on small data sets in their published formats, read back with plain tarfile."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import os
+import pickle
+import signal
+import subprocess
+import sys
+import tarfile
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+from published import NAMES, WNIDS, add, afhq, cifar10, encode, imagenet, picture
+
+from lzn_dist.data import ShardIndex
+from lzn_dist.data.prepare import Options, PrepareError, check, prepare
+from lzn_dist.data.sources import CIFAR10, ImageFolder, ImageNet
+
+ROOT = Path(__file__).parents[2]
+
+
+def script(name: str, *arguments: object, status: int = 0) -> str:
+    command = [sys.executable, str(ROOT / "data_prep" / f"{name}.py"), *map(str, arguments)]
+    done = subprocess.run(
+        command, capture_output=True, text=True, timeout=200, env={**os.environ, "OMP_NUM_THREADS": "1"}
+    )
+    assert done.returncode == status, done.stdout + done.stderr
+    assert "Traceback" not in done.stderr
+    return done.stdout + done.stderr
+
+
+def members(folder: Path, split: str) -> dict[str, bytes]:
+    """All members of a split's shards by name."""
+    found: dict[str, bytes] = {}
+    for path in sorted(folder.glob(f"{split}-*.tar")):
+        with tarfile.open(path) as tar:
+            for member in tar:
+                assert member.name not in found
+                found[member.name] = tar.extractfile(member).read()  # type: ignore[union-attr]
+    return found
+
+
+def imagenet_arguments(folder: Path) -> list[object]:
+    return [
+        "--train", folder / "ILSVRC2012_img_train.tar", "--val", folder / "ILSVRC2012_img_val.tar",
+        "--devkit", folder / "ILSVRC2012_devkit_t12.tar.gz",
+    ]  # fmt: skip
+
+
+def imagenet_source(folder: Path) -> ImageNet:
+    return ImageNet(
+        folder / "ILSVRC2012_img_train.tar", folder / "ILSVRC2012_img_val.tar", folder / "ILSVRC2012_devkit_t12.tar.gz"
+    )
+
+
+def test_imagenet(tmp_path: Path) -> None:
+    images = imagenet(tmp_path / "published")
+    output = tmp_path / "shards"
+    said = script(
+        "imagenet", *imagenet_arguments(tmp_path / "published"), "--output", output, "--samples-per-shard", 5,
+        "--processes", 2,
+    )  # fmt: skip
+    assert "train: 21 images" in said and "val: 8 images" in said and "complete" in said
+    order = sorted(WNIDS)
+    train, val = members(output, "train"), members(output, "val")
+    assert len(train) == 42 and len(val) == 16
+    for key, content in images.items():
+        found = val if key.startswith("ILSVRC") else train
+        assert found[f"{key}.jpg"] == content  # byte for byte, the PNG that is called .JPEG too
+        wnid = key.split("_")[0] if found is train else list(WNIDS)[(int(key[-8:]) - 1) % 3]
+        assert found[f"{key}.cls"] == str(order.index(wnid)).encode()
+    shards = sorted(path.name for path in output.glob("*.tar"))
+    assert shards == [f"train-{i:06d}.tar" for i in range(5)] + [f"val-{i:06d}.tar" for i in range(2)]
+
+    manifest = json.loads((output / "manifest.json").read_text())
+    assert manifest["classes"] == [f"{wnid} {WNIDS[wnid]}" for wnid in order]
+    assert [a["name"] for a in manifest["archives"]][2] == "ILSVRC2012_devkit_t12.tar.gz"
+    for archive in manifest["archives"]:
+        content = (tmp_path / "published" / archive["name"]).read_bytes()
+        assert (archive["bytes"], archive["sha256"]) == (len(content), hashlib.sha256(content).hexdigest())
+    assert "no problems" in script("check", output, "--decode", "--processes", 2)
+    # all classes in the first shards: the shuffle is global, and repeatable
+    first = [name for name in members(output, "train")][:20]
+    assert len({name.split("_")[0] for name in first}) == 3
+    script("imagenet", *imagenet_arguments(tmp_path / "published"), "--output", tmp_path / "again",
+           "--samples-per-shard", 5, "--processes", 1)  # fmt: skip
+    for path in output.iterdir():
+        assert (tmp_path / "again" / path.name).read_bytes() == path.read_bytes(), path.name
+
+
+@pytest.mark.parametrize("kind", ["python", "binary"])
+def test_cifar10(tmp_path: Path, kind: str) -> None:
+    data = cifar10(tmp_path)
+    script("cifar10", "--archive", tmp_path / f"cifar-10-{kind}.tar.gz", "--output", tmp_path / "shards")
+    for split, (pixels, labels) in data.items():
+        found = members(tmp_path / "shards", split)
+        assert len(found) == 2 * len(labels)
+        for row, (image, label) in enumerate(zip(pixels, labels, strict=True)):
+            read = np.asarray(Image.open(io.BytesIO(found[f"{split}_{row:05d}.png"])))
+            np.testing.assert_array_equal(read, image.reshape(3, 32, 32).transpose(1, 2, 0))
+            assert found[f"{split}_{row:05d}.cls"] == str(label).encode()
+    assert ShardIndex.load(tmp_path / "shards").classes == tuple(NAMES)
+
+
+def test_a_pickle_that_runs_code_does_not(tmp_path: Path) -> None:
+    class Evil:
+        def __reduce__(self):  # type: ignore[no-untyped-def]
+            return os.system, (f"touch {tmp_path / 'owned'}",)
+
+    with tarfile.open(tmp_path / "cifar-10-python.tar.gz", "w:gz") as tar:
+        for name in ("batches.meta", "data_batch_1", "test_batch"):
+            add(tar, f"cifar-10-batches-py/{name}", pickle.dumps(Evil(), protocol=2))
+    with pytest.raises(PrepareError, match=r"asks for posix\.system: this is not the published archive"):
+        CIFAR10(tmp_path / "cifar-10-python.tar.gz").splits()
+    assert not (tmp_path / "owned").exists()
+
+
+def test_afhq_cat(tmp_path: Path) -> None:
+    cats = afhq(tmp_path)
+    script("afhq_cat", "--archive", tmp_path / "afhq.zip", "--output", tmp_path / "shards", "--processes", 2)
+    for split, count in (("train", 5), ("test", 2)):
+        found = members(tmp_path / "shards", split)
+        assert len(found) == 2 * count
+        for name, content in cats.items():
+            if name.startswith(split):
+                key = name.partition("/")[2]
+                assert found[f"{key}.jpg"] == content and found[f"{key}.cls"] == b"0"
+
+
+@pytest.mark.parametrize("name", ["celeba_hq", "lsun_bedroom"])
+def test_folders_without_labels_resized(tmp_path: Path, name: str) -> None:
+    folder = tmp_path / "images"
+    (folder / "0" / "a").mkdir(parents=True)
+    pictures = {f"0/a/{i}": picture(i, 60, 90) for i in range(3)} | {"tall": picture(9, 100, 40)}
+    for key, pixels in pictures.items():
+        (folder / f"{key}.png").write_bytes(encode(pixels, "PNG"))
+    script(name, "--folder", folder, "--output", tmp_path / "shards", "--resize", 32, "--crop")
+    found = members(tmp_path / "shards", "train")
+    assert sorted(found) == sorted(f"{key}.png" for key in pictures)
+    for key, pixels in pictures.items():
+        image = Image.fromarray(pixels)
+        width, height = (round(side * 32 / min(image.size)) for side in image.size)
+        left, top = (width - 32) // 2, (height - 32) // 2
+        expected = image.resize((width, height), Image.Resampling.BICUBIC).crop((left, top, left + 32, top + 32))
+        np.testing.assert_array_equal(np.asarray(Image.open(io.BytesIO(found[f"{key}.png"]))), np.asarray(expected))
+    assert ShardIndex.load(tmp_path / "shards").split("train").labels is None
+
+
+def test_image_folder_by_folders_and_by_table(tmp_path: Path) -> None:
+    folder = tmp_path / "images"
+    for split, count in (("train", 4), ("val", 2)):
+        for name in ("dog", "cat"):
+            (folder / split / name).mkdir(parents=True)
+            for i in range(count):
+                (folder / split / name / f"x.{i}.jpeg").write_bytes(encode(picture(i)))
+    script("image_folder", "--folder", folder, "--output", tmp_path / "shards", "--resize", 24, "--quality", 90)
+    found = members(tmp_path / "shards", "val")
+    assert sorted(found) == sorted(f"{n}/x_{i}.{e}" for n in ("cat", "dog") for i in range(2) for e in ("cls", "jpg"))
+    assert found["dog/x_1.cls"] == b"1" and Image.open(io.BytesIO(found["cat/x_0.jpg"])).size == (30, 24)
+    index = ShardIndex.load(tmp_path / "shards")
+    assert index.classes == ("cat", "dog") and index.samples("train") == 8
+
+    table = tmp_path / "table.csv"
+    table.write_text("path,label,split\ntrain/dog/x.1.jpeg,wolf,train\ntrain/cat/x.2.jpeg,lynx,test\n")
+    script("image_folder", "--folder", folder, "--csv", table, "--output", tmp_path / "table")
+    assert members(tmp_path / "table", "test")["train/cat/x_2.cls"] == b"0"
+    assert members(tmp_path / "table", "train")["dog/x_1.jpg"] == (folder / "train/dog/x.1.jpeg").read_bytes()
+    assert ShardIndex.load(tmp_path / "table").classes == ("lynx", "wolf")
+    table.write_text("path,label\ntrain/dog/none.jpeg,wolf\n")
+    said = script("image_folder", "--folder", folder, "--csv", table, "--output", tmp_path / "no", status=2)
+    assert "table.csv, line 2: there is no" in said
+
+
+def test_dry_run_writes_nothing(tmp_path: Path) -> None:
+    imagenet(tmp_path / "published")
+    said = script("imagenet", *imagenet_arguments(tmp_path / "published"), "--output", tmp_path / "shards", "--dry-run")
+    assert "train: 21 images" in said and "3 classes: n01440764 tench" in said and "nothing was written" in said
+    assert not (tmp_path / "shards").exists()
+
+
+def many(folder: Path, count: int) -> Path:
+    for name in ("a", "b"):
+        (folder / name).mkdir(parents=True)
+        for i in range(count):
+            (folder / name / f"{i}.png").write_bytes(encode(picture(i, 200, 200), "PNG"))
+    return folder
+
+
+@pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGKILL])
+def test_stopped_it_goes_on_where_it_was(tmp_path: Path, how: signal.Signals) -> None:
+    folder = many(tmp_path / "images", 60)
+    arguments = ["--folder", folder, "--samples-per-shard", 6, "--processes", 2, "--resize", 180]
+    script("image_folder", *arguments, "--output", tmp_path / "whole")
+    output = tmp_path / "cut"
+    command = [
+        sys.executable,
+        str(ROOT / "data_prep" / "image_folder.py"),
+        *map(str, arguments),
+        "--output",
+        str(output),
+    ]
+    process = subprocess.Popen(command, start_new_session=True, stderr=subprocess.PIPE, text=True)
+    end = time.monotonic() + 60
+    while len(list(output.glob("train-*.tar"))) < 4 and time.monotonic() < end:
+        time.sleep(0.002)
+    os.killpg(process.pid, how)
+    said = process.communicate()[1]
+    assert process.returncode != 0 and not (output / "manifest.json").exists()
+    assert how == signal.SIGKILL or ("finished shards are kept" in said and "Traceback" not in said)
+    kept = {path.name: path.stat().st_mtime_ns for path in output.glob("train-*.tar")}
+    known = {path.name.removesuffix(".json") for path in (output / ".shards").glob("*.json")}
+    assert 3 <= len(known) < 20
+    other = script("image_folder", *arguments[:-1], 100, "--output", output, status=2)
+    assert "was begun with other settings (options)" in other
+    script("image_folder", *arguments, "--output", output)
+    for path in (tmp_path / "whole").iterdir():
+        assert (output / path.name).read_bytes() == path.read_bytes(), path.name
+    assert all((output / name).stat().st_mtime_ns == kept[name] for name in known)
+    assert sorted(path.name for path in output.iterdir()) == sorted(p.name for p in (tmp_path / "whole").iterdir())
+
+
+def test_a_damaged_image_is_named_and_may_be_left_out(tmp_path: Path) -> None:
+    folder = many(tmp_path / "images", 3)
+    content = (folder / "a" / "1.png").read_bytes()
+    (folder / "a" / "1.png").write_bytes(content[: len(content) // 2])
+    said = script("image_folder", "--folder", folder, "--output", tmp_path / "shards", status=2)
+    assert "a/1.png cannot be decoded" in said and "--skip-corrupt" in said
+    assert not (tmp_path / "shards" / "manifest.json").exists()
+    said = script("image_folder", "--folder", folder, "--output", tmp_path / "new", "--skip-corrupt")
+    assert "1 damaged images left out" in said
+    manifest = json.loads((tmp_path / "new" / "manifest.json").read_text())
+    assert manifest["skipped"] == ["a/1"] and manifest["splits"]["train"]["samples"] == 5
+    assert "a/1.png" not in members(tmp_path / "new", "train")
+
+
+def test_check_finds_what_changed(tmp_path: Path) -> None:
+    folder = many(tmp_path / "images", 3)
+    output = tmp_path / "shards"
+    script("image_folder", "--folder", folder, "--output", output, "--samples-per-shard", 2)
+    path = output / "train-000001.tar"
+    content = bytearray(path.read_bytes())
+    content[700] ^= 1
+    path.write_bytes(content)
+    assert script("check", output, status=1).splitlines()[0] == f"{path}: its SHA-256 is not the one in manifest.json"
+    path.write_bytes(content[:-512])
+    assert f"{path} has" in script("check", output, status=2)
+    assert "has no manifest.json" in script("check", folder, status=2)
+
+
+def test_refusals(tmp_path: Path) -> None:
+    imagenet(tmp_path / "published")
+    source = imagenet_source(tmp_path / "published")
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "thesis.txt").write_text("the only copy")
+    with pytest.raises(PrepareError, match="mine exists and is not empty: name another folder"):
+        prepare(source, Options(tmp_path / "mine"), quiet=True)
+    assert [path.name for path in (tmp_path / "mine").iterdir()] == ["thesis.txt"]
+    for options in ({"samples_per_shard": -1}, {"processes": 0}, {"quality": 101, "resize": 8}, {"crop": True}):
+        with pytest.raises(PrepareError):
+            Options(tmp_path, **options)  # type: ignore[arg-type]
+    swapped = ImageNet(source.val, source.train, source.devkit)
+    with pytest.raises(PrepareError, match=r"ILSVRC2012_val_00000008\.JPEG, which is no class"):
+        swapped.splits()
+    with pytest.raises(PrepareError, match="not ILSVRC2012_devkit_t12"):
+        ImageNet(source.train, source.val, source.val).splits()
+    truncated = tmp_path / "truncated.tar"
+    truncated.write_bytes(source.train.read_bytes()[:30_000])
+    with pytest.raises(PrepareError, match=r"truncated\.tar"):
+        ImageNet(truncated, source.val, source.devkit).splits()
+    with pytest.raises(PrepareError, match="is no folder"):
+        ImageFolder(tmp_path / "nowhere")
+    with pytest.raises(PrepareError, match="neither cifar-10-python"):
+        CIFAR10(source.val).splits()
+    twice = tmp_path / "twice"
+    twice.mkdir()
+    for name in ("a.png", "a.jpg"):
+        (twice / name).write_bytes(encode(picture(0)))
+    with pytest.raises(PrepareError, match="two images of the key 'a'"):
+        prepare(ImageFolder(twice, labelled=False), Options(tmp_path / "out"), quiet=True)
+    with pytest.raises(PrepareError, match="images outside class folders: give --unlabelled"):
+        ImageFolder(twice).splits()
+
+
+def test_no_space_is_said_before_any_work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = many(tmp_path / "images", 2)
+    monkeypatch.setattr("shutil.disk_usage", lambda _: type("Usage", (), {"free": 1000})())
+    with pytest.raises(PrepareError, match=r"need about 0.\d GB, .* has 0.0 GB free"):
+        prepare(ImageFolder(folder), Options(tmp_path / "shards"), quiet=True)
+    assert not list((tmp_path / "shards").glob("*.tar"))
+
+
+def test_what_is_complete_is_left_alone_and_checked(tmp_path: Path) -> None:
+    folder = many(tmp_path / "images", 2)
+    prepare(ImageFolder(folder), Options(tmp_path / "shards"), quiet=True)
+    before = (tmp_path / "shards" / "train-000000.tar").stat().st_mtime_ns
+    prepare(ImageFolder(folder), Options(tmp_path / "shards"), quiet=True)
+    assert (tmp_path / "shards" / "train-000000.tar").stat().st_mtime_ns == before
+    assert check(tmp_path / "shards", decode=True, quiet=True) == []
+    with pytest.raises(PrepareError, match=r"was written with other settings \(options\)"):
+        prepare(ImageFolder(folder), Options(tmp_path / "shards", seed=1), quiet=True)

@@ -1,0 +1,223 @@
+"""Shards on a server: read by ranges, kept in blocks, tried again; the same batches as from the folder."""
+
+from __future__ import annotations
+
+import errno
+import os
+import shutil
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from range_server import serve
+
+from lzn_dist.data import BatchStream, Exact, SampleOrder, ShardedDataset, ShardIndex
+from lzn_dist.data import storage as storage_module
+from lzn_dist.data.storage import RemoteError, RemoteStorage
+
+SERVER = Path(__file__).parent / "range_server.py"
+
+
+def free_port() -> int:
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        return int(found.getsockname()[1])
+
+
+def start_server(folder: Path, port: int, log: Path) -> subprocess.Popen[bytes]:
+    process = subprocess.Popen([sys.executable, str(SERVER), str(folder), str(port), str(log)])
+    while True:
+        assert process.poll() is None
+        try:
+            socket.create_connection(("127.0.0.1", port), timeout=1).close()
+            return process
+        except OSError:
+            time.sleep(0.02)
+
+
+@pytest.fixture
+def server(digits: Path, tmp_path: Path) -> Iterator[tuple[str, Path]]:
+    """The digits' URL, and the log of requests."""
+    log = tmp_path / "requests.log"
+    process = start_server(digits, port := free_port(), log)
+    yield f"http://127.0.0.1:{port}", log
+    process.kill()
+    process.wait()
+
+
+def stream(index: ShardIndex, workers: int = 0, rank: int = 0, world_size: int = 1) -> BatchStream:
+    dataset = ShardedDataset(index, "train", 1, Exact(8))
+    order = SampleOrder([shard.samples for shard in dataset.table.shards], 60, 0, streams=4, window=40)
+    return BatchStream(dataset, order, rank, world_size, workers)
+
+
+def requests(log: Path) -> list[str]:
+    return log.read_text().splitlines() if log.exists() else []
+
+
+@pytest.fixture
+def small_blocks(monkeypatch: pytest.MonkeyPatch) -> int:
+    monkeypatch.setattr(storage_module, "BLOCK", 16_384)
+    return 16_384
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_the_same_batches_as_from_the_folder(
+    server: tuple[str, Path], index: ShardIndex, tmp_path: Path, workers: int, small_blocks: int
+) -> None:
+    url, log = server
+    remote = ShardIndex.load(url, tmp_path / "cache")
+    assert remote.classes == index.classes and remote.identity == index.identity
+    for found, expected in zip(stream(remote, workers).iterate(20, 27), stream(index).iterate(20, 27), strict=True):
+        assert torch.equal(found.pixels, expected.pixels) and torch.equal(found.labels, expected.labels)
+    ranges = [line for line in requests(log) if line.startswith("bytes")]
+    assert ranges and len(ranges) == len(set(ranges))  # no block twice, workers or not
+    before = len(requests(log))
+    for _ in stream(ShardIndex.load(url, tmp_path / "cache")).iterate(20, 27):  # all of it is there
+        pass
+    assert not [line for line in requests(log)[before:] if line.startswith("bytes")]
+
+
+def test_only_what_is_needed_is_fetched(server: tuple[str, Path], tmp_path: Path, small_blocks: int) -> None:
+    """Resuming in the middle: the blocks of the samples of that batch, nothing of what went before."""
+    url, log = server
+    remote = ShardIndex.load(url, tmp_path / "cache")
+    batches = stream(remote)
+    batches.batch(20)
+    rows = batches.indices(20)
+    table = remote.split("train")
+    wanted = set()
+    for row in rows.tolist():
+        for offset, size in (table.images[row].tolist(), table.labels[row].tolist()):  # type: ignore[index]
+            for block in range(offset // small_blocks, (offset + size - 1) // small_blocks + 1):
+                wanted.add((f"/{table.shard_of(row).name}", block))
+    found = set()
+    for line in requests(log):
+        if line.startswith("bytes="):
+            asked, path = line.removeprefix("bytes=").split()
+            found.add((path, int(asked.split("-")[0]) // small_blocks))
+    assert found == wanted
+    assert len(found) < sum(-(-shard.bytes // small_blocks) for shard in table.shards)
+
+
+def test_a_server_that_dies_and_comes_back(
+    digits: Path, index: ShardIndex, tmp_path: Path, small_blocks: int, capfd: pytest.CaptureFixture[str]
+) -> None:
+    log, port = tmp_path / "requests.log", free_port()
+    process = start_server(digits, port, log)
+    remote = ShardIndex.load(f"http://127.0.0.1:{port}", tmp_path / "cache", retry_seconds=60)
+    found = stream(remote).iterate(0, 20)
+    seen = [next(found)]
+    process.kill()
+    process.wait()
+    again: list[subprocess.Popen[bytes]] = []
+    threading.Timer(1.5, lambda: again.append(start_server(digits, port, log))).start()
+    seen += list(found)
+    again[0].kill()
+    again[0].wait()
+    assert "trying again" in capfd.readouterr().err
+    for batch, expected in zip(seen, stream(index).iterate(0, 20), strict=True):
+        assert torch.equal(batch.pixels, expected.pixels) and batch.bad == ()
+
+
+def test_patience_ends_with_the_servers_name(server: tuple[str, Path], tmp_path: Path) -> None:
+    url, _ = server
+    remote = ShardIndex.load(url, tmp_path / "cache", retry_seconds=1.0)
+    lost = f"http://127.0.0.1:{free_port()}"
+    assert isinstance(remote.storage, RemoteStorage)
+    remote.storage.url = lost
+    with pytest.raises(RemoteError, match=rf"{lost}/train-00000\d.tar could not be read for \d s: .*server is up"):
+        stream(remote).batch(0)
+    with pytest.raises(RemoteError, match=r"manifest\.json could not be read"):
+        ShardIndex.load(lost, tmp_path / "cache", retry_seconds=0.1)
+
+
+def test_what_waiting_does_not_mend_is_refused_at_once(
+    server: tuple[str, Path], digits: Path, tmp_path: Path, small_blocks: int
+) -> None:
+    url, _ = server
+    with pytest.raises(FileNotFoundError, match=r"has no manifest\.json: write the shards"):
+        ShardIndex.load(f"{url}/nowhere", tmp_path / "cache")
+    with pytest.raises(ValueError, match="no protocol that fsspec knows"):
+        ShardIndex.load("gopher://here/there", tmp_path / "cache")
+    plain = serve(digits, 0, None, ranges=False)
+    threading.Thread(target=plain.serve_forever, daemon=True).start()
+    with pytest.raises(ValueError, match="does not answer range requests"):
+        stream(ShardIndex.load(f"http://127.0.0.1:{plain.server_port}", tmp_path / "plain")).batch(0)
+    plain.shutdown()
+    short = Path(shutil.copytree(digits, tmp_path / "short"))
+    for path in short.glob("train-*.tar"):
+        path.write_bytes(path.read_bytes()[:9000])
+    truncated = serve(short, 0, None)
+    threading.Thread(target=truncated.serve_forever, daemon=True).start()
+    with pytest.raises(ValueError, match=r"ends at byte 9000, its manifest says \d+|shorter than its manifest says"):
+        stream(ShardIndex.load(f"http://127.0.0.1:{truncated.server_port}", tmp_path / "cut")).batch(0)
+    truncated.shutdown()
+
+
+def test_half_a_block_is_no_block(server: tuple[str, Path], index: ShardIndex, tmp_path: Path) -> None:
+    """Killed between the bytes and the mark, or before: the block is fetched again."""
+    url, _ = server
+    expected = stream(index).batch(0).pixels
+    assert torch.equal(stream(ShardIndex.load(url, tmp_path / "cache")).batch(0).pixels, expected)
+    folder = next((tmp_path / "cache").iterdir())
+    for path in folder.glob("*.tar"):
+        path.write_bytes(b"\0" * path.stat().st_size)
+    for path in folder.glob("*.blocks"):
+        path.write_bytes(b"")
+    assert torch.equal(stream(ShardIndex.load(url, tmp_path / "cache")).batch(0).pixels, expected)
+
+
+def test_a_full_disk_is_no_lost_server(
+    server: tuple[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It surfaces at once, as itself."""
+
+    def full(*_: object) -> int:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    remote = ShardIndex.load(server[0], tmp_path / "cache", retry_seconds=60)
+    monkeypatch.setattr(os, "pwrite", full)
+    began = time.monotonic()
+    with pytest.raises(OSError, match="No space left"):
+        stream(remote).batch(0)
+    assert time.monotonic() - began < 30
+
+
+def test_object_stores_go_the_same_way(digits: Path, index: ShardIndex, tmp_path: Path) -> None:
+    """fsspec's memory file system stands for s3, gs and the like, which need their own packages."""
+    import fsspec
+
+    memory = fsspec.filesystem("memory")
+    for path in digits.iterdir():
+        memory.pipe(f"/bucket/digits/{path.name}", path.read_bytes())
+    found = stream(ShardIndex.load("memory://bucket/digits", tmp_path / "cache")).batch(3)
+    assert torch.equal(found.pixels, stream(index).batch(3).pixels)
+
+
+def test_rows_of_another_manifest_do_not_mix(digits: Path, tmp_path: Path) -> None:
+    """The same URL with other shards behind it: another folder in the cache."""
+    from lzn_dist.data import write_digits
+
+    other = write_digits(tmp_path / "other", samples_per_shard=100)
+    served = tmp_path / "served"
+    pixels: list[torch.Tensor] = []
+    port = 0
+    for folder in (digits, other):
+        shutil.copytree(folder, served, dirs_exist_ok=True)
+        running = serve(served, port, None)
+        port = running.server_port
+        threading.Thread(target=running.serve_forever, daemon=True).start()
+        dataset = ShardedDataset(ShardIndex.load(f"http://127.0.0.1:{port}", tmp_path / "cache"), "train", 1, Exact(8))
+        rows = np.argsort(dataset.table.keys)
+        pixels.append(dataset.read(rows[:50])[0])
+        running.shutdown()
+        running.server_close()
+    assert torch.equal(*pixels) and len(list((tmp_path / "cache").iterdir())) == 2

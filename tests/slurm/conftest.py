@@ -1,0 +1,34 @@
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+sys.path.insert(0, str(Path(__file__).parent))
+from cluster import Cluster, missing
+from runs import Run
+
+
+@pytest.fixture(scope="session")
+def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
+    """Three nodes of a real SLURM."""
+    why = missing()
+    if why and os.environ.get("LZN_DIST_INSTALL_SLURM"):
+        pytest.fail(f"{why}, though LZN_DIST_INSTALL_SLURM asks for it")
+    if why:
+        pytest.skip(why)
+    found = Cluster(tmp_path_factory.mktemp("slurm")).up(nodes=3)
+    yield found
+    found.down()
+
+
+@pytest.fixture(scope="session")
+def reference(cluster: Cluster, tmp_path_factory: pytest.TempPathFactory) -> Run:
+    """The undisturbed run on two nodes, after the checks that can be asked for."""
+    run = Run(cluster, tmp_path_factory.mktemp("runs") / "reference")
+    run.submit("--preflight", "--verify")
+    assert run.until_ended() == "COMPLETED", run.logs()[-4000:]
+    return run

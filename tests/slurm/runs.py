@@ -1,0 +1,81 @@
+"""Small digits runs on the cluster of cluster.py, and waiting for them; what the tests and the soak share."""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from cluster import Cluster
+
+ROOT = Path(__file__).parents[2]
+STEPS = 60
+SETTINGS = [
+    "data.global_batch=24", "encoder.channels=8", "decoder.channels=8", "latent.dim=8", "latent.steps=6",
+    "alignment.steps=6", "decoder.attention_resolutions=[]", "encoder.dropout=0.1", "decoder.dropout=0.1",
+    "optimizer.warmup_steps=2", "log_every=1", "checkpoint_every=10", "tracking.wandb=disabled", f"max_steps={STEPS}",
+]  # fmt: skip
+ENDED = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "PREEMPTED")
+TIMES = re.compile("images_per_second|seconds_.*|peak_memory_mb|mfu")
+
+
+class Run:
+    """A run on the cluster."""
+
+    def __init__(self, cluster: Cluster, folder: Path) -> None:
+        self.cluster, self.folder, self.job = cluster, folder, ""
+
+    def submit(self, *arguments: str, nodes: int = 2, settings: list[str] | None = None) -> Run:
+        """slurm/submit.py as a user calls it."""
+        command = [
+            sys.executable, str(ROOT / "slurm" / "submit.py"), str(ROOT / "configs" / "digits_joint.yaml"),
+            f"output_dir={self.folder}", f"data.shards={self.folder.parent / 'digits'}",
+            *(SETTINGS if settings is None else settings), "--nodes", str(nodes), *arguments,
+        ]  # fmt: skip
+        done = subprocess.run(
+            command, env=self.cluster.environment, capture_output=True, text=True, cwd=self.folder.parent, timeout=120
+        )
+        assert done.returncode == 0, done.stdout + done.stderr
+        match = re.match(r"job (\d+): ", done.stdout)
+        assert match, done.stdout
+        self.job = match[1]
+        return self
+
+    def until(self, condition: Callable[[], bool], seconds: float = 240) -> None:
+        end = time.monotonic() + seconds
+        while not condition():
+            if time.monotonic() > end:
+                raise TimeoutError(f"{self.folder}: {self.cluster.state(self.job)}\n{self.logs()[-4000:]}")
+            time.sleep(0.1)
+
+    def until_step(self, step: int) -> None:
+        self.until(lambda: bool(self.rows()) and self.rows()[-1]["step"] >= step)
+
+    def until_ended(self) -> str:
+        self.until(lambda: self.cluster.state(self.job) in ENDED)
+        return self.cluster.state(self.job)
+
+    def rows(self) -> list[dict[str, Any]]:
+        """Lines of metrics.jsonl, without times."""
+        path = self.folder / "metrics.jsonl"
+        lines = path.read_text().splitlines() if path.is_file() else []
+        found = [json.loads(line) for line in lines if line.endswith("}")]
+        return [{key: value for key, value in row.items() if not TIMES.fullmatch(key)} for row in found]
+
+    def evaluations(self) -> list[dict[str, Any]]:
+        return [json.loads(line) for line in (self.folder / "eval.jsonl").read_text().splitlines()]
+
+    def status(self) -> dict[str, Any]:
+        found: dict[str, Any] = json.loads((self.folder / "status.json").read_text())
+        return found
+
+    def attempts(self) -> list[dict[str, Any]]:
+        return [json.loads(line) for line in (self.folder / "job" / "attempts.jsonl").read_text().splitlines()]
+
+    def logs(self) -> str:
+        return "\n".join(path.read_text() for path in sorted(self.folder.glob("job/*/logs/*_log.*")))

@@ -1,0 +1,144 @@
+"""Jobs on a real SLURM: a run over two nodes ends, and comes back from signals, cancelling and a lost node, exactly."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from cluster import Cluster
+from runs import ROOT, STEPS, Run
+
+from lzn_dist.checkpoint import find_checkpoint
+
+sys.path.append(str(ROOT / "slurm"))
+import submit
+
+
+def assert_same(run: Run, reference: Run) -> None:
+    assert [row["step"] for row in run.rows()] == list(range(1, STEPS + 1))
+    assert run.rows() == reference.rows()
+    assert run.evaluations() == reference.evaluations()
+
+
+def test_a_run_on_two_nodes_is_checked_trains_and_evaluates(reference: Run, cluster: Cluster) -> None:
+    status = reference.status()
+    assert (status["state"], status["step"], status["world_size"], status["nodes"]) == ("finished", STEPS, 2, 2)
+    assert status["job"] == reference.job and status["requeues"] == 0 and status["wall_seconds"] > 0
+    assert reference.evaluations()[-1]["step"] == STEPS
+    folder = next((reference.folder / "job").glob("*/code")).parent
+    found = json.loads((folder / "preflight.json").read_text())
+    assert [node["host"] for node in found["nodes"]] == ["node1", "node2"] and found["problems"] == []
+    assert found["all_reduce_gb_s"] > 0 and found["pairs_gb_s"][0][:2] == ["node1", "node2"]
+    assert "everything agrees" in reference.logs()  # verify.py, on this very job
+    origin = json.loads((folder / "provenance.json").read_text())
+    assert origin["packages"]["torch"] and origin["command"][-1] == "--verify"
+    assert (folder / "code" / "lzn_dist" / "train.py").read_bytes() == (ROOT / "lzn_dist" / "train.py").read_bytes()
+    command = [sys.executable, ROOT / "slurm" / "status.py", reference.folder]
+    said = subprocess.run([str(p) for p in command], env=cluster.environment, capture_output=True, text=True).stdout
+    assert "finished" in said and f"{STEPS} of {STEPS}" in said and reference.job in said
+
+
+def test_signalled_it_checkpoints_and_comes_back_by_itself(reference: Run, cluster: Cluster, tmp_path: Path) -> None:
+    """The signal that SLURM sends before a time limit."""
+    run = Run(cluster, tmp_path / "run").submit()
+    run.until_step(15)
+    cluster.call("scancel", "--signal=USR2", run.job)
+    assert run.until_ended() == "COMPLETED"
+    first, *_, last = run.attempts()
+    ends = [line for line in run.attempts() if line["event"] == "end"]
+    assert [line["status"] for line in ends] == [75, 0] and 15 <= ends[0]["step"] < STEPS
+    assert first["restart"] == 0 and last["step"] == STEPS
+    assert f"at step {ends[0]['step']}" in run.logs()  # nothing was taken twice
+    assert run.status()["requeues"] == 1
+    assert_same(run, reference)
+
+
+def test_cancelled_it_leaves_a_checkpoint_and_a_lost_node_costs_the_steps_since_one(
+    reference: Run, cluster: Cluster, tmp_path: Path
+) -> None:
+    run = Run(cluster, tmp_path / "run").submit()
+    run.until_step(5)
+    cluster.call("scancel", run.job)
+    assert run.until_ended() == "CANCELLED"
+    step = run.status()["step"]
+    assert run.status()["state"] == "preempted" and 5 <= step < 40
+    assert find_checkpoint(run.folder).name == f"step_{step:08d}"
+    first_job = run.job
+
+    run.submit()  # again into the same folder
+    run.until_step(max(step + 5, 22))
+    nodes = cluster.call("squeue", "--noheader", "--jobs", run.job, "--format", "%N")
+    lost = 2 if "2" in nodes or "-" in nodes else 1
+    cluster.kill_node(lost)
+    assert run.until_ended() == "COMPLETED"
+    cluster.start_node(lost)
+    starts = [line for line in run.attempts() if line["event"] == "start"]
+    assert [line["job"] for line in starts[:2]] == [first_job, run.job] and len(starts) >= 3
+    assert starts[-1]["restart"] >= 1
+    assert_same(run, reference)
+    cluster.wait_idle(3)
+
+
+def test_a_job_that_fails_at_once_comes_back_twice_and_says_why_it_ends(cluster: Cluster, tmp_path: Path) -> None:
+    profile = tmp_path / "held.yaml"
+    profile.write_text("sbatch: {hold: true}\n")
+    run = Run(cluster, tmp_path / "run").submit("--profile", str(profile), nodes=1)
+    code = next((run.folder / "job").glob("*/code/lzn_dist/train.py"))
+    code.write_text("raise RuntimeError('no such luck')\n")  # the job runs its own copy
+    cluster.call("scontrol", "release", run.job)
+    assert run.until_ended() == "FAILED"
+    assert [line["status"] for line in run.attempts() if line["event"] == "end"] == [1, 1, 1]
+    status = run.status()
+    assert status["state"] == "failed"
+    assert status["why"] == "it failed 3 times in a row without a step: rank 0: RuntimeError: no such luck"
+    command = [sys.executable, str(ROOT / "slurm" / "status.py"), str(run.folder)]
+    said = subprocess.run(command, env=cluster.environment, capture_output=True, text=True).stdout
+    assert "failed" in said and "last error: rank 0: RuntimeError: no such luck" in said
+
+
+@pytest.mark.parametrize("arguments,message", [
+    (["--profile", "{wrong}"], "SLURM refuses the job: .*[Pp]artition.*partitions here: high, main"),
+    (["--nodes", "64"], "SLURM refuses the job: "),
+    (["output_dir=/proc/run"], "output_dir /proc/run cannot be written"),
+    (["data.shards=nowhere", "data.embedded=none"], "no shards"),
+    (["latent.stepz=3"], "unknown key 'latent.stepz'"),
+    (["data.global_batch=25"], "global batch of 25 cannot be split evenly over 2 ranks"),
+    (["--engine", "zero9"], "no engine 'zero9'"),
+    (["--time", "soon"], "time 'soon': write"),
+    (["--profile", "none_such"], "no profile .*known: example"),
+])  # fmt: skip
+def test_what_cannot_run_is_refused_before_anything_is_queued(
+    arguments: list[str], message: str, cluster: Cluster, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    import re
+
+    for name in ("SLURM_CONF", "PATH"):
+        monkeypatch.setenv(name, cluster.environment[name])
+    monkeypatch.chdir(tmp_path)
+    wrong = tmp_path / "wrong.yaml"
+    wrong.write_text("partition: moon\n")
+    before = cluster.call("squeue", "--noheader", "--states", "all", "--format", "%i")
+    config = str(ROOT / "configs" / "digits_joint.yaml")
+    given = [config, "output_dir=run", "--nodes", "2", *(part.format(wrong=wrong) for part in arguments)]
+    assert submit.main(given) == 2
+    assert re.search(message, capsys.readouterr().err)
+    assert cluster.call("squeue", "--noheader", "--states", "all", "--format", "%i") == before
+    assert not (tmp_path / "run" / "job").exists()
+
+
+def test_a_run_that_is_in_the_queue_is_not_submitted_again(
+    cluster: Cluster, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    profile = tmp_path / "held.yaml"
+    profile.write_text("sbatch: {hold: true}\n")
+    run = Run(cluster, tmp_path / "run").submit("--profile", str(profile))
+    for name in ("SLURM_CONF", "PATH"):
+        monkeypatch.setenv(name, cluster.environment[name])
+    monkeypatch.chdir(tmp_path)
+    assert submit.main([str(ROOT / "configs" / "digits_joint.yaml"), f"output_dir={run.folder}"]) == 2
+    assert f"has job {run.job} in the queue (pending): scancel {run.job} first" in capsys.readouterr().err
+    cluster.call("scancel", run.job)

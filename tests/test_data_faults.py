@@ -1,0 +1,99 @@
+"""Training while data is damaged or goes away: nothing hangs, nothing is lost, and what was replaced is told."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+sys.path += [str(Path(__file__).parent / "data"), str(Path(__file__).parent / "distributed")]
+from launching import ROOT, accelerate
+from test_shards import damage
+from test_storage import free_port, start_server
+from test_train import SMALL, rows
+
+from lzn_dist import train
+from lzn_dist.checkpoint import find_checkpoint
+from lzn_dist.data import write_digits
+
+TRAIN = ROOT / "lzn_dist" / "train.py"
+CONFIG = ROOT / "configs" / "digits_joint.yaml"
+TIMES = ("images_per_second", "seconds", "peak_memory")
+
+
+def values(folder: Path) -> list[dict[str, float]]:
+    return [{k: v for k, v in row.items() if not k.startswith(TIMES)} for row in rows(folder)]
+
+
+def test_damaged_samples_are_replaced_told_and_in_the_end_too_many(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    shards = write_digits(tmp_path / "digits")
+    whole = Path(shutil.copytree(shards, tmp_path / "whole"))
+    names = [damage(shards, "png", 3), damage(shards, "cls", 700)]
+    run = tmp_path / "run"
+    # an epoch is 59 batches of 24: both are met in it
+    arguments = [str(CONFIG), f"data.shards={shards}", *SMALL, "checkpoint_every=30"]
+    arguments += ["precision=float32", "evaluate_every=0", "data.embedded=none"]
+    assert train.main([*arguments, f"output_dir={run}", "max_steps=60"]) == 0
+    told = [json.loads(line) for line in (run / "bad_samples.jsonl").read_text().splitlines()]
+    assert sorted(row["sample"].split(": ")[1] for row in told) == sorted(n.split(": ")[1] for n in names)
+    assert all(row["epoch"] == 0 and 1 <= row["step"] <= 59 for row in told)
+    said = capfd.readouterr().err
+    assert all(f"replaced a damaged sample: {name}" in said for name in names)
+
+    strict = tmp_path / "strict"
+    arguments.append(f"output_dir={strict}")
+    assert train.main([*arguments, "max_steps=60", "data.max_bad_samples=1"]) == 2
+    second = max(row["step"] for row in told)
+    assert f"stopped at step {second} with a checkpoint: 2 samples of this epoch are damaged" in capfd.readouterr().err
+    assert find_checkpoint(strict).name == f"step_{second:08d}"
+    assert json.loads((strict / "status.json").read_text())["state"] == "failed"
+    assert values(strict) == values(run)[:second]
+    # mended, it goes on
+    assert train.main([*arguments, "max_steps=60", "data.max_bad_samples=1", f"data.shards={whole}"]) == 0
+    assert [row["step"] for row in rows(strict)] == list(range(1, 61))
+
+
+def test_a_lost_server_stops_all_ranks_with_a_checkpoint_and_the_run_goes_on_exactly(tmp_path: Path) -> None:
+    """Two ranks stream over http; the server dies for longer than they wait, and comes back: as if it never had."""
+    shards = write_digits(tmp_path / "digits", samples_per_shard=20)
+    port, log = free_port(), tmp_path / "requests.log"
+    common = [CONFIG, *SMALL, "precision=float32", "data.embedded=none", "max_steps=55", "checkpoint_every=40",
+              "data.streams=2", "data.shuffle_window=30", "data.cache_decoded=false"]  # fmt: skip
+    reference, run = tmp_path / "reference", tmp_path / "run"
+    done = accelerate("ddp", TRAIN, *common, f"data.shards={shards}", f"output_dir={reference}", cwd=tmp_path)
+    assert done.returncode == 0, done.stdout[-3000:]
+
+    remote = [*common, f"data.shards=http://127.0.0.1:{port}", f"data.cache={tmp_path / 'cache'}",
+              f"output_dir={run}", "data.retry_seconds=2"]  # fmt: skip
+    server = start_server(shards, port, log)
+    command = [sys.executable, "-m", "accelerate.commands.launch", "--main_process_port", "0", "--config_file",
+               ROOT / "launch" / "ddp.yaml", TRAIN, *remote]  # fmt: skip
+    with (tmp_path / "run.log").open("w") as said:
+        process = subprocess.Popen([str(part) for part in command], stdout=said, stderr=said, cwd=tmp_path)
+    end = time.monotonic() + 120
+    while not (run / "metrics.jsonl").exists() or len(rows(run)) < 5:
+        assert process.poll() is None and time.monotonic() < end
+        time.sleep(0.01)
+    server.kill()
+    server.wait()
+    assert process.wait(timeout=120) != 0
+    output = (tmp_path / "run.log").read_text()
+    status = json.loads((run / "status.json").read_text())
+    assert status["state"] == "failed" and 5 <= status["step"] < 55
+    assert f"error: stopped at step {status['step']} with a checkpoint: rank " in output
+    assert "could not be read" in output and "server is up" in output
+    assert find_checkpoint(run).name == f"step_{status['step']:08d}"
+
+    server = start_server(shards, port, log)
+    done = accelerate("ddp", TRAIN, *remote, cwd=tmp_path)
+    server.kill()
+    server.wait()
+    assert done.returncode == 0, done.stdout[-3000:]
+    assert values(run) == values(reference)
