@@ -25,6 +25,7 @@ from lzn_dist.distributed.guard import Signals, Watchdog
 from lzn_dist.distributed.launch import Launch, build_accelerator, everywhere, same_everywhere
 from lzn_dist.distributed.pieces import gather_pieces
 from lzn_dist.evaluation import evaluate_model
+from lzn_dist.exit_status import FINISHED, PREEMPTED, REFUSED, UNREADABLE
 from lzn_dist.flops import training_flops_per_image
 from lzn_dist.model import LZN
 from lzn_dist.networks import build_networks
@@ -43,15 +44,17 @@ from lzn_dist.wiring import (
     prepare_samples,
 )
 
-PREEMPTED = 75  # EX_TEMPFAIL: nothing is wrong, run it again
-
 
 class NonfiniteError(RuntimeError):
     """Too many steps in a row had gradients that are not finite."""
 
 
 class NoDataError(RuntimeError):
-    """The training data cannot be read any more, or too much of it is damaged."""
+    """The training data cannot be read any more, or too much of it is damaged. status: the exit status."""
+
+    def __init__(self, message: str, status: int) -> None:
+        super().__init__(message)
+        self.status = status
 
 
 class Run:
@@ -131,7 +134,7 @@ class Run:
             self.status("failed", f"{type(error).__name__}: {error}")
             raise
         self.tracker.close()
-        return PREEMPTED if ended else 0
+        return PREEMPTED if ended else FINISHED
 
     def _loop(self, signals: Signals) -> str:
         """Steps up to max_steps, or to a signal, whose name is returned."""
@@ -157,7 +160,7 @@ class Run:
                 bad.report(damaged_everywhere, counters.step)
                 if without_data:
                     counters.batch, counters.nonfinite = counters.batch - 1, counters.nonfinite - 1  # not consumed
-                    self._no_more_data("" if lost is None else f"rank {self.topology.rank}: {lost}")
+                    self._no_more_data("" if lost is None else f"rank {self.topology.rank}: {lost}", UNREADABLE)
                 if not result.applied:
                     self._skipped(samples)
                 step, last = counters.step, counters.step == config.max_steps
@@ -174,7 +177,8 @@ class Run:
                 if damaged_everywhere > config.data.max_bad_samples:
                     self._no_more_data(
                         f"{damaged_everywhere:.0f} samples of this epoch are damaged, data.max_bad_samples is "
-                        f"{config.data.max_bad_samples}: see bad_samples.jsonl, mend the shards or raise it"
+                        f"{config.data.max_bad_samples}: see bad_samples.jsonl, mend the shards or raise it",
+                        REFUSED,
                     )
                 if stop and not last:
                     if not result.applied:
@@ -185,12 +189,12 @@ class Run:
             batches.close()  # type: ignore[attr-defined]
         return ""
 
-    def _no_more_data(self, why: str) -> None:
+    def _no_more_data(self, why: str, status: int) -> None:
         """All ranks stop here, with a checkpoint to go on from when the data is back. why: as this rank knows it."""
         self.writer.save(self.state)
         self.writer.wait()
         reasons = sorted({reason for reason in everywhere(why) if reason})
-        raise NoDataError(f"stopped at step {self.state.counters.step} with a checkpoint: {'; '.join(reasons)}")
+        raise NoDataError(f"stopped at step {self.state.counters.step} with a checkpoint: {'; '.join(reasons)}", status)
 
     def _skipped(self, samples: Samples) -> None:
         """A step's gradients were not finite: count it, and stop the run when it has no end."""
@@ -224,7 +228,8 @@ class Run:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Entry point; returns the exit status: 0, 75 after a signal, 2 for what the user can mend, said in one line."""
+    """Entry point; returns the exit status: 0, 75 after a signal, 74 where the data is away, 2 for what the user must
+    mend; said in one line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("config", help="a YAML file, for example configs/digits_joint.yaml")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="overrides of its keys")
@@ -237,7 +242,7 @@ def main(arguments: list[str] | None = None) -> int:
         accelerator.end_training()
     except (ConfigError, CheckpointError, NonfiniteError, NoDataError, SupersededError) as error:
         print(f"error: {error}", file=sys.stderr)
-        return 2
+        return error.status if isinstance(error, NoDataError) else REFUSED
     return status
 
 

@@ -13,13 +13,14 @@ import subprocess
 import sys
 from pathlib import Path
 
-from lzn_dist.cluster.job import FAILURES, PREEMPTED, REFUSED, Job, failures_at_once, note, read_status
+from lzn_dist.cluster.job import FAILURES, Job, failures_at_once, note, read_status
 from lzn_dist.cluster.watch import last_error
+from lzn_dist.exit_status import FINISHED, PREEMPTED, REFUSED
 
 
 def decide(run: Path, job: Job, status: int) -> tuple[bool, str]:
     """Whether the job comes back, and why."""
-    if status == 0:
+    if status == FINISHED:
         return False, "it has ended"
     if status == PREEMPTED:
         return job.requeue, "it was told to end and has checkpointed"

@@ -13,9 +13,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from lzn_dist.exit_status import FINISHED, PREEMPTED
+
 FAILURES = 3  # so many failed starts in a row without a single new step, and the job is not requeued
-REFUSED = 2  # exit status of train.py for what only a person can mend
-PREEMPTED = 75  # exit status of train.py after a signal: nothing is wrong, run it again
 
 
 @dataclass(frozen=True)
@@ -116,7 +116,7 @@ def failures_at_once(run: str | Path) -> int:
     count, step = 0, None
     for line in reversed(attempts(run)):
         if line["event"] == "end":
-            if line["status"] in (0, PREEMPTED):
+            if line["status"] in (FINISHED, PREEMPTED):
                 break
             step = line["step"]
         elif step is not None:

@@ -22,8 +22,9 @@ from typing import Any
 
 import yaml
 
-from lzn_dist.cluster.job import PREEMPTED, Job, note, starts_of, wall_seconds
+from lzn_dist.cluster.job import Job, note, starts_of, wall_seconds
 from lzn_dist.cluster.watch import MARKER
+from lzn_dist.exit_status import PREEMPTED
 
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
 

@@ -7,6 +7,7 @@ and beside each its two augmented views.
 from __future__ import annotations
 
 import argparse
+import re
 import sys
 from collections import Counter
 from dataclasses import dataclass
@@ -94,7 +95,8 @@ def contact_sheet(index: ShardIndex, split: Split, path: Path, *, count: int, si
             axis.imshow(image.permute(1, 2, 0).numpy(), interpolation="nearest")
             if column == 0:
                 name = index.classes[picture.label] if 0 <= picture.label < len(index.classes) else str(picture.label)
-                axis.set_title(name[:18] if picture.label >= 0 else picture.key[-18:], fontsize=7)
+                name = re.sub(r"^n\d{8} ", "", name)  # ImageNet's WNIDs say little
+                axis.set_title(name[:20] if picture.label >= 0 else picture.key[-18:], fontsize=7)
             elif place < columns:
                 axis.set_title(f"view {column}", fontsize=7, color="0.4")
     figure.tight_layout(pad=0.3)
