@@ -109,7 +109,7 @@ def parameters(request: Request, job: Job) -> dict[str, Any]:
     profile = request.profile
     python = shlex.quote(profile.python or sys.executable)
     exports = [f"export {name}={shlex.quote(value)}" for name, value in profile.environment.items()]
-    path = f'export PYTHONPATH={shlex.quote(str(job.code))}:"$PYTHONPATH"'
+    path = _code_first(job)
     container = [f"--container-image={profile.container}"] if profile.container else []
     wanted = {
         "job_name": Path(job.run).name,
@@ -132,6 +132,11 @@ def parameters(request: Request, job: Job) -> dict[str, Any]:
         "additional_parameters": {"requeue" if job.requeue else "no-requeue": True, **profile.sbatch},
     }
     return {key: value for key, value in wanted.items() if value is not None}
+
+
+def _code_first(job: Job) -> str:
+    """A shell line: Python finds the job's own copy of the package before any that is installed."""
+    return f"export PYTHONPATH={shlex.quote(str(job.code))}${{PYTHONPATH:+:$PYTHONPATH}}"
 
 
 def script(request: Request, job: Job) -> str:
@@ -197,7 +202,7 @@ def submit(request: Request, config: Config, command: list[str]) -> Job:
         executor.update_parameters(
             timeout_min=request.minutes, nodes=1, tasks_per_node=request.ranks_per_node,
             gpus_per_node=request.gpus_per_node, signal_delay_s=request.profile.signal_seconds,
-            setup=[f'export PYTHONPATH={shlex.quote(str(job.code))}:"$PYTHONPATH"'],
+            setup=[_code_first(job)],
         )  # fmt: skip
     else:
         executor = submitit.SlurmExecutor(job.logs, python=request.profile.python)

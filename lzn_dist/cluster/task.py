@@ -137,10 +137,9 @@ class Task:
             "requeues": place.restart,
             "wall_before": wall_seconds(self.run),
         }
-        environment = {
-            **os.environ, **launch_environment(job.code / "launch", job.engine), **place.environment(),
-            "PYTHONPATH": f"{job.code}:{os.environ.get('PYTHONPATH', '')}", "LZN_DIST_JOB": json.dumps(facts),
-        }  # fmt: skip
+        path = os.pathsep.join(filter(None, (str(job.code), os.environ.get("PYTHONPATH"))))
+        environment = {**os.environ, **launch_environment(job.code / "launch", job.engine), **place.environment()}
+        environment |= {"PYTHONPATH": path, "LZN_DIST_JOB": json.dumps(facts)}
         command = [sys.executable, "-u", "-m", *PHASES[phase], str(job.config)]
         if phase == "train" and again:
             command.append("resume=auto")
