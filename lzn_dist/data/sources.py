@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 from PIL import Image
+from tqdm import tqdm
 
 from lzn_dist.data.prepare import Item, PrepareError
 
@@ -117,8 +118,9 @@ class ImageNet:
         """The inner tars lie in the outer one as they are: their images have a place in it."""
         items: list[Item] = []
         seen: set[str] = set()
-        with self.train.open("rb") as file:
+        with self.train.open("rb") as file, tqdm(total=len(number), desc="listing", unit="class") as bar:
             for outer in _members(self.train):
+                bar.update()
                 wnid = PurePosixPath(outer.name).name.removesuffix(".tar")
                 if wnid not in number:
                     raise PrepareError(f"{self.train} holds {outer.name}, which is no class of {self.devkit}")

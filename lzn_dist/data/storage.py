@@ -111,7 +111,7 @@ class _CachedShard:
     """
 
     def __init__(self, path: Path, size: int) -> None:
-        self.size, self.blocks = size, -(-size // BLOCK)
+        self.folder, self.size, self.blocks = path.parent, size, -(-size // BLOCK)
         self.data = _Descriptor(path, os.O_RDWR | os.O_CREAT)
         self.there = _Descriptor(path.with_name(f"{path.name}.blocks"), os.O_RDWR | os.O_CREAT)
         if os.fstat(self.data.number).st_size != size:
@@ -142,9 +142,15 @@ class _CachedShard:
         try:
             if not self.missing(start, 1):
                 return
-            os.pwrite(self.data.number, get(start, min(start + BLOCK, self.size)), start)
-            os.fdatasync(self.data.number)
-            os.pwrite(self.there.number, b"\1", block)
+            content = get(start, min(start + BLOCK, self.size))
+            try:
+                os.pwrite(self.data.number, content, start)
+                os.fdatasync(self.data.number)
+                os.pwrite(self.there.number, b"\1", block)
+            except OSError as error:
+                raise OSError(
+                    error.errno, f"{error.strerror}: copies of shards go to {self.folder}; free it or set data.cache"
+                ) from error
             self.known[block] = 1
         finally:
             fcntl.lockf(self.there.number, fcntl.LOCK_UN, 1, block)

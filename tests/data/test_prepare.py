@@ -288,6 +288,21 @@ def test_refusals(tmp_path: Path) -> None:
         ImageFolder(twice).splits()
 
 
+def test_shards_end_at_a_number_of_samples_or_bytes(tmp_path: Path) -> None:
+    folder = many(tmp_path / "images", 10)
+    sizes = [path.stat().st_size for path in folder.rglob("*.png")]
+    limit = 3 * max(sizes)
+    prepare(ImageFolder(folder), Options(tmp_path / "bytes", bytes_per_shard=limit), quiet=True)
+    index = ShardIndex.load(tmp_path / "bytes")
+    table = index.split("train")
+    assert len(table) == 20 and len(table.shards) >= 20 / (limit // min(sizes))
+    for shard, end in zip(table.shards, table.ends, strict=True):
+        assert table.images[end - shard.samples : end, 1].sum() <= limit
+    prepare(ImageFolder(folder), Options(tmp_path / "samples", samples_per_shard=6), quiet=True)
+    assert [s.samples for s in ShardIndex.load(tmp_path / "samples").split("train").shards] == [6, 6, 6, 2]
+    assert json.loads((tmp_path / "bytes" / "manifest.json").read_text())["counts"] == {"train": [10, 10]}
+
+
 def test_no_space_is_said_before_any_work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = many(tmp_path / "images", 2)
     monkeypatch.setattr("shutil.disk_usage", lambda _: type("Usage", (), {"free": 1000})())
