@@ -24,7 +24,6 @@ from lzn_dist.distributed import Topology
 from lzn_dist.distributed.guard import Signals, Watchdog
 from lzn_dist.distributed.launch import Launch, build_accelerator, everywhere, same_everywhere
 from lzn_dist.distributed.pieces import gather_pieces
-from lzn_dist.evaluation import evaluate_model
 from lzn_dist.exit_status import FINISHED, PREEMPTED, REFUSED, UNREADABLE
 from lzn_dist.flops import training_flops_per_image
 from lzn_dist.model import LZN
@@ -217,6 +216,8 @@ class Run:
         state, config = self.state, self.config
         averages = gather_pieces(average_pieces(state.ema, state.engine))
         if averages is not None:
+            from lzn_dist.evaluation import evaluate_model  # two seconds of imports that only this process needs
+
             networks = build_networks(config)
             networks.load_state_dict(averages | state.engine.constants)
             model = LZN(networks.to(self.accelerator.device), config)

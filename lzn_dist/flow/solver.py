@@ -8,7 +8,6 @@ from typing import Literal
 
 import torch
 from torch import Tensor
-from torchdiffeq import odeint
 
 Velocity = Callable[[Tensor, Tensor], Tensor]  # (t scalar tensor, x [b, ...]) → dx/dt [b, ...]
 Method = Literal["euler", "dopri5"]
@@ -68,5 +67,7 @@ def _walk(
         return velocity(t, x)
 
     span = torch.tensor([begin, end], dtype=x.dtype, device=x.device)
+    from torchdiffeq import odeint  # here: with scipy it takes a second to import, and training does without
+
     end_point = odeint(counted, x, span, method="dopri5", rtol=rtol, atol=atol)[-1]
     return Solution(end_point, evaluations)

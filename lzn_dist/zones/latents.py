@@ -6,7 +6,6 @@ import math
 from typing import Any, Literal
 
 import torch
-import torchdiffeq
 from torch import Tensor
 
 from lzn_dist.zones.arguments import Backend, check_backend, check_count, check_index, check_points
@@ -152,6 +151,8 @@ def _adaptive(anchors: Tensor, noise: Tensor, keys: Tensor, index: Tensor) -> Te
         return delta / -sigma
 
     span = torch.tensor([math.log(SIGMA_MIN), 0.0], dtype=torch.float64, device=noise.device).to(noise.dtype)
+    import torchdiffeq  # here: with scipy it takes a second to import, and the fixed steps do without
+
     states = torchdiffeq.odeint(
         velocity, noise, span, rtol=1e-5, atol=1e-5, method="dopri5", options={"max_step": 0.25}
     )

@@ -1,0 +1,102 @@
+"""Files in the authors' format, with known weights: they load, and give the published networks' outputs."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from test_reference import assert_same_output, fill, read, wave
+
+import lzn_dist
+from lzn_dist.checkpoint import find_checkpoint, load_weights
+from lzn_dist.models.reference_checkpoint import PREFIX, build_case, load_reference_checkpoint
+from lzn_dist.networks import build_networks
+
+
+def write(path: Path, case: str) -> Path:
+    """Averages filled by the recipe of the reference outputs; the trained weights are half of them."""
+    content: dict[str, Any] = {"iteration": 1234, "epoch": 1, "optimizer": {}, "lr_scheduler": {}, "grad_scalar": {}}
+    for name, network in build_case(case).parts().items():
+        fill(network)
+        trainable = [p.detach().clone() for p in network.parameters() if p.requires_grad]
+        content[f"{name}_ema"] = {"decay": 0.999999, "num_updates": 1234, "shadow_params": trainable}
+        with torch.no_grad():
+            for parameter in network.parameters():
+                if parameter.requires_grad:
+                    parameter.mul_(0.5)
+        content[name] = {PREFIX + key: value.clone() for key, value in network.state_dict().items()}
+    torch.save(content, path)
+    return path
+
+
+@torch.no_grad()
+def test_case_2_gives_the_reference_outputs_and_becomes_a_run(tmp_path: Path) -> None:
+    path = write(tmp_path / "case_2.pt", "case_study_2")
+    reference, images = read("case_study_2"), wave((2, 3, 64, 64), 0.0)
+    averaged = load_reference_checkpoint(path, "case_study_2")
+    assert averaged.decoder is None and averaged.label_anchors is None and averaged.step == 1234
+    assert_same_output(averaged.encoder(images), reference["encoder_output"])
+    trained = load_reference_checkpoint(path, "case_study_2", ema=False)
+    for ours, theirs in zip(trained.encoder.parameters(), averaged.encoder.parameters(), strict=True):
+        assert torch.equal(ours, 0.5 * theirs)
+
+    command = [sys.executable, "-m", "lzn_dist.models.reference_checkpoint", str(path), "--case", "case_study_2"]
+    done = subprocess.run([*command, "--out", str(tmp_path / "run")], capture_output=True, text=True)
+    assert done.returncode == 0 and "evaluate it with" in done.stdout, done.stderr
+    model = lzn_dist.load(tmp_path / "run")
+    assert model.step == 1234 and model.config.task == "representation"
+    assert torch.equal(model.networks.encoder(images), averaged.encoder(images))
+    networks = build_networks(model.config)
+    load_weights(networks, find_checkpoint(tmp_path / "run"))
+    assert torch.equal(networks.eval().encoder(images), trained.encoder(images))
+    done = subprocess.run([*command, "--out", str(tmp_path / "run")], capture_output=True, text=True)
+    assert done.returncode == 2 and "is not empty" in done.stderr and "Traceback" not in done.stderr
+
+
+@torch.no_grad()
+def test_case_3_gives_the_reference_outputs(tmp_path: Path) -> None:
+    path = write(tmp_path / "case_3.pt", "case_study_3")
+    reference = read("case_study_3")
+    networks = load_reference_checkpoint(path, "case_study_3")
+    images, t = wave((2, 3, 32, 32), 0.0), torch.tensor(reference["t"])
+    assert_same_output(networks.encoder(images), reference["encoder_output"])
+    assert networks.decoder is not None and networks.label_anchors is not None
+    velocity = networks.decoder(wave((2, 3, 32, 32), 2.0), t, wave((2, 200), 1.0), torch.tensor([3, 7]))
+    assert_same_output(velocity, reference["decoder_output"])
+    assert networks.label_anchors().shape == (10, 200)
+    for case, message in (
+        ("case_study_2", "is not of case_study_2: it has a decoder"),
+        ("case_study_1_cifar10", "is not of case_study_1_cifar10: it has a label_anchor"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            load_reference_checkpoint(path, case)
+
+
+def test_what_is_no_such_file_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="case: one of case_study_1_cifar10, "):
+        load_reference_checkpoint(tmp_path / "none.pt", "case_study_4")
+    (tmp_path / "text.pt").write_text("no checkpoint")
+    with pytest.raises(ValueError, match="no checkpoint of the authors'"):
+        load_reference_checkpoint(tmp_path / "text.pt", "case_study_2")
+    torch.save([1, 2], tmp_path / "list.pt")
+    with pytest.raises(ValueError, match="it holds a list"):
+        load_reference_checkpoint(tmp_path / "list.pt", "case_study_2")
+    path = write(tmp_path / "file.pt", "case_study_2")
+    content = torch.load(path, weights_only=True)
+    content["encoder_ema"]["shadow_params"].pop()
+    torch.save(content, path)
+    with pytest.raises(ValueError, match=r"encoder_ema: \d+ averages for \d+ trainable parameters"):
+        load_reference_checkpoint(path, "case_study_2")
+    del content["encoder_ema"]
+    torch.save(content, path)
+    with pytest.raises(ValueError, match="no averaged weights; load with ema=False"):
+        load_reference_checkpoint(path, "case_study_2")
+    name = next(iter(content["encoder"]))
+    content["encoder"][name] = content["encoder"][name][:1].clone()
+    torch.save(content, path)
+    with pytest.raises(ValueError, match=rf"encoder: not of case_study_2: {name.removeprefix(PREFIX)} is \("):
+        load_reference_checkpoint(path, "case_study_2", ema=False)
