@@ -22,7 +22,7 @@ from typing import Any
 
 import yaml
 
-from lzn_dist.cluster.job import Job, note, starts_of, wall_seconds
+from lzn_dist.cluster.job import Job, note, read_status, wall_seconds
 from lzn_dist.cluster.watch import MARKER
 from lzn_dist.exit_status import PREEMPTED
 
@@ -79,6 +79,14 @@ class Place:
         }  # fmt: skip
 
 
+def has_trained(run: str, job_id: str) -> bool:
+    """Whether an earlier start of this job has left a checkpoint to go on from.
+
+    All ranks of a start find the same: training writes the job's number to status.json once all ranks are in it.
+    """
+    return read_status(run).get("job") == job_id and (Path(run) / "checkpoints" / "latest").exists()
+
+
 @dataclass(frozen=True)
 class Task:
     """The callable that submitit pickles. run: the run's folder."""
@@ -101,7 +109,7 @@ class Task:
         job = Job.load(self.run)
         assert job is not None, f"{self.run}/job/job.json is gone"
         place = Place.current()
-        again = bool(starts_of(self.run, place.job))
+        again = has_trained(self.run, place.job)
         if place.rank == 0:
             note(self.run, "start", job=place.job, restart=place.restart, hosts=list(place.hosts),
                  host=socket.gethostname())  # fmt: skip

@@ -27,10 +27,9 @@ def _tail(path: Path) -> str:
 
 def last_error(job: Job) -> str:
     """The last error that the lowest rank with one wrote in the job's newest start; empty where there is none."""
-    logs = sorted(job.logs.glob("*_log.err"), key=lambda path: (path.stat().st_mtime_ns // 10**10, _rank(path)))
-    newest = [path for path in logs if path.name.startswith(f"{job.id}_")] if job.id else logs
+    logs = sorted(job.logs.glob(f"{job.id or '*'}_*_log.err"), key=_rank)
     for pattern in (_ERROR, _SLURM_ERROR):
-        for path in sorted(newest, key=_rank):
+        for path in logs:
             if found := pattern.findall(_tail(path)):
                 return f"rank {_rank(path)}: {found[-1].strip()[:300]}"
     return ""

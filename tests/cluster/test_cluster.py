@@ -17,7 +17,7 @@ from lzn_dist.cluster.job import Job, attempts, failures_at_once, note, wall_sec
 from lzn_dist.cluster.preflight import pairs, problems, slow_nodes
 from lzn_dist.cluster.profile import Profile, ProfileError, load_profile
 from lzn_dist.cluster.submission import SubmissionError, parse_minutes
-from lzn_dist.cluster.task import launch_environment
+from lzn_dist.cluster.task import has_trained, launch_environment
 from lzn_dist.cluster.watch import MARKER, last_error
 
 ROOT = Path(__file__).parents[2]
@@ -112,6 +112,18 @@ def test_launch_environments_are_those_of_accelerate() -> None:
         ours = launch_environment(ROOT / "launch", engine)
         for name in names:
             assert ours.get(name, "false").lower() == theirs.get(name, "false").lower(), (engine, name)
+
+
+def test_only_a_job_that_left_a_checkpoint_goes_on_from_it(tmp_path: Path) -> None:
+    """Another rank that has noted its start, or another job's checkpoint, must not make a rank skip the checks."""
+    (tmp_path / "job").mkdir()
+    note(tmp_path, "start", job="7")
+    assert not has_trained(str(tmp_path), "7")
+    (tmp_path / "status.json").write_text(json.dumps({"state": "running", "step": 0, "job": "7"}))
+    assert not has_trained(str(tmp_path), "7")
+    (tmp_path / "checkpoints").mkdir()
+    (tmp_path / "checkpoints" / "latest").write_text("step_00000001")
+    assert has_trained(str(tmp_path), "7") and not has_trained(str(tmp_path), "8")
 
 
 def make_job(run: Path, **changes: Any) -> Job:
