@@ -4,5 +4,6 @@
 # Arguments go to tests/soak/kills.py (--runs N --engine NAME --seed N).
 . "$(dirname "$0")/../launch/setup.sh" "[test]"
 export WANDB_MODE=offline
+python -m pytest -m soak
 python tests/soak/kills.py "$@"
 python tests/soak/cluster_faults.py

@@ -77,15 +77,20 @@ def test_one_two_and_four_ranks_are_one_run(precision: str, steps: int, toleranc
     assert rows(tmp_path / "1", "eval.jsonl")[-1]["step"] == steps
 
 
-def test_a_resumed_run_logs_what_the_undisturbed_run_logs(tmp_path: Path) -> None:
-    launch("cpu", "digits_generation", tmp_path / "whole", "max_steps=5")
-    launch("cpu", "digits_generation", tmp_path / "parts", "max_steps=3")
+def test_a_resumed_run_logs_what_the_undisturbed_run_logs(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    def run(name: str, steps: int) -> None:
+        shards = f"data.shards={tmp_path / 'digits'}"
+        config = str(ROOT / "configs" / "digits_generation.yaml")
+        assert train.main([config, f"output_dir={tmp_path / name}", shards, *SMALL, f"max_steps={steps}"]) == 0
+
+    run("whole", 5)
+    run("parts", 3)
     # a line past the checkpoint, as a killed run leaves it, and a half-written checkpoint
     with (tmp_path / "parts" / "metrics.jsonl").open("a") as file:
         file.write('{"step": 4, "loss": 0.0}\n{"ste')
     (tmp_path / "parts" / "checkpoints" / ".step_00000004.1.tmp").mkdir()
-    said = launch("cpu", "digits_generation", tmp_path / "parts", "max_steps=5")
-    assert "at step 3" in said
+    run("parts", 5)
+    assert "at step 3" in capfd.readouterr().out
     whole, parts = rows(tmp_path / "whole"), rows(tmp_path / "parts")
     assert [row["step"] for row in parts] == [1, 2, 3, 4, 5]
     assert [row["loss"] for row in parts] == [row["loss"] for row in whole]
