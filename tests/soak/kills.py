@@ -194,7 +194,8 @@ class Disturbance:
         if kill and plan is not None:
             self._kill(plan, alive)
         status = self.process.wait(timeout=120)
-        named = re.findall(r"resumed from \S*/(step_\d+) at step (\d+)", log_of(folder).read_text()[said:])
+        new = log_of(folder).read_bytes()[said:].decode(errors="replace")  # said is in bytes, bars are not ASCII
+        named = re.findall(r"resumed from \S*/(step_\d+) at step (\d+)", new)
         outcome.resumes += len(named)
         if before and not named and (up or not kill):
             outcome.problems.append(f"began anew though {before[-1]} was complete")
