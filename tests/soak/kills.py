@@ -164,6 +164,7 @@ class Disturbance:
         self.folder, self.reference, self.engine = folder, reference, engine
         self.chance, self.outcome = chance, outcome
         self.orphans: list[int] = []
+        self.lost: list[int] = []  # orphans that were still starting: they may never meet
         self.halted: list[int] = []
         self.halted_at = 0  # the incarnation after which halted orphans may go on
         self.seen: set[str] = set()  # checkpoints that were complete at some time
@@ -177,7 +178,7 @@ class Disturbance:
             self.outcome.seconds = time.monotonic() - began
             self._orphans_end()
         finally:
-            for pid in [*self.orphans, *(ranks(self.process.pid) if self.process is not None else [])]:
+            for pid in [*self.orphans, *self.lost, *(ranks(self.process.pid) if self.process is not None else [])]:
                 if b"train.py" in _command_line(pid):
                     _kill(pid)
         self.outcome.refused = log_of(self.folder).read_text(errors="replace").count("was taken over by incarnation")
@@ -217,7 +218,8 @@ class Disturbance:
                 self.halted += [pid for pid in alive if _signal(pid, signal.SIGSTOP)]
                 self.halted_at = incarnation(self.folder)
             self.process.kill()
-            self.orphans += alive
+            # ranks that had not met yet may wait for the launcher's store until the collectives' timeout
+            (self.lost if plan.after == 0 else self.orphans).extend(alive)
         else:
             for pid in alive if plan.how == "all ranks" else [self.chance.choice(alive)]:
                 _kill(pid)
