@@ -228,7 +228,7 @@ class Disturbance:
         when = " while starting" if plan.after == 0 else " while writing" if writing else ""
         self.outcome.kills.append(how + when)
         self.process.wait(timeout=120)
-        if set(self._orphans_alive()) <= set(self.halted):
+        if {pid for pid in [*self.orphans, *self.lost] if _alive(pid)} <= set(self.halted):
             self._check_newest()
 
     def _check_newest(self) -> None:
