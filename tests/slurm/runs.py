@@ -46,7 +46,7 @@ class Run:
         self.job = match[1]
         return self
 
-    def until(self, condition: Callable[[], bool], seconds: float = 240) -> None:
+    def until(self, condition: Callable[[], bool], seconds: float = 280) -> None:
         end = time.monotonic() + seconds
         while not condition():
             if time.monotonic() > end:
@@ -57,7 +57,7 @@ class Run:
         self.until(lambda: bool(self.rows()) and self.rows()[-1]["step"] >= step)
 
     def until_ended(self) -> str:
-        self.until(lambda: self.cluster.state(self.job) in ENDED)
+        self.until(lambda: self.cluster.state(self.job) in ENDED, 500)
         return self.cluster.state(self.job)
 
     def rows(self) -> list[dict[str, Any]]:

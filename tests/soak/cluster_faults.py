@@ -25,7 +25,7 @@ from cluster import Cluster, missing
 from kills import differences
 from runs import SETTINGS, Run
 
-STEPS = 400
+STEPS = 240
 LONG = [*(s for s in SETTINGS if not s.startswith(("max_steps", "checkpoint_every", "log_every"))),
         f"max_steps={STEPS}", "checkpoint_every=25", "log_every=1", "keep_last=2"]  # fmt: skip
 
@@ -45,7 +45,7 @@ class Scenario:
         self.run.until_step(1)
         self.first_step = time.monotonic() - began
 
-    def fault(self, name: str, do: Callable[[], None], after: int = 20) -> None:
+    def fault(self, name: str, do: Callable[[], None], after: int = 30) -> None:
         """Some steps later do it, and wait until the run is beyond where it stood."""
         self.run.until_step(self._step() + after)
         starts = self._starts()
