@@ -113,7 +113,7 @@ class Task:
         if place.rank == 0:
             note(self.run, "start", job=place.job, restart=place.restart, hosts=list(place.hosts),
                  host=socket.gethostname())  # fmt: skip
-        status = 0
+        status, agreed = 0, False
         # a job that comes back has been checked, and goes on from its own newest checkpoint whatever it began with
         phases = job.phases[-1:] if again else job.phases
         for phase in phases:
@@ -124,6 +124,7 @@ class Task:
             if received:
                 child[0].send_signal(received[-1])
             status = child[0].wait()
+            agreed = status == PREEMPTED  # training ends so once all ranks have checkpointed
             child.clear()
             if status < 0:  # ended by a signal; by one of ours before it could listen, if we have had one
                 status = PREEMPTED if -status in received else 128 - status
@@ -131,10 +132,12 @@ class Task:
                 break
         if place.rank == 0 and job.cluster == "local":
             note(self.run, "end", job=place.job, status=status)
-        if status == PREEMPTED:
+        if agreed:
             if place.rank:
-                return  # all ranks have checkpointed; the first one says so for all
+                return  # the first one says so for all
             time.sleep(1.0)  # when it has ended, srun ends the others
+        # A signal that came too early may have reached this rank alone: its status then makes srun end the others,
+        # which would wait for it
         if status:
             sys.exit(status)
 
