@@ -20,7 +20,7 @@ from lzn_dist.cluster.profile import Profile
 from lzn_dist.cluster.task import Task
 from lzn_dist.cluster.watch import ACTIVE, queue
 from lzn_dist.config import Config, load_config, save_config
-from lzn_dist.data import ShardIndex, ensure_digits
+from lzn_dist.data import ensure_digits
 from lzn_dist.distributed import Topology
 from lzn_dist.wiring import open_stream
 
@@ -89,10 +89,9 @@ def check(request: Request) -> Config:
         raise SubmissionError(f"output_dir {run} cannot be written: {error}") from error
     if config.data.embedded == "digits":
         ensure_digits(config.data.shards)
-    ShardIndex.load(config.data.shards, config.data.cache, retry_seconds=30.0)
-    # whether batch and streams can be shared by that many ranks
-    open_stream(config.model_copy(update={"data": config.data.model_copy(update={"cache_decoded": False})}),
-                Topology(0, request.nodes * request.ranks_per_node))  # fmt: skip
+    # whether the shards are there, and batch and streams can be shared by that many ranks
+    data = config.data.model_copy(update={"cache_decoded": False, "retry_seconds": 30.0})
+    open_stream(config.model_copy(update={"data": data}), Topology(0, request.nodes * request.ranks_per_node))
     before = Job.load(run)
     if before is not None and before.id and before.cluster == "slurm":
         found = queue(before.id)

@@ -117,9 +117,9 @@ class SimCLRPolicy:
         )
         factors = factors.clamp_min(0.0)
         changes = (
-            lambda x, factor: adjust_brightness(x, factor),
-            lambda x, factor: adjust_contrast(x, factor),
-            lambda x, factor: adjust_saturation(x, factor),
+            adjust_brightness,
+            adjust_contrast,
+            adjust_saturation,
             lambda x, factor: adjust_hue(x, factor - 1.0),
         )
         for place in range(4):
