@@ -15,9 +15,11 @@ import io
 import json
 import os
 import shutil
+import signal
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, ThreadPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, dataclass
 from functools import partial
 from itertools import islice
@@ -270,12 +272,15 @@ def _run(function: Callable[[Plan], dict[str, Any]], plans: Sequence[Plan], proc
     if processes == 1:
         yield from map(function, plans)
         return
-    with ProcessPoolExecutor(processes) as pool:
+    # Ctrl-C reaches the workers too. They shall end without a word: it is held back until they know that
+    held = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    with ProcessPoolExecutor(processes, initializer=_end_at_interrupt) as pool:
         waiting: set[Future[dict[str, Any]]] = set()
         left = iter(plans)
         try:
             while True:
                 waiting |= {pool.submit(function, plan) for plan in islice(left, 2 * processes - len(waiting))}
+                signal.pthread_sigmask(signal.SIG_SETMASK, held)
                 if not waiting:
                     return
                 done, waiting = wait(waiting, return_when=FIRST_COMPLETED)
@@ -284,6 +289,11 @@ def _run(function: Callable[[Plan], dict[str, Any]], plans: Sequence[Plan], proc
         except BaseException:
             pool.shutdown(wait=True, cancel_futures=True)
             raise
+
+
+def _end_at_interrupt() -> None:
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
 
 
 def _check_keys(split: str, items: Iterable[Item]) -> None:
@@ -372,6 +382,9 @@ def run(make_source: Callable[[argparse.Namespace], Source], arguments: argparse
         prepare(make_source(arguments), options, dry_run=arguments.dry_run)
     except (PrepareError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
+        return 2
+    except BrokenProcessPool:
+        print("error: a process was killed, for want of memory perhaps: try fewer --processes", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("stopped; finished shards are kept: repeat the command to go on", file=sys.stderr)

@@ -20,6 +20,7 @@ from typing import Any, Protocol, TypeVar
 
 BLOCK = 4 << 20  # bytes of one range request
 _CONNECTIONS = 16
+_REQUEST_SECONDS = 60  # a request without an answer is made again after this
 _OPEN_FILES = 128  # file descriptors that are kept; a process may often have no more than 1,024
 _T = TypeVar("_T")
 
@@ -156,6 +157,24 @@ class _CachedShard:
             fcntl.lockf(self.there.number, fcntl.LOCK_UN, 1, block)
 
 
+@functools.cache
+def _filesystem(url: str, process: int) -> Any:
+    """fsspec's connections to a server, of this process and kept for its life.
+
+    fsspec's own cache of instances is emptied in a forked process, a loader's worker for example; that closes the
+    connections, and takes them from the event queue (epoll) that the worker shares with its parent: the parent's next
+    request would never be told of its answer. Here nothing is closed: a worker leaves its parent's instance alone.
+    """
+    import fsspec
+
+    try:
+        return fsspec.core.url_to_fs(url, skip_instance_cache=True)[0]
+    except ImportError as error:
+        raise ValueError(f"{url}: {error}") from error  # it names the package that is missing
+    except ValueError as error:
+        raise ValueError(f"{url}: no protocol that fsspec knows: {error}") from error
+
+
 class RemoteStorage:
     """A folder on a server (http, https) or in an object store, through fsspec, read by range requests.
 
@@ -180,16 +199,11 @@ class RemoteStorage:
         self.__dict__.update(state)
         self._prepare()
 
-    @property
-    def _filesystem(self) -> Any:
-        import fsspec
-
-        try:  # fsspec keeps one instance a process
-            return fsspec.core.url_to_fs(self.url)[0]
-        except ImportError as error:
-            raise ValueError(f"{self.url}: {error}") from error  # it names the package that is missing
-        except ValueError as error:
-            raise ValueError(f"{self.url}: no protocol that fsspec knows: {error}") from error
+    def _cat(self, name: str, **span: int) -> bytes:
+        """The bytes of a file, or of a span of it, from one request."""
+        system = _filesystem(self.url, os.getpid())
+        patience = {"timeout": _REQUEST_SECONDS} if system.async_impl else {}
+        return bytes(system.cat_file(f"{self.url}/{name}", **span, **patience))
 
     def know(self, identity: str, sizes: dict[str, int]) -> None:
         self.sizes = sizes
@@ -197,7 +211,7 @@ class RemoteStorage:
         self.folder.mkdir(parents=True, exist_ok=True)
 
     def read_file(self, name: str) -> bytes:
-        return self._persist(name, lambda: bytes(self._filesystem.cat_file(f"{self.url}/{name}")))
+        return self._persist(name, lambda: self._cat(name))
 
     def size(self, name: str) -> int | None:
         return self.sizes.get(name)
@@ -233,7 +247,7 @@ class RemoteStorage:
 
     def _request(self, name: str, start: int, stop: int) -> bytes:
         def get() -> bytes:
-            found = bytes(self._filesystem.cat_file(f"{self.url}/{name}", start=start, end=stop))
+            found = self._cat(name, start=start, end=stop)
             if len(found) > stop - start:
                 raise ValueError(f"the server of {self.url} does not answer range requests: use one that does")
             if len(found) < stop - start:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import multiprocessing
 import os
 import shutil
 import socket
@@ -12,6 +13,7 @@ import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -40,6 +42,22 @@ def start_server(folder: Path, port: int, log: Path) -> subprocess.Popen[bytes]:
             return process
         except OSError:
             time.sleep(0.02)
+
+
+def start_mute(folder: Path, mute: threading.Event) -> str:
+    """The URL of a server that takes requests without answering them while `mute` is set."""
+    running = serve(folder, 0, None)
+    handler: Any = running.RequestHandlerClass
+    answer = handler.answer
+
+    def late(self: Any, head: bool) -> None:
+        while mute.is_set():
+            time.sleep(0.05)
+        answer(self, head)
+
+    handler.answer = late
+    threading.Thread(target=running.serve_forever, daemon=True).start()
+    return f"http://127.0.0.1:{running.server_port}"
 
 
 @pytest.fixture
@@ -189,6 +207,31 @@ def test_a_full_disk_is_no_lost_server(
     with pytest.raises(OSError, match=r"No space left.*copies of shards go to .*set data\.cache"):
         stream(remote).batch(0)
     assert time.monotonic() - began < 30
+
+
+def test_a_forked_worker_leaves_its_parents_connections_alone(server: tuple[str, Path], tmp_path: Path) -> None:
+    """A worker that closed them would take them from the event queue which it shares with its parent."""
+    storage = ShardIndex.load(server[0], tmp_path / "cache").storage
+    worker = multiprocessing.get_context("fork").Process(target=storage.read_file, args=("manifest.json",))
+    worker.start()
+    worker.join(60)
+    assert worker.exitcode == 0
+    found = threading.Thread(target=storage.read_file, args=("manifest.json",), daemon=True)
+    found.start()
+    found.join(20)
+    assert not found.is_alive(), "the parent's request was never answered"
+
+
+def test_a_request_without_an_answer_is_made_again(
+    digits: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """A server that died without closing its connections, as a lost node does."""
+    storage = ShardIndex.load(start_mute(digits, mute := threading.Event()), tmp_path / "cache").storage
+    monkeypatch.setattr(storage_module, "_REQUEST_SECONDS", 1)
+    mute.set()
+    threading.Timer(2.5, mute.clear).start()
+    assert storage.read_file("manifest.json") == (digits / "manifest.json").read_bytes()
+    assert "trying again" in capfd.readouterr().err
 
 
 def test_object_stores_go_the_same_way(digits: Path, index: ShardIndex, tmp_path: Path) -> None:
