@@ -3,8 +3,8 @@
 A checkpoint is a folder ``checkpoints/step_00000100`` that appears under its name only when it is complete (written
 beside, synced, renamed); ``checkpoints/latest`` names the newest complete one. Inside, written by
 torch.distributed.checkpoint: ``weights.NAME``, ``ema.NAME``, ``exp_avg.NAME`` and ``exp_avg_sq.NAME`` of every
-parameter, flattened, each rank writing its pieces; ``run.json``: counters, shapes, versions; ``config.yaml``. Nothing
-in it depends on how many ranks or which engine wrote it.
+parameter, flattened, each rank writing its pieces; ``objective.NAME``: what an objective remembers; ``run.json``:
+counters, shapes, versions; ``config.yaml``. Nothing in it depends on how many ranks or which engine wrote it.
 
 The weights are copied to the host and written by a thread while training goes on; one checkpoint is on its way at a
 time. A rank that dies meanwhile leaves a folder that is never taken for a checkpoint.
@@ -32,7 +32,7 @@ from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from lzn_dist import __version__
 from lzn_dist.config import Config, load_config, save_config
 from lzn_dist.distributed.engine import MOMENTS, Engine
-from lzn_dist.distributed.pieces import Piece, PieceLoader, PieceSaver, whole
+from lzn_dist.distributed.pieces import Piece, PieceLoader, PieceSaver, share, whole
 from lzn_dist.distributed.topology import Topology
 from lzn_dist.models.ema import EMA
 from lzn_dist.networks import Networks, build_networks
@@ -177,8 +177,12 @@ def resume_state(state: TrainState, path: Path) -> None:
         for key, pieces in state.engine.moments(restore=True).items()
     }
     averages = {name: piece.cpu() for name, piece in average_pieces(state.ema, state.engine).items()}
+    remembered = {name: value.cpu().contiguous() for name, value in state.objective.state().items()}
     _read_into({f"{key}.{name}": piece for key, pieces in moments.items() for name, piece in pieces.items()}, path)
     _read_into({f"ema.{name}": piece for name, piece in averages.items()}, path)
+    _read_into({f"objective.{name}": whole(value) for name, value in remembered.items()}, path)
+    for name, value in state.objective.state().items():
+        value.copy_(remembered[name])
     state.engine.set_moments(moments, record.counters.step)
     state.ema.load_state_dict(
         {
@@ -312,7 +316,8 @@ def _state_pieces(state: TrainState) -> dict[str, Piece]:
     groups: dict[str, Mapping[str, Piece]] = {
         "weights": engine.weights() | engine.constant_pieces(),
         "ema": average_pieces(state.ema, engine),
+        "objective": {name: share(value, engine.topology) for name, value in state.objective.state().items()},
         **engine.moments(),
     }
-    assert set(groups) == {"weights", "ema", *MOMENTS}
+    assert set(groups) == {"weights", "ema", "objective", *MOMENTS}
     return {f"{key}.{name}": piece.cpu() for key, pieces in groups.items() for name, piece in pieces.items()}

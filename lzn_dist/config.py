@@ -24,6 +24,7 @@ from pydantic import (
 )
 
 Task = Literal["generation", "representation", "joint"]
+ObjectiveName = Literal["lzn", "rectified_flow", "simclr", "moco", "supervised"]
 
 
 class ConfigError(ValueError):
@@ -54,7 +55,9 @@ class DataConfig(_Section):
     resize: NonNegativeInt = Field(
         0, description="Shorter side in pixels before a centre crop to image_size; 0: images have that size already."
     )
-    views: Literal["digits", "simclr"] = Field("digits", description="Augmentations of the two views (representation).")
+    views: Literal["digits", "simclr", "none"] = Field(
+        "digits", description="Augmentations of the two views (representation); none: the images (supervised alone)."
+    )
     scaled_decoding: bool = Field(
         False, description="Decode JPEGs at 1/2, 1/4 or 1/8 where that suffices: faster for large ones, other pixels."
     )
@@ -82,6 +85,12 @@ class AlignmentConfig(_Section):
     weight: float = Field(1.0, ge=0.0, description="Weight of the alignment loss beside rectified flow's.")
 
 
+class ContrastConfig(_Section):
+    temperature: PositiveFloat = Field(0.2, description="Temperature of cosine similarities (simclr, moco).")
+    queue: PositiveInt = Field(65536, description="Keys in MoCo's queue, a multiple of the global batch.")
+    momentum: float = Field(0.999, ge=0.0, le=1.0, description="Share that MoCo's key encoder keeps of itself a step.")
+
+
 class NetworkConfig(_Section):
     channels: PositiveInt = Field(32, description="Channels of the first level.")
     channel_multipliers: tuple[PositiveInt, ...] = Field((1, 2), description="Channels of each level, as factors.")
@@ -102,6 +111,7 @@ class EncoderConfig(NetworkConfig):
 
 
 class DecoderConfig(NetworkConfig):
+    class_conditional: bool = Field(False, description="Give the decoder the labels (task=joint always does).")
     embedding: Literal["positional", "fourier"] = Field("positional", description="Embedding of the time.")
     scale_by_sigma: bool = Field(False, description="Divide the output by 999 t (256 pixels).")
 
@@ -144,6 +154,9 @@ class Config(_Section):
     """A run. `step` counts completed optimiser steps everywhere."""
 
     task: Task = Field(description="generation, representation or joint.")
+    objective: ObjectiveName = Field(
+        "lzn", description="What is optimised: LZN's, or a baseline's (rectified_flow; simclr, moco, supervised)."
+    )
     output_dir: str = Field(description="Folder of the run.")
     max_steps: PositiveInt = Field(description="Total optimiser steps, also after resuming.")
     log_every: PositiveInt = Field(10, description="Steps between lines of metrics.jsonl.")
@@ -180,6 +193,7 @@ class Config(_Section):
     data: DataConfig = DataConfig()
     latent: LatentConfig = LatentConfig()
     alignment: AlignmentConfig = AlignmentConfig()
+    contrast: ContrastConfig = ContrastConfig()
     encoder: EncoderConfig = EncoderConfig()
     decoder: DecoderConfig = DecoderConfig()
     optimizer: OptimizerConfig = OptimizerConfig()
@@ -189,8 +203,9 @@ class Config(_Section):
 
     @model_validator(mode="after")
     def _possible(self) -> Config:
-        if self.task == "joint" and self.data.num_classes == 0:
-            raise ValueError("task=joint needs labels: set data.num_classes")
+        if self.data.num_classes == 0 and (self.labels_decoder or self.objective == "supervised"):
+            raise ValueError("task=joint, decoder.class_conditional and objective=supervised need data.num_classes")
+        self._possible_objective()
         if int(self.alignment.steps * self.alignment.cutoff) >= self.alignment.steps:
             raise ValueError("alignment.cutoff leaves no step of alignment.steps; lower it")
         if self.anchors == "ring" and (self.latent.solver == "dopri5" or self.backend == "plain"):
@@ -208,6 +223,31 @@ class Config(_Section):
         if self.data.embedded == "digits" and (self.data.image_size, self.data.image_channels) != (8, 1):
             raise ValueError("data.embedded=digits holds 8x8 grey images: set data.image_size=8 data.image_channels=1")
         return self
+
+    def _possible_objective(self) -> None:
+        task = "generation" if self.objective == "rectified_flow" else "representation"
+        if self.objective != "lzn" and self.task != task:
+            raise ValueError(f"objective={self.objective} is for task={task}")
+        if self.objective != "lzn" and self.anchors == "ring":
+            raise ValueError("anchors=ring is for objective=lzn")
+        if self.objective == "moco" and self.contrast.queue % self.data.global_batch:
+            raise ValueError(
+                f"contrast.queue={self.contrast.queue} is no multiple of data.global_batch={self.data.global_batch}"
+            )
+        if self.task == "representation" and self.objective != "supervised" and self.data.views == "none":
+            raise ValueError("data.views=none is for objective=supervised: two equal views teach nothing")
+        if self.decoder.class_conditional and self.task == "representation":
+            raise ValueError("decoder.class_conditional is for tasks with a decoder")
+
+    @property
+    def labels_decoder(self) -> bool:
+        """Whether the decoder is given labels."""
+        return self.task == "joint" or self.decoder.class_conditional
+
+    @property
+    def decoder_latent_dim(self) -> int:
+        """Dimension of the latents that the decoder is given: 0 for rectified flow by itself."""
+        return 0 if self.objective == "rectified_flow" else self.latent.dim
 
 
 def _read(path: Path, seen: tuple[Path, ...] = ()) -> Any:

@@ -1,5 +1,6 @@
 """Evaluate a trained run: python -m lzn_dist.evaluate RUN
 
+On several GPUs: accelerate launch --config_file launch/ddp.yaml lzn_dist/evaluate.py RUN; the values are the same.
 Prints one table, writes RUN/evaluation.json and figures to RUN/figures/. What is measured depends on the task: for a
 joint model classification accuracy over noise scales, recognised samples, Fréchet distances, reconstruction and
 probes; for a generation model the same without labels; for a representation model linear probe, nearest neighbours
@@ -15,9 +16,11 @@ import time
 from pathlib import Path
 
 import torch
+from accelerate import PartialState
 
 from lzn_dist.checkpoint import CheckpointError
 from lzn_dist.config import ConfigError
+from lzn_dist.distributed import Topology
 from lzn_dist.evaluation import EvaluationData, evaluate_model
 from lzn_dist.model import LZN, load
 from lzn_dist.run_folder import write_json
@@ -54,9 +57,10 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
 def main(arguments: list[str] | None = None) -> int:
     """Entry point; returns the exit status: 0, or 2 for what the user can mend, said in one line."""
     options = parse(arguments)
-    if int(os.environ.get("RANK", "0")) > 0:
-        return 0  # launched on many processes: the first one does it all
     start = time.perf_counter()
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        PartialState(cpu=not torch.cuda.is_available())
+    main_process = Topology.current().is_main
     try:
         if not options.run.is_dir():
             raise FileNotFoundError(f"no run in {options.run}: give the output_dir of a training run")
@@ -65,7 +69,7 @@ def main(arguments: list[str] | None = None) -> int:
             shards = model.config.data.model_copy(update={"shards": options.shards})
             model.config = model.config.model_copy(update={"data": shards})
         if torch.cuda.is_available():
-            model.networks.to("cuda")
+            model.networks.to(f"cuda:{os.environ.get('LOCAL_RANK', '0')}")
         elif "OMP_NUM_THREADS" not in os.environ:
             # threads that wait for each other spin: with as many as cores, one busy core makes small layers 20 × slower
             torch.set_num_threads(max(1, (os.cpu_count() or 1) // 2))
@@ -75,10 +79,14 @@ def main(arguments: list[str] | None = None) -> int:
             model, output, figures=not options.no_figures, quick=options.quick, data=data, seed=options.seed,
             run=options.run,
         )  # fmt: skip
-        write_results(output / "evaluation.json", model, values)
+        if main_process:
+            write_results(output / "evaluation.json", model, values)
     except (CheckpointError, ConfigError, FileNotFoundError) as error:
-        print(f"error: {error}", file=sys.stderr)
+        if main_process:
+            print(f"error: {error}", file=sys.stderr)
         return 2
+    if not main_process:
+        return 0
     seconds = time.perf_counter() - start
     print(table(values, f"{options.run} · {model.config.task} · step {model.step} · {seconds:.1f} s"))
     print(f"written: {output / 'evaluation.json'}" + ("" if options.no_figures else f", {output / 'figures'}/"))

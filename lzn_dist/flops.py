@@ -38,14 +38,16 @@ def training_flops_per_image(networks: Networks, config: Config) -> float:
     data = config.data
     image = torch.zeros(1, data.image_channels, data.image_size, data.image_size, device="meta")
     image = image.to(next(shadow.parameters()).dtype)
-    views = 2 if config.task == "representation" else 1
-    with FlopCounterMode(display=False) as encoder, torch.no_grad():
-        shadow.encoder(image)
-    total = views * encoder.get_total_flops()
+    total = 0
+    if shadow.encoder is not None:
+        views = 2 if config.task == "representation" and config.objective != "supervised" else 1
+        with FlopCounterMode(display=False) as encoder, torch.no_grad():
+            shadow.encoder(image)
+        total += views * encoder.get_total_flops()
     if shadow.decoder is not None:
         one = torch.ones(1, device="meta", dtype=image.dtype)
-        latents = torch.zeros(1, config.latent.dim, device="meta", dtype=image.dtype)
-        labels = torch.zeros(1, dtype=torch.int64, device="meta") if config.task == "joint" else None
+        latents = torch.zeros(1, config.decoder_latent_dim, device="meta", dtype=image.dtype)
+        labels = torch.zeros(1, dtype=torch.int64, device="meta") if config.labels_decoder else None
         with FlopCounterMode(display=False) as decoder, torch.no_grad():
             shadow.decoder(image, one, latents, labels=labels)
         total += decoder.get_total_flops()

@@ -11,9 +11,9 @@ from lzn_dist.models import ImageDecoder, ImageEncoder, LabelAnchors, ResNetEnco
 
 
 class Networks(nn.Module):
-    """encoder: images → anchors; decoder, or None: rectified flow's velocity; label_anchors, or None: [classes, D]."""
+    """encoder, or None: images → anchors; decoder, or None: rectified flow's velocity; label_anchors: [classes, D]."""
 
-    def __init__(self, encoder: nn.Module, decoder: nn.Module | None, label_anchors: nn.Module | None) -> None:
+    def __init__(self, encoder: nn.Module | None, decoder: nn.Module | None, label_anchors: nn.Module | None) -> None:
         super().__init__()
         self.encoder = encoder
         self.decoder = decoder
@@ -25,26 +25,31 @@ def build_networks(config: Config) -> Networks:
 
     Raises ValueError, naming the argument, for sizes that do not fit together.
     """
-    data, encoder = config.data, config.encoder
-    if encoder.kind == "resnet":
-        image_encoder: nn.Module = ResNetEncoder(
-            image_channels=data.image_channels, latent_dim=config.latent.dim, channels=encoder.channels,
-            blocks=encoder.blocks, stem=encoder.stem,
-        )  # fmt: skip
-    else:
-        image_encoder = ImageEncoder(
-            **_shared(config), latent_dim=config.latent.dim, **_sizes(encoder),
-            feature_resolutions=encoder.feature_resolutions,
-        )  # fmt: skip
+    data = config.data
+    image_encoder = None if config.objective == "rectified_flow" else _encoder(config)
     decoder: nn.Module | None = None
     if config.task != "representation":
         decoder = ImageDecoder(
-            **_shared(config), latent_dim=config.latent.dim, **_sizes(config.decoder),
-            num_classes=data.num_classes if config.task == "joint" else 0, embedding=config.decoder.embedding,
+            **_shared(config), latent_dim=config.decoder_latent_dim, **_sizes(config.decoder),
+            num_classes=data.num_classes if config.labels_decoder else 0, embedding=config.decoder.embedding,
             scale_by_sigma=config.decoder.scale_by_sigma,
         )  # fmt: skip
     labels = LabelAnchors(data.num_classes, config.latent.dim) if config.task == "joint" else None
     return Networks(image_encoder, decoder, labels)
+
+
+def _encoder(config: Config) -> nn.Module:
+    data, encoder = config.data, config.encoder
+    supervised = config.objective == "supervised"
+    outputs = data.num_classes if supervised else config.latent.dim
+    if encoder.kind == "resnet":
+        return ResNetEncoder(
+            image_channels=data.image_channels, latent_dim=outputs, channels=encoder.channels,
+            blocks=encoder.blocks, stem=encoder.stem, head="linear" if supervised else "projection",
+        )  # fmt: skip
+    return ImageEncoder(
+        **_shared(config), latent_dim=outputs, **_sizes(encoder), feature_resolutions=encoder.feature_resolutions
+    )
 
 
 def _shared(config: Config) -> dict[str, Any]:

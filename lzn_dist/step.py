@@ -98,6 +98,7 @@ def apply_gradients(state: TrainState, votes: Sequence[float] = ()) -> Outcome:
         counters.step += 1
         counters.nonfinite = 0
         state.ema.update({name: piece.data for name, piece in engine.weights().items()}, engine.frozen_names())
+        state.objective.after_step(engine.whole_weights)
     else:
         counters.nonfinite += 1
     return outcome

@@ -212,19 +212,18 @@ class Run:
             )
 
     def _evaluate(self) -> None:
-        """Measure the EMA weights in seconds, on the main process; the others wait. evaluate.py does it in full."""
-        state, config = self.state, self.config
-        averages = gather_pieces(average_pieces(state.ema, state.engine))
-        if averages is not None:
-            from lzn_dist.evaluation import evaluate_model  # two seconds of imports that only this process needs
+        """Measure the EMA weights in seconds, on all ranks; evaluate.py does it in full. Collective."""
+        from lzn_dist.evaluation import evaluate_model  # two seconds of imports: not before they are needed
 
-            networks = build_networks(config)
-            networks.load_state_dict(averages | state.engine.constants)
-            model = LZN(networks.to(self.accelerator.device), config)
-            with torch.no_grad():
-                values = evaluate_model(model, Path(config.output_dir), figures=False, quick=True)
+        state, config = self.state, self.config
+        averages = gather_pieces(average_pieces(state.ema, state.engine), everywhere=True)
+        networks = build_networks(config)
+        networks.load_state_dict(averages | state.engine.constants)  # type: ignore[operator]
+        model = LZN(networks.to(self.accelerator.device), config)
+        with torch.no_grad():
+            values = evaluate_model(model, Path(config.output_dir), figures=False, quick=True)
+        if self.folder is not None:
             self.tracker.evaluation(state.counters.step, values)
-        self.accelerator.wait_for_everyone()
         self.tracker.resume_clock(state.counters.step)
 
 

@@ -27,7 +27,7 @@ from lzn_dist.distributed.grad_cache import check_batch_independent
 from lzn_dist.distributed.launch import Launch, same_everywhere
 from lzn_dist.models.ema import EMA
 from lzn_dist.networks import Networks, build_networks
-from lzn_dist.objectives import Objective, Samples
+from lzn_dist.objectives import Objective, Samples, build_objective
 from lzn_dist.step import TrainState, make_optimizer
 
 
@@ -59,7 +59,7 @@ def prepare_samples(batch: Batch, number: int, config: Config, device: torch.dev
     """Views, positions and labels of a rank's share of global batch `number`, on the device, in the run's dtype."""
     images = [to_unit_range(view) for view in batch.pixels.to(device, non_blocking=True)]
     index = batch.index.to(device)
-    if config.task == "representation":
+    if config.task == "representation" and config.data.views != "none":
         policy = augment.SimCLRPolicy() if config.data.views == "simclr" else augment.DigitsPolicy()
         views: tuple[torch.Tensor, ...] = augment.make_views(images, batch.index, batch.epoch, config.seed, policy)
     else:
@@ -90,9 +90,9 @@ def fresh_networks(config: Config, device: torch.device) -> Networks:
     return (networks.double() if config.precision == "float64" else networks).train()
 
 
-def make_objective(config: Config) -> Objective:
-    """The task's objective over all ranks."""
-    return Objective(config, gather_anchors, ring_field() if config.anchors == "ring" else None)
+def make_objective(config: Config, networks: Networks) -> Objective:
+    """The configured objective over all ranks."""
+    return build_objective(config, networks, gather_anchors, ring_field() if config.anchors == "ring" else None)
 
 
 def build_state(config: Config, launch: Launch, accelerator: Accelerator, checkpoint: Path | None) -> TrainState:
@@ -102,7 +102,7 @@ def build_state(config: Config, launch: Launch, accelerator: Accelerator, checkp
         check_batch_independent(networks)
     if checkpoint is not None:
         load_weights(networks, checkpoint)
-    objective = make_objective(config)
+    objective = make_objective(config, networks)
     engine = build_engine(
         config, launch, networks, lambda: make_optimizer(networks, config), accelerator, objective.watch
     )
@@ -115,7 +115,7 @@ def build_state(config: Config, launch: Launch, accelerator: Accelerator, checkp
 def single_state(config: Config, device: torch.device) -> TrainState:
     """Fresh state of one process, whatever the world around it: no collective, all anchors at hand."""
     networks = fresh_networks(config, device)
-    objective = Objective(config, gather=lambda anchors: anchors)
+    objective = build_objective(config, networks, gather=lambda anchors: anchors)
     engine = TorchEngine("single", networks, lambda: make_optimizer(networks, config), objective.watch, None)
     return TrainState(config, engine, objective, _averages(engine, config))
 

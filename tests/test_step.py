@@ -25,11 +25,19 @@ def gradients(state: TrainState, task: str) -> dict[str, torch.Tensor]:
     return state.engine.gradients()
 
 
-@pytest.mark.parametrize("task", ["generation", "representation", "joint"])
+OBJECTIVES = [
+    ("generation", "lzn"), ("representation", "lzn"), ("joint", "lzn"), ("generation", "rectified_flow"),
+    ("representation", "simclr"), ("representation", "moco"), ("representation", "supervised"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("task,objective", OBJECTIVES)
 @pytest.mark.parametrize("micro_batch", [1, 5, 12, 100])
-def test_caching_gives_the_gradients_of_one_backward(task: str, micro_batch: int) -> None:
-    plain = gradients(small_state(small_config("precision=float64", task=task)), task)
-    cached = gradients(small_state(small_config("precision=float64", f"micro_batch={micro_batch}", task=task)), task)
+def test_caching_gives_the_gradients_of_one_backward(task: str, objective: str, micro_batch: int) -> None:
+    plain, cached = (
+        gradients(small_state(small_config("precision=float64", f"objective={objective}", *more, task=task)), task)
+        for more in ([], [f"micro_batch={micro_batch}"])
+    )
     total = torch.stack([value.norm() for value in plain.values()]).norm()
     assert total > 1e-3
     for name, value in plain.items():

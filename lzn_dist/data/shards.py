@@ -9,7 +9,7 @@ and workers, after any resume, and resuming reads nothing of what went before.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from itertools import islice
@@ -205,18 +205,32 @@ class ShardedDataset(Dataset[tuple[Tensor, int]]):
             found.append((content[start : start + image[1]], number))
         return found
 
-    def fixed_batches(self, batch_size: int) -> Iterator[EvaluationBatch]:
-        """The split in the manifest's order, the same on every rank, in batches of exactly ``batch_size``.
-
-        The last one is filled up by repeating from the start; ``valid`` [b] says which rows count.
-        """
+    def fixed_batches(self, batch_size: int) -> FixedBatches:
+        """The split in the manifest's order, the same on every rank, in batches of exactly ``batch_size``."""
         if batch_size < 1:
             raise ValueError(f"batch_size must be at least 1, not {batch_size}")
-        for start in range(0, len(self), batch_size):
-            position = torch.arange(start, start + batch_size)
-            index = position % len(self)
-            pixels, labels = self.read(index.numpy())
-            yield EvaluationBatch(index, to_unit_range(pixels[0]), labels, position < len(self))
+        return FixedBatches(self, batch_size)
+
+
+class FixedBatches(Sequence["EvaluationBatch"]):
+    """A split in batches of one size, each read when it is asked for.
+
+    The last one is filled up by repeating from the start; ``valid`` [b] says which rows count.
+    """
+
+    def __init__(self, dataset: ShardedDataset, batch_size: int) -> None:
+        self.dataset, self.batch_size = dataset, batch_size
+
+    def __len__(self) -> int:
+        return -(-len(self.dataset) // self.batch_size)
+
+    def __getitem__(self, number: int) -> EvaluationBatch:  # type: ignore[override]
+        if not 0 <= number < len(self):
+            raise IndexError(f"batch {number} of {len(self)}")
+        position = torch.arange(number * self.batch_size, (number + 1) * self.batch_size)
+        index = position % len(self.dataset)
+        pixels, labels = self.dataset.read(index.numpy())
+        return EvaluationBatch(index, to_unit_range(pixels[0]), labels, position < len(self.dataset))
 
 
 @dataclass(frozen=True)

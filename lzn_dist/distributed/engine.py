@@ -98,6 +98,10 @@ class Engine(ABC):
         """This rank's pieces of the trained parameters: views where possible, valid until the next step."""
 
     @abstractmethod
+    def whole_weights(self, network: str) -> dict[str, Tensor]:
+        """Whole trained weights of a network, by name within it, on every rank; not to be written to. Collective."""
+
+    @abstractmethod
     def moments(self, *, restore: bool = False) -> dict[str, dict[str, Piece]]:
         """By moment and parameter, this rank's pieces; restore: all that it needs to go on from, not its share."""
 
@@ -209,6 +213,10 @@ class TorchEngine(Engine):
 
     def weights(self) -> dict[str, Piece]:
         return {name: _piece(p.detach(), self.topology) for name, p in self.names.items()}
+
+    def whole_weights(self, network: str) -> dict[str, Tensor]:
+        start = f"{network}."
+        return {n.removeprefix(start): _full(p.detach()) for n, p in self.names.items() if n.startswith(start)}
 
     def _state(self, parameter: Tensor) -> dict[str, Tensor]:
         state = self.optimizer.state[parameter]

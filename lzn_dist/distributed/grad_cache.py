@@ -33,8 +33,7 @@ def cached_backward(
     engine: Engine, objective: Objective, samples: Samples, micro_batch: int
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """The step's loss and parts, and its gradients in the engine; as one backward of `objective` would give them."""
-    rows = [slice(start, start + micro_batch) for start in range(0, len(samples), micro_batch)]
-    chunks = [samples.part(part) for part in rows]
+    chunks = samples.parts(micro_batch)
     if engine.touches_first:
         engine.backward(lambda networks: (_touch(objective, networks, samples), None), last=False)
 
@@ -51,19 +50,18 @@ def cached_backward(
     parts, total = dict(coupling.parts), coupling.loss
     outputs, cotangents = ([], []) if coupling.loss is None else ([coupling.loss], [torch.ones_like(coupling.loss)])
     if objective.decodes:
-        flow, latent_grads = _decode(engine, objective, samples, coupling.latents.detach(), rows)
+        flow, latent_grads = _decode(engine, objective, chunks, coupling.latents.detach())
         parts["loss_flow"] = flow
         total = flow if total is None else flow + total
         outputs, cotangents = [*outputs, coupling.latents], [*cotangents, latent_grads]
     with engine.watch("backward"):
-        grads = torch.autograd.grad(outputs, leaves, cotangents)
+        grads = torch.autograd.grad(outputs, leaves, cotangents) if leaves else ()
 
     if labels is not None:
         engine.backward(lambda networks: (_inner(objective.label_anchors(networks), grads[-1]), None), last=False)
     for view in range(objective.views):
-        for part, chunk in zip(rows, chunks, strict=True):
+        for chunk, grad in zip(chunks, grads[view].split(micro_batch), strict=True):
             last = view == objective.views - 1 and chunk is chunks[-1] and not engine.touches_last
-            grad = grads[view][part]
             engine.backward(
                 lambda networks, c=chunk, v=view, g=grad: (_inner(objective.encode(networks, c, v), g), None),  # type: ignore[misc]
                 last=last,
@@ -74,22 +72,21 @@ def cached_backward(
     return total.detach(), {name: value.detach() for name, value in parts.items()}
 
 
-def _decode(
-    engine: Engine, objective: Objective, samples: Samples, latents: Tensor, rows: list[slice]
-) -> tuple[Tensor, Tensor]:
+def _decode(engine: Engine, objective: Objective, chunks: list[Samples], latents: Tensor) -> tuple[Tensor, Tensor]:
     """The decoder's loss over all samples, and its gradient by the latents [b, D]."""
     total = latents.new_zeros(())
     grads: list[Tensor] = []
-    for part in rows:
-        own, chunk = latents[part].clone().requires_grad_(), samples.part(part)
-        weight = len(chunk) / len(samples)
+    for chunk, part in zip(chunks, latents.split(len(chunks[0])), strict=True):
+        own, weight = part.clone().requires_grad_(), len(chunk) / len(latents)
 
         def loss(
             networks: Networks, own: Tensor = own, chunk: Samples = chunk, weight: float = weight
         ) -> tuple[Tensor, None]:
             return objective.decode(networks, chunk, own) * weight, None
 
-        value, _ = engine.backward(loss, last=False)
+        # where nothing is encoded, this is the step's last backward
+        last = not objective.views and chunk is chunks[-1] and not engine.touches_last
+        value, _ = engine.backward(loss, last=last)
         assert own.grad is not None
         total = total + value
         grads.append(own.grad)
@@ -105,10 +102,10 @@ def _inner(value: Tensor | None, cotangent: Tensor) -> Tensor:
 def _touch(objective: Objective, networks: Networks, samples: Samples) -> Tensor:
     """0, with a gradient of 0 for every parameter: one sample through every network."""
     one = samples.part(slice(0, 1))
-    anchors, labels = objective.encode(networks, one, 0), objective.label_anchors(networks)
-    total = 0.0 * anchors.sum()
-    if labels is not None:
-        total = total + 0.0 * labels.sum()
+    reached = [objective.encode(networks, one, 0)] if objective.views else []
+    if (labels := objective.label_anchors(networks)) is not None:
+        reached.append(labels)
     if objective.decodes:
-        total = total + 0.0 * objective.decode(networks, one, anchors.detach())
-    return total
+        latents = reached[0].detach() if objective.views else one.views[0].new_zeros(1, 0)
+        reached.append(objective.decode(networks, one, latents))
+    return torch.stack([0.0 * value.sum() for value in reached]).sum()

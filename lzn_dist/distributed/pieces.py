@@ -98,9 +98,10 @@ def share(tensor: Tensor, topology: Topology) -> Piece:
     return Piece(flat[start : start + size], start, tuple(tensor.shape))
 
 
-def gather_pieces(pieces: Mapping[str, Piece]) -> dict[str, Tensor] | None:
-    """The whole tensors on the CPU of the main process; None on the others. Collective; the same names everywhere."""
-    world_size, main = Topology.current().world_size, Topology.current().is_main
+def gather_pieces(pieces: Mapping[str, Piece], everywhere: bool = False) -> dict[str, Tensor] | None:
+    """The whole tensors on the CPU of the main process (or of every one); None on the others. Collective; the same
+    names everywhere."""
+    world_size, main = Topology.current().world_size, Topology.current().is_main or everywhere
     found: dict[str, Tensor] = {}
     names = list(pieces)
     while names:
@@ -116,7 +117,9 @@ def gather_pieces(pieces: Mapping[str, Piece]) -> dict[str, Tensor] | None:
             piece = pieces[name]
             joined[offset + piece.start : offset + piece.start + len(piece.data)] = piece.data
             offset += piece.numel
-        if world_size > 1:
+        if everywhere and world_size > 1:
+            dist.all_reduce(joined)
+        elif world_size > 1:
             dist.reduce(joined, 0)
         if main:
             parts = joined.cpu().split([pieces[name].numel for name in taken])

@@ -120,6 +120,16 @@ class ZeroEngine(Engine):
 
         return {name: self._local(p, safe_get_local_fp32_param(p)) for name, p in self.names.items()}
 
+    def whole_weights(self, network: str) -> dict[str, Tensor]:
+        start = f"{network}."
+        chosen = {name.removeprefix(start): p for name, p in self.names.items() if name.startswith(start)}
+        if self.stage < 3:
+            return {name: p.detach() for name, p in chosen.items()}
+        from deepspeed.zero import GatheredParameters
+
+        with GatheredParameters(list(chosen.values())):
+            return {name: p.detach().clone() for name, p in chosen.items()}
+
     def _local(self, p: Any, data: Tensor) -> Piece:
         """ZeRO-3's partition of a parameter without the padding at its end."""
         size = p.partition_numel()

@@ -7,15 +7,19 @@ zone, 1 for a random point of it.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from statistics import NormalDist
+from typing import TypeVar
 
 import torch
 from torch import Tensor
 
 from lzn_dist.data import EvaluationBatch
+from lzn_dist.distributed.spread import spread
 from lzn_dist.model import LZN
+
+K = TypeVar("K")
 
 
 @dataclass(frozen=True)
@@ -41,26 +45,46 @@ class Proportion:
 
 
 def classification_accuracy(
-    model: LZN, batches: Iterable[EvaluationBatch], noise_scales: Sequence[float] = (0.0,),
+    model: LZN, batches: Sequence[EvaluationBatch], noise_scales: Sequence[float] = (0.0,),
     class_weights: Tensor | None = None, seed: int = 0,
 ) -> dict[tuple[float, bool], Proportion]:  # fmt: skip
     """Accuracy by (noise scale, whether label anchors were weighted by class_weights [K]).
 
-    Latents are computed over each whole batch, rows that are not valid included; only the valid ones are counted.
+    Latents are computed over each whole batch, rows that are not valid included; only the valid ones are counted. The
+    batches are spread over ranks. Collective.
     """
     weights = [(False, None)] if class_weights is None else [(False, None), (True, class_weights)]
-    right = dict.fromkeys(((scale, weighted) for weighted, _ in weights for scale in noise_scales), 0)
-    trials = 0
-    for batch in batches:
+
+    def hits(number: int) -> dict[tuple[float, bool], Proportion]:
+        batch = batches[number]
         valid = batch.valid.nonzero()[:, 0]
         anchors = model.anchors(batch.images)
         # samples are numbered in the data set; rows that fill up a batch repeat numbers as they repeat images
         samples = batch.index.to(anchors.device)
-        truth = batch.labels[valid]
-        trials += len(valid)
+        found = {}
         for scale in noise_scales:
             latents = model.anchors_to_latents(anchors, scale, seed, samples)[valid.to(anchors.device)]
             for weighted, frequencies in weights:
-                found = model.read_class(latents, frequencies).cpu()
-                right[scale, weighted] += int(torch.eq(found, truth).sum())
-    return {key: Proportion(count, trials) for key, count in right.items()}
+                right = torch.eq(model.read_class(latents, frequencies).cpu(), batch.labels[valid])
+                found[scale, weighted] = Proportion(int(right.sum()), len(valid))
+        return found
+
+    return _sums(spread(len(batches), hits))
+
+
+def logit_accuracy(model: LZN, batches: Sequence[EvaluationBatch]) -> Proportion:
+    """A supervised model's accuracy, the batches spread over ranks. Collective."""
+
+    def hits(number: int) -> dict[str, Proportion]:
+        batch = batches[number]
+        right = torch.eq(model.classify(batch.images).cpu(), batch.labels)[batch.valid]
+        return {"": Proportion(int(right.sum()), len(right))}
+
+    return _sums(spread(len(batches), hits))[""]
+
+
+def _sums(parts: Sequence[dict[K, Proportion]]) -> dict[K, Proportion]:
+    return {
+        key: Proportion(sum(part[key].successes for part in parts), sum(part[key].trials for part in parts))
+        for key in parts[0]
+    }

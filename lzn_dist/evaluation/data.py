@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -12,6 +12,7 @@ from torch import Tensor
 
 from lzn_dist.config import Config
 from lzn_dist.data import EvaluationBatch, ShardedDataset, ShardIndex, ensure_digits, whole_images
+from lzn_dist.distributed.spread import once, spread
 from lzn_dist.evaluation.frechet import DigitClassifier
 
 IN_MEMORY = 50_000  # images of a split that are held at once, at most: enough for probes and figures
@@ -34,13 +35,14 @@ class ImageSet:
         return self.images.flatten(1).double().numpy()
 
     def map(self, function: Callable[[Tensor], Tensor], batch: int) -> np.ndarray:
-        """float64 [n, F] of a function from images to features, ``batch`` images at a time."""
-        parts = [function(part).double().cpu().numpy() for part in self.images.split(batch)]
-        return np.concatenate(parts)
+        """float64 [n, F] of a function from images to features, ``batch`` images at a time, over ranks. Collective."""
+        parts = self.images.split(batch)
+        return np.concatenate(spread(len(parts), lambda i: function(parts[i]).cpu().numpy())).astype(np.float64)
 
 
 class EvaluationData:
     """A data set's train and test splits as the configuration names them; an embedded one is written if missing.
+    Collective.
 
     Raises FileNotFoundError where the shards are not there.
     """
@@ -48,13 +50,13 @@ class EvaluationData:
     def __init__(self, config: Config, train: str = "train", test: str = "test") -> None:
         self.config = config
         if config.data.embedded == "digits":
-            ensure_digits(config.data.shards)
+            once(lambda: ensure_digits(config.data.shards))
         self.index = ShardIndex.load(config.data.shards, config.data.cache, config.data.retry_seconds)
         if test not in self.index.splits and "val" in self.index.splits:
             test = "val"  # ImageNet's labelled held-out images
         self.names = {"train": train, "test": test}
 
-    def batches(self, split: str) -> Iterator[EvaluationBatch]:
+    def batches(self, split: str) -> Sequence[EvaluationBatch]:
         """Batches of exactly `evaluation.batch` images; the last is filled up with rows that are not valid."""
         data = self.config.data
         reading = whole_images(data.image_size, data.resize, data.scaled_decoding)

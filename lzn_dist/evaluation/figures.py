@@ -5,7 +5,8 @@ Every function writes one PNG and returns its path.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import textwrap
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -125,4 +126,39 @@ def training_curves(run: Path, path: Path) -> Path | None:
             axes.set_ylim(top=1.02)
         if len(keys) > 1 or fraction:
             axes.legend(frameon=False, fontsize=8)
+    return save(figure, path)
+
+
+def comparison_figure(
+    results: Mapping[str, Mapping[str, Mapping[str, Sequence[float]]]],
+    measures: Mapping[str, Sequence[str]],
+    path: Path,
+) -> Path:
+    """One row of panels a table, one panel a measure: a dot a seed, a line at their mean.
+
+    results: table → row → measure → values over seeds. measures: of each table, in their order.
+    """
+    columns = max(map(len, measures.values()))
+    heights = [len(results[title]) + 1.4 for title in results]
+    figure = Figure(figsize=(3.0 * columns + 1.6, 0.28 * sum(heights) + 0.3), layout="constrained")
+    grid = figure.subplots(len(results), columns, squeeze=False, height_ratios=heights)
+    for panels, (title, rows) in zip(grid, results.items(), strict=True):
+        names = list(rows)
+        for axes in panels[len(measures[title]) :]:
+            axes.axis("off")
+        for column, (axes, measure) in enumerate(zip(panels, measures[title], strict=False)):
+            for y, name in enumerate(names):
+                values = list(rows[name].get(measure, ()))
+                colour = class_colour(y)
+                axes.plot(values, [y] * len(values), "o", color=colour, ms=4, alpha=0.75)
+                if values:
+                    mean = sum(values) / len(values)
+                    axes.plot([mean, mean], [y - 0.32, y + 0.32], color=colour, lw=2)
+            axes.set_ylim(len(names) - 0.5, -0.5)
+            axes.set_yticks(range(len(names)), names if column == 0 else [""] * len(names))
+            axes.set_title(measure.replace("_", " "), fontsize=9, color=INK)
+            axes.tick_params(labelsize=8, colors=INK)
+            axes.grid(alpha=0.25, lw=0.6)
+            axes.spines[["top", "right"]].set_visible(False)
+        panels[0].set_ylabel("\n".join(textwrap.wrap(title, 18)), fontsize=9, color=INK)
     return save(figure, path)

@@ -7,14 +7,17 @@ from samples whose latent and label disagree.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from lzn_dist.data import EvaluationBatch
+from lzn_dist.distributed.spread import spread
 from lzn_dist.evaluation.accuracy import Proportion
 from lzn_dist.evaluation.frechet import DigitClassifier
-from lzn_dist.model import LZN
+from lzn_dist.model import DECODE_CHUNK, LZN, Generated
 
 
 def _pixels(images: Tensor) -> Tensor:
@@ -46,21 +49,60 @@ def disagreement(model: LZN, judge: DigitClassifier, samples_per_class: int, see
     zone = balanced_labels(classes, samples_per_class)
     turn = torch.arange(samples_per_class).repeat_interleave(classes)
     labels = (zone + 1 + turn % (classes - 1)) % classes
-    images = model.generate(len(zone), labels, seed, zone=zone)
+    images = generate(model, len(zone), labels, seed, zone).images
     return Disagreement(recognised(judge, images, zone), recognised(judge, images, labels))
 
 
-def image_error(images: Tensor, originals: Tensor) -> float:
-    """Mean over images of the L2 distance ‖x̂ − x‖₂, in units of images in [−1, 1]."""
-    difference = images.double().cpu() - originals.double().cpu()
-    return difference.flatten(1).norm(dim=1).mean().item()
+def generate(model: LZN, n: int, labels: Tensor | None = None, seed: int = 0, zone: Tensor | None = None) -> Generated:
+    """`LZN.generate_with_latents` spread over ranks, results on the CPU of every one. Collective."""
+    starts = range(0, n, DECODE_CHUNK)
+
+    def part(number: int) -> Generated:
+        rows = slice(starts[number], min(n, starts[number] + DECODE_CHUNK))
+        found = model.generate_with_latents(
+            rows.stop - rows.start, None if labels is None else labels[rows], seed,
+            zone=None if zone is None else zone[rows], first=rows.start,
+        )  # fmt: skip
+        own = None if found.labels is None else found.labels.cpu()
+        return Generated(found.images.cpu(), found.latents.cpu(), own, found.evaluations)
+
+    parts = spread(len(starts), part)
+    found_labels = [part.labels for part in parts if part.labels is not None]
+    return Generated(
+        torch.cat([part.images for part in parts]), torch.cat([part.latents for part in parts]),
+        torch.cat(found_labels) if found_labels else None,
+        sum(part.evaluations * len(part.images) for part in parts) / n,
+    )  # fmt: skip
 
 
-def latent_only_error(model: LZN, images: Tensor, seed: int = 0) -> float:
-    """`image_error` of decoding *fresh* noise under the images' latents: what the latents alone hold of the images."""
-    latents = model.latents(images, seed=seed)
-    labels = model.read_class(latents) if model.has_labels else None
-    return image_error(model.decode(model.noise(len(images), seed), latents, labels), images)
+def image_errors(images: Tensor, originals: Tensor) -> Tensor:
+    """L2 distances [n] ‖x̂ − x‖₂, in units of images in [−1, 1]."""
+    return (images.double().cpu() - originals.double().cpu()).flatten(1).norm(dim=1)
+
+
+def reconstruction_errors(model: LZN, batches: Sequence[EvaluationBatch], most: int, seed: int = 0) -> dict[str, float]:
+    """Mean `image_errors` of the first ``most`` images and of some more, to a whole batch. Collective.
+
+    reconstruction_error: inverted to noise under their latents and decoded again (paper, section 3.1).
+    latent_only_error: *fresh* noise decoded under their latents: what the latents alone hold of the images.
+    """
+    count = min(len(batches), -(-most // len(batches[0].index)))
+
+    def errors(number: int) -> dict[str, Tensor]:
+        batch = batches[number]
+        rows = batch.valid.nonzero()[:, 0]
+        latents, labels = model.code(batch.images, seed, batch.index, batch.labels)
+        latents, labels = latents[rows], None if labels is None else labels[rows]
+        images = batch.images[rows]
+        rebuilt = model.decode(model.encode_noise(images, latents, labels), latents, labels)
+        found = {"reconstruction_error": image_errors(rebuilt, images)}
+        if model.has_latents:
+            noise = model.noise(len(images), seed, first=int(batch.index[0]))
+            found["latent_only_error"] = image_errors(model.decode(noise, latents, labels), images)
+        return found
+
+    parts = spread(count, errors)
+    return {key: torch.cat([part[key] for part in parts]).mean().item() for key in parts[0]}
 
 
 def slerp(first: Tensor, second: Tensor, weights: Tensor) -> Tensor:
@@ -82,17 +124,22 @@ def slerp(first: Tensor, second: Tensor, weights: Tensor) -> Tensor:
     return path.reshape(len(weights), *shape).to(first.dtype)
 
 
-def interpolate(model: LZN, images: Tensor, first: int, second: int, count: int = 9, seed: int = 0) -> Tensor:
+def interpolate(
+    model: LZN, images: Tensor, first: int, second: int, count: int = 9, seed: int = 0, labels: Tensor | None = None
+) -> Tensor:
     """``count`` images [count, c, h, w] between images[first] and images[second], through latents and noise.
 
     images is the fixed batch that the latents are computed over. A joint model's one-hot labels are read from the
-    latents on the way.
+    latents on the way; a decoder that takes labels without zones gets the nearer end's, of labels int64 [b].
     """
-    latents = model.latents(images, seed=seed)
+    latents, own = model.code(images, seed, labels=labels)
     pair = torch.tensor([first, second], device=latents.device)
-    labels = model.read_class(latents[pair]) if model.has_labels else None
-    noise = model.encode_noise(images[pair.cpu()], latents[pair], labels)
+    ends = None if own is None else own[pair]
+    noise = model.encode_noise(images[pair.cpu()], latents[pair], ends)
     weights = torch.linspace(0, 1, count)
     path = slerp(latents[first], latents[second], weights)
-    path_labels = model.read_class(path) if model.has_labels else None
+    if model.has_labels:
+        path_labels: Tensor | None = model.read_class(path)
+    else:
+        path_labels = None if ends is None else ends[(weights > 0.5).long().to(ends.device)]
     return model.decode(slerp(noise[0], noise[1], weights), path, path_labels)

@@ -6,17 +6,18 @@ from pathlib import Path
 
 import torch
 
-from lzn_dist.evaluation.accuracy import classification_accuracy
+from lzn_dist.distributed.spread import once
+from lzn_dist.evaluation.accuracy import classification_accuracy, logit_accuracy
 from lzn_dist.evaluation.data import EvaluationData
 from lzn_dist.evaluation.figures import interpolation_grid, reconstruction_grid, sample_grid, training_curves
 from lzn_dist.evaluation.frechet import frechet_distance
 from lzn_dist.evaluation.generation import (
     balanced_labels,
     disagreement,
-    image_error,
+    generate,
     interpolate,
-    latent_only_error,
     recognised,
+    reconstruction_errors,
 )
 from lzn_dist.evaluation.probe import FeatureSet, few_label_probe, knn_accuracy, probe_all, untrained_model
 from lzn_dist.evaluation.zone_figure import zone_figure
@@ -24,6 +25,7 @@ from lzn_dist.model import LZN
 
 QUICK_SAMPLES_PER_CLASS = 10
 QUICK_DRAWS = 2
+RECONSTRUCTED = 1000  # images whose reconstruction is measured, at least
 
 
 def evaluate_model(
@@ -35,23 +37,29 @@ def evaluate_model(
     joint: accuracy_centre (noise scale 0; with _low and _high, a 95 % Wilson interval), accuracy@S and
     accuracy_weighted@S for every scale S of the configuration (weighted by the training images' class frequencies).
     joint and generation: recognised, recognised_prior, disagreement_latent, disagreement_label, frechet,
-    frechet_prior, frechet_real (test against training images: the floor), judge_accuracy, reconstruction_error,
-    latent_only_error, and embeddings' linear_probe, knn, probe_10_labels. representation: those three, and the same
-    under untrained. and pixels. for comparison.
+    frechet_prior, frechet_real (test against training images: the floor), judge_accuracy, evaluations (of the decoder
+    a sample, NFE), reconstruction_error, latent_only_error, and embeddings' linear_probe, knn, probe_10_labels.
+    representation: those three, and the same under untrained. and pixels. for comparison. Baselines: what they have
+    of these, and a supervised model's accuracy.
     quick: a few seconds, for looks during training: fewer samples and draws; no sweep, comparisons, Fréchet distances.
     figures: written to output_dir/figures; the training curves are those of ``run``, by default output_dir.
-    Randomness is keyed by seed; the same model gives the same values.
+    Randomness is keyed by seed; the same model gives the same values. Collective: the work is spread over ranks, and
+    every one gets the values.
     """
     data = data or EvaluationData(model.config)
     values: dict[str, float] = {}
     if model.has_labels:
         values |= accuracy_values(model, data, quick, seed)
+    if model.has_logits:
+        found = logit_accuracy(model, data.batches("test"))
+        low, high = found.interval()
+        values |= {"accuracy": found.value, "accuracy_low": low, "accuracy_high": high}
     if model.has_decoder:
         values |= generation_values(model, data, quick, seed)
-    if data.labelled and not (quick and model.has_decoder):
+    if data.labelled and model.has_encoder and not (quick and model.has_decoder):
         values |= probe_values(model, data, quick)
     if figures and output_dir is not None:
-        write_figures(model, data, output_dir, seed, run)
+        once(lambda: write_figures(model, data, output_dir, seed, run))
     return values
 
 
@@ -77,7 +85,7 @@ def generation_values(model: LZN, data: EvaluationData, quick: bool, seed: int) 
     values: dict[str, float] = {}
     config, judge = model.config, data.judge
     per_class = config.evaluation.samples_per_class
-    short = quick and model.has_labels  # without labels, Fréchet distance and reconstruction are all there is to see
+    short = quick and model.takes_labels  # without labels, Fréchet distance and reconstruction are all there is to see
     if short:
         per_class = min(per_class, QUICK_SAMPLES_PER_CLASS)
     if judge is not None:
@@ -88,27 +96,28 @@ def generation_values(model: LZN, data: EvaluationData, quick: bool, seed: int) 
             return frechet_distance(judge.features(images.flatten(1).double().cpu().numpy()), real)
 
         classes = config.data.num_classes
-        prior = model.generate_with_latents(classes * per_class, seed=seed)
-        if model.has_labels and prior.labels is not None:
+        prior = generate(model, classes * per_class, seed=seed)
+        if prior.labels is not None:
             labels = balanced_labels(classes, per_class)
-            images = model.generate(len(labels), labels, seed)
+            images = generate(model, len(labels), labels, seed).images
             values["recognised"] = recognised(judge, images, labels).value
-            values["recognised_prior"] = recognised(judge, prior.images, prior.labels).value
+            if model.has_labels:
+                values["recognised_prior"] = recognised(judge, prior.images, prior.labels).value
             if not short:  # with fewer samples a Fréchet distance is larger: it would not compare
                 values["frechet"] = distance(images)
-                values["frechet_prior"] = distance(prior.images)
-            if not short and classes > 1:
+                if model.has_labels:
+                    values["frechet_prior"] = distance(prior.images)
+            if not short and model.has_labels and classes > 1:
                 fight = disagreement(model, judge, per_class, seed)
                 values["disagreement_latent"] = fight.latent_wins.value
                 values["disagreement_label"] = fight.label_wins.value
         else:
             values["frechet"] = distance(prior.images)
+        values["evaluations"] = prior.evaluations
         if not short:
             values["frechet_real"] = distance(data.test.images)
     if not short:
-        batch = data.test.images[: config.evaluation.batch]
-        values["reconstruction_error"] = image_error(model.reconstruct(batch, seed), batch)
-        values["latent_only_error"] = latent_only_error(model, batch, seed)
+        values |= reconstruction_errors(model, data.batches("test"), RECONSTRUCTED, seed)
     return values
 
 
@@ -122,14 +131,14 @@ def probe_values(model: LZN, data: EvaluationData, quick: bool) -> dict[str, flo
 
     own = features(model)
     if quick:
-        return {"knn": knn_accuracy(own), "probe_10_labels": few_label_probe(own, draws=QUICK_DRAWS)[0]}
-    values = probe_all(own)
+        return once(lambda: {"knn": knn_accuracy(own), "probe_10_labels": few_label_probe(own, draws=QUICK_DRAWS)[0]})
+    values = once(lambda: probe_all(own))
     if model.config.task == "representation":
         fresh = untrained_model(model.config, model.config.seed)
         fresh.networks.to(model.device)
-        values |= probe_all(features(fresh), "untrained.")
+        random = features(fresh)
         pixels = FeatureSet(data.train.pixels, train_labels, data.test.pixels, test_labels)
-        values |= probe_all(pixels, "pixels.")
+        values |= once(lambda: probe_all(random, "untrained.") | probe_all(pixels, "pixels."))
     return values
 
 
@@ -141,20 +150,20 @@ def write_figures(
     written: list[Path | None] = [training_curves(run or output_dir, folder / "training.png")]
     config = model.config
     if model.has_decoder:
-        columns, rows = 16, min(config.data.num_classes, 10) if model.has_labels else 8
-        if model.has_labels:
+        columns, rows = 16, min(config.data.num_classes, 10) if model.takes_labels else 8
+        if model.takes_labels:
             labels = torch.arange(rows).repeat_interleave(columns)
             images = model.generate(len(labels), labels, seed)
             names = [data.class_name(label)[:12] for label in range(rows)]
             written.append(sample_grid(images, columns, folder / "samples.png", names, "Samples by class"))
         prior = model.generate_with_latents(8 * columns, seed=seed)
         written.append(sample_grid(prior.images, columns, folder / "samples_prior.png", title="Samples of the prior"))
-        batch = data.test.images[: config.evaluation.batch]
+        batch, own = (part[: config.evaluation.batch] for part in (data.test.images, data.test.labels))
         shown = min(32, len(batch))
-        rebuilt = model.reconstruct(batch, seed)[:shown]
+        rebuilt = model.reconstruct(batch, seed, own)[:shown]
         written.append(reconstruction_grid(batch[:shown], rebuilt, folder / "reconstructions.png"))
-        pairs = [(2 * i, 2 * i + 1) for i in range(min(6, len(batch) // 2))]
-        paths = [interpolate(model, batch, first, second, 12, seed) for first, second in pairs]
+        pairs = [(2 * i, 2 * i + 1) for i in range(min(6, len(batch) // 2))] if model.has_latents else []
+        paths = [interpolate(model, batch, first, second, 12, seed, own) for first, second in pairs]
         if paths:
             written.append(interpolation_grid(paths, folder / "interpolation.png"))
     if model.networks.label_anchors is not None and config.data.num_classes <= 20 and config.latent.dim > 1:

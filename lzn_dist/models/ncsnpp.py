@@ -356,9 +356,10 @@ class ImageDecoder(_DownHalf):
         progressive: bool = False,
         scale_by_sigma: bool = False,
     ) -> None:
-        """num_classes: length of the one-hot label, 0 for none. embedding: of 999 t (positional) or log(999 t)
-        (fourier). progressive: add the downsampled image at each level on the way down, and sum the levels'
-        outputs, upsampled, on the way up. scale_by_sigma: divide the output by 999 t.
+        """latent_dim: 0 for a rectified flow without latents. num_classes: length of the one-hot label, 0 for none.
+        embedding: of 999 t (positional) or log(999 t) (fourier). progressive: add the downsampled image at each level
+        on the way down, and sum the levels' outputs, upsampled, on the way up. scale_by_sigma: divide the output by
+        999 t.
         Raises ValueError, naming the argument, for sizes that do not fit together.
         """
         super().__init__(
@@ -377,8 +378,8 @@ class ImageDecoder(_DownHalf):
             raise ValueError(f"embedding: 'positional' or 'fourier' is needed, not {embedding!r}")
         if embedding == "positional" and channels % 2:
             raise ValueError(f"channels: the positional embedding needs an even number, not {channels}")
-        if latent_dim < 1:
-            raise ValueError(f"latent_dim: a positive number is needed, not {latent_dim}")
+        if latent_dim < 0:
+            raise ValueError(f"latent_dim: 0 or a positive number is needed, not {latent_dim}")
         if num_classes < 0:
             raise ValueError(f"num_classes: 0 or a positive number is needed, not {num_classes}")
         self.latent_dim = latent_dim

@@ -119,10 +119,12 @@ class ResNetEncoder(nn.Module):
         blocks: Sequence[int] = (3, 4, 6, 3),
         stem: Literal["imagenet", "small"] = "imagenet",
         groups: int = 32,
+        head: Literal["projection", "linear"] = "projection",
     ) -> None:
         """channels: of the stem and inside the first stage's blocks; each stage doubles them and halves the
         resolution. blocks: of each stage. stem: 7×7 with stride 2 and pooling, or 3×3 for small images.
-        groups: of GroupNorm, at most (see _Norms). Raises ValueError, naming the argument.
+        groups: of GroupNorm, at most (see _Norms). head: the published one, or one dense layer, whose output are a
+        classifier's logits. Raises ValueError, naming the argument.
         """
         super().__init__()
         for name, number in (("image_channels", image_channels), ("latent_dim", latent_dim), ("channels", channels)):
@@ -150,7 +152,7 @@ class ResNetEncoder(nn.Module):
             stages.append(_Stage(inputs, inner, stride=1 if number == 0 else 2, blocks=count, norms=norms))
             inputs = _EXPANSION * inner
         self.net = nn.Sequential(first, *stages)
-        self.head = _Head(inputs, latent_dim, norms)
+        self.head = nn.Linear(inputs, latent_dim) if head == "linear" else _Head(inputs, latent_dim, norms)
         self.feature_dim = inputs
         for module in self.modules():
             if isinstance(module, nn.Conv2d):

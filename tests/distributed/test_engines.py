@@ -34,6 +34,12 @@ PAIRS = [
     cell("joint", "selective", False, "ring"),
     cell("joint", "full", True, "ring"),
 ]
+BASELINES = [
+    cell("generation", "selective", True, "gathered", "objective=rectified_flow", "decoder.class_conditional=true"),
+    cell("representation", "none", False, "gathered", "objective=simclr"),
+    cell("representation", "none", True, "gathered", "objective=moco", "contrast.queue=48", "contrast.momentum=0.9"),
+    cell("representation", "full", True, "gathered", "objective=supervised"),
+]
 FEW = [PAIRS[3], PAIRS[6], PAIRS[8]]
 
 
@@ -52,12 +58,12 @@ def verify(engine: str, cells: list[Cell], folder: Path, processes: int = 2) -> 
     "engine,cells,processes",
     [
         ("ddp", PAIRS, 2),
-        ("fsdp", PAIRS, 2),
+        ("fsdp", PAIRS + BASELINES, 2),
         ("zero1", FEW, 2),
         ("zero2", PAIRS, 2),
-        ("zero3", PAIRS, 2),
+        ("zero3", PAIRS + BASELINES, 2),
         ("zero3_offload", FEW, 2),
-        ("ddp", [PAIRS[4], PAIRS[7]], 4),
+        ("ddp", [PAIRS[4], PAIRS[7], *BASELINES], 4),
     ],
 )
 def test_equals_one_process(engine: str, cells: list[Cell], processes: int, tmp_path: Path) -> None:

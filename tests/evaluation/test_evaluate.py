@@ -28,8 +28,3 @@ def test_table_and_json_tell_the_same(
     for key, value in values.items():
         assert f"{value:.4f}" in next(line for line in printed.splitlines() if line.split()[:1] == [key])
     assert not (tmp_path / "evaluation.json").exists()
-
-
-def test_other_processes_of_a_launch_leave_it_to_the_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("RANK", "1")
-    assert evaluate.main([str(tmp_path / "nothing")]) == 0

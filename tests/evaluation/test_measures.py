@@ -9,7 +9,7 @@ from hand_made import CLASSES, class_images
 from lzn_dist.data import EvaluationBatch
 from lzn_dist.evaluation.accuracy import Proportion, classification_accuracy
 from lzn_dist.evaluation.frechet import DigitClassifier, frechet_distance
-from lzn_dist.evaluation.generation import balanced_labels, disagreement, image_error, interpolate, recognised, slerp
+from lzn_dist.evaluation.generation import balanced_labels, disagreement, image_errors, interpolate, recognised, slerp
 from lzn_dist.evaluation.probe import FeatureSet, few_label_probe, knn_accuracy, linear_probe
 from lzn_dist.model import LZN
 
@@ -149,7 +149,7 @@ def test_image_error_is_the_mean_distance() -> None:
     images = torch.zeros(2, 1, 8, 8)
     other = images.clone()
     other[0] += 0.5
-    assert image_error(other, images) == pytest.approx(0.5 * 8 / 2)
+    assert image_errors(other, images).mean().item() == pytest.approx(0.5 * 8 / 2)
 
 
 def test_slerp_keeps_ends_and_norm() -> None:

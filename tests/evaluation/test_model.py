@@ -4,7 +4,12 @@ import pytest
 import torch
 from hand_made import CLASSES, DIM, class_images, hand_made
 
+from lzn_dist.config import load_config
 from lzn_dist.model import LZN, MissingCapability
+from lzn_dist.networks import build_networks
+
+ROOT = Path(__file__).parents[2]
+SIZES = ["encoder.channels=8", "decoder.channels=8", "latent.dim=8", "flow.sampler_steps=2"]
 
 
 def test_classify_finds_the_class_of_every_image(joint: LZN) -> None:
@@ -127,3 +132,37 @@ def test_load_names_a_run_that_is_not_there(tmp_path: Path) -> None:
 
     with pytest.raises(CheckpointError, match=r"nowhere"):
         load(tmp_path / "nowhere")
+
+
+def baseline(*overrides: str) -> LZN:
+    config = load_config(ROOT / "configs" / "digits_generation.yaml", [*SIZES, *overrides])
+    torch.manual_seed(0)
+    return LZN(build_networks(config), config)
+
+
+def test_rectified_flow_by_class_takes_labels_in_turn_where_none_are_asked_for() -> None:
+    model = baseline("objective=rectified_flow", "decoder.class_conditional=true")
+    found = model.generate_with_latents(5, first=8)
+    assert found.latents.shape == (5, 0) and found.evaluations == 2
+    assert found.labels is not None and found.labels.tolist() == [8, 9, 0, 1, 2]
+    assert torch.equal(model.generate(5, torch.tensor([8, 9, 0, 1, 2]), first=8), found.images)
+    images = class_images(torch.arange(4))
+    rebuilt = model.reconstruct(images, labels=torch.tensor([1, 2, 3, 9]))
+    assert rebuilt.shape == images.shape
+    with pytest.raises(ValueError, match="takes labels and has no zones"):
+        model.reconstruct(images)
+    with pytest.raises(ValueError, match=r"labels must be in 0\.\.9, got 3\.\.10"):
+        model.generate(2, torch.tensor([3, 10]))
+    for missing in (lambda: model.embed(images), lambda: model.generate(1, 0, zone=1)):
+        with pytest.raises(MissingCapability):
+            missing()
+
+
+def test_a_supervised_model_classifies_by_its_largest_logit() -> None:
+    model = baseline("task=representation", "objective=supervised", "data.num_classes=4", "encoder.kind=ncsnpp")
+    images = class_images(torch.arange(4))
+    logits = torch.eye(4)[[2, 0, 3, 3]]
+    model.networks.encoder.forward = lambda images: logits  # type: ignore[union-attr, method-assign, assignment]
+    assert model.classify(images).tolist() == [2, 0, 3, 3]
+    with pytest.raises(MissingCapability, match="no image decoder"):
+        model.generate(1)

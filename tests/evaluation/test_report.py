@@ -72,14 +72,14 @@ def test_training_curves(tmp_path: Path) -> None:
     assert drawn(figures.training_curves(tmp_path, tmp_path / "t.png"))
 
 
-def tiny(task: str, folder: Path) -> LZN:
+def tiny(task: str, folder: Path, objective: str = "lzn", by_class: bool = False) -> LZN:
     config = Config.model_validate(
         {
-            "task": task, "output_dir": "unused", "max_steps": 1,
+            "task": task, "objective": objective, "output_dir": "unused", "max_steps": 1,
             "data": {"shards": str(folder), "embedded": "digits"},
             "latent": {"dim": 8, "steps": 4},
             "encoder": {"channels": 32, "channel_multipliers": (1,)},
-            "decoder": {"channels": 32, "channel_multipliers": (1,)},
+            "decoder": {"channels": 32, "channel_multipliers": (1,), "class_conditional": by_class},
             "evaluation": {"batch": 200, "samples_per_class": 2, "alignment_steps": 10, "noise_scales": (0.0, 0.5)},
             "flow": {"sampler_steps": 2},
         }
@@ -89,7 +89,8 @@ def tiny(task: str, folder: Path) -> LZN:
 
 
 PROBES = {"linear_probe", "knn", "probe_10_labels", "probe_10_labels_std"}
-GENERATION = {"judge_accuracy", "frechet", "frechet_real", "reconstruction_error", "latent_only_error"}
+GENERATION = {"judge_accuracy", "frechet", "frechet_real", "reconstruction_error", "latent_only_error",
+              "evaluations"}  # fmt: skip
 JOINT = {
     "accuracy_centre", "accuracy_centre_low", "accuracy_centre_high", "recognised", "recognised_prior", "frechet_prior",
     "disagreement_latent", "disagreement_label",
@@ -123,6 +124,37 @@ def test_what_is_measured_of_each_task(task: str, digits_folder: Path, tmp_path:
         k: v for k, v in again.items() if k in GENERATION
     }
     assert again == evaluate_model(model, None, data=EvaluationData(model.config), quick=True)
+
+
+PICTURES = {"samples_prior.png", "reconstructions.png"}
+FLOW = GENERATION - {"latent_only_error"}
+CLASSIFIER = {"accuracy", "accuracy_low", "accuracy_high"}
+
+
+@pytest.mark.parametrize(
+    "task,objective,by_class,measured,pictures",
+    [
+        ("generation", "rectified_flow", False, FLOW, PICTURES),
+        ("generation", "rectified_flow", True, FLOW | {"recognised"}, PICTURES | {"samples.png"}),
+        ("generation", "lzn", True, FLOW | PROBES | {"recognised", "latent_only_error"},
+         PICTURES | {"samples.png", "interpolation.png"}),
+        ("representation", "supervised", False, CLASSIFIER | PROBES, set()),
+        ("representation", "simclr", False, PROBES, set()),
+    ],
+)  # fmt: skip
+def test_what_is_measured_of_baselines(
+    task: str, objective: str, by_class: bool, measured: set[str], pictures: set[str],
+    digits_folder: Path, tmp_path: Path,
+) -> None:  # fmt: skip
+    model = tiny(task, digits_folder, objective, by_class)
+    values = evaluate_model(model, tmp_path)
+    assert {key for key in values if not key.startswith(("untrained.", "pixels."))} == measured
+    assert all(np.isfinite(value) for value in values.values())
+    assert {path.name for path in (tmp_path / "figures").glob("*.png") if drawn(path)} == pictures
+    if "evaluations" in measured:
+        assert values["evaluations"] == 2.0
+    if objective == "supervised":
+        assert values["accuracy"] < 0.4  # untrained
 
 
 def test_data_holds_every_image_once(digits_folder: Path) -> None:

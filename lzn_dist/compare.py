@@ -1,0 +1,268 @@
+"""Compare models over seeds: python -m lzn_dist.compare configs/compare/digits.yaml
+
+Trains every row of the file for every seed, evaluates the averaged weights, prints a table of mean and standard
+deviation over seeds for each group of rows, and writes OUTPUT/comparison.json and OUTPUT/comparison.png. What is
+finished is not done again: the same command goes on after a stop.
+
+The file: output_dir, seeds, and tables of rows. A row has a name and a config (a path beside the file) with overrides;
+or `like`: another row's config, trained as long as that of `time_of` took (equal time instead of equal steps: steps
+are scaled by the images per second that both rows logged, seed by seed); or `from`: it reads another row's evaluation,
+with a prefix or by other names (measures: {shown: name in evaluation.json}).
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import re
+import statistics
+import subprocess
+import sys
+from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, PositiveInt, ValidationError
+from tqdm import tqdm
+
+from lzn_dist.config import Config, ConfigError, load_config
+from lzn_dist.run_folder import read_lines, write_json
+
+
+class _Part(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, populate_by_name=True)
+
+
+class Row(_Part):
+    name: str
+    config: str = ""
+    overrides: dict[str, Any] = {}
+    like: str = ""
+    time_of: str = ""
+    reads: str = Field("", alias="from")
+    prefix: str = ""
+    measures: dict[str, str] = {}
+
+
+class Table(_Part):
+    title: str
+    measures: list[str]
+    rows: list[Row]
+
+
+class Comparison(_Part):
+    output_dir: str
+    seeds: list[int] = Field(min_length=1)
+    tables: list[Table] = Field(min_length=1)
+    jobs: PositiveInt = 1
+
+    @property
+    def rows(self) -> dict[str, Row]:
+        return {row.name: row for table in self.tables for row in table.rows}
+
+
+@dataclass(frozen=True)
+class Job:
+    """One row with one seed, ready to run."""
+
+    row: Row
+    seed: int
+    folder: Path
+    config: Path
+    overrides: list[str]
+    max_steps: int
+
+    def finished(self) -> bool:
+        try:
+            result = json.loads((self.folder / "evaluation.json").read_text())
+        except (OSError, json.JSONDecodeError):
+            return False
+        return bool(result["step"] == self.max_steps)
+
+
+def read_comparison(path: Path) -> Comparison:
+    """Read a comparison and check that its rows fit together. Raises ConfigError, naming file and row."""
+    try:
+        found = Comparison.model_validate(yaml.safe_load(path.read_text()))
+    except (OSError, yaml.YAMLError) as error:
+        raise ConfigError(f"{path} cannot be read: {error}") from error
+    except ValidationError as error:
+        problems = (f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors())
+        raise ConfigError("\n".join(f"{path}: {problem}" for problem in problems)) from None
+    rows = [row for table in found.tables for row in table.rows]
+    trained = {row.name for row in rows if row.config}
+    if len({_slug(row.name) for row in rows}) != len(rows):
+        raise ConfigError(f"{path}: two rows have the same name")
+    for row in rows:
+        if sum(map(bool, (row.config, row.like, row.reads))) != 1 or bool(row.like) != bool(row.time_of):
+            raise ConfigError(f"{path}: row {row.name!r} needs one of config, from, or like with time_of")
+        for other in (row.like, row.time_of, row.reads):
+            if other and other not in trained:
+                raise ConfigError(f"{path}: row {row.name!r} names {other!r}, which is no row with a config")
+    return found
+
+
+def _slug(name: str) -> str:
+    return re.sub(r"[^a-z0-9]+", "_", name.lower()).strip("_")
+
+
+def make_job(comparison: Comparison, base: Path, row: Row, seed: int, more: list[str]) -> tuple[Job, Config]:
+    """A trained row's job; one with time_of needs the runs of the rows that it names. Raises ConfigError."""
+    source = comparison.rows[row.like] if row.like else row
+    folder = Path(comparison.output_dir) / _slug(row.name) / f"seed_{seed}"
+    overrides = [f"{key}={json.dumps(value) if not isinstance(value, str) else value}"
+                 for key, value in {**source.overrides, **row.overrides}.items()]  # fmt: skip
+    overrides += [*more, f"seed={seed}", f"output_dir={folder}"]
+    path = base / source.config
+    config = load_config(path, overrides)
+    steps = config.max_steps
+    if row.time_of:
+        speeds = []
+        for name in (row.like, row.time_of):
+            run = Path(comparison.output_dir) / _slug(name) / f"seed_{seed}"
+            own = load_config(run / "config.yaml")
+            speeds.append((seconds_per_step(run, own), own.max_steps))
+        (mine, _), (theirs, their_steps) = speeds
+        steps = max(1, round(their_steps * theirs / mine))
+        overrides.append(f"max_steps={steps}")
+    return Job(row, seed, folder, path, overrides, steps), config
+
+
+def seconds_per_step(run: Path, config: Config) -> float:
+    """Median over the log's lines, loading included, evaluation and the first line (start-up) not."""
+    rates = [row["images_per_second"] for row in read_lines(run / "metrics.jsonl")]
+    return config.data.global_batch / statistics.median(rates[1:] or rates)
+
+
+def run_job(job: Job, launch: str, threads: int) -> None:
+    """Train and evaluate; the output goes to the run's log.txt. Raises RuntimeError with its last lines."""
+    if job.finished():
+        return
+    job.folder.mkdir(parents=True, exist_ok=True)
+    start = ["-m", "accelerate.commands.launch", "--config_file", launch] if launch else ["-m", "lzn_dist.train"]
+    train = [sys.executable, *start, *([str(Path(__file__).with_name("train.py"))] if launch else [])]
+    commands = [
+        [*train, str(job.config), *job.overrides],
+        [sys.executable, "-m", "lzn_dist.evaluate", str(job.folder)],
+    ]
+    environment = {"OMP_WAIT_POLICY": "passive", "OMP_NUM_THREADS": str(threads), **os.environ}
+    with (job.folder / "log.txt").open("w") as log:
+        for command in commands:
+            if subprocess.run(command, stdout=log, stderr=log, env=environment).returncode:
+                last = (job.folder / "log.txt").read_text().strip().splitlines()[-3:]
+                raise RuntimeError(f"{job.row.name}, seed {job.seed}, failed: {' '.join(last)} ({job.folder}/log.txt)")
+
+
+def run_all(jobs: list[Job], launch: str, at_once: int, bar: tqdm[Any]) -> None:
+    """Run the jobs, some at once; the first that fails ends it after those that run."""
+    threads = max(1, (os.cpu_count() or 1) // at_once)
+    with ThreadPoolExecutor(at_once) as pool:
+        futures = [pool.submit(run_job, job, launch, threads) for job in jobs]
+        try:
+            for job, future in zip(jobs, futures, strict=True):
+                future.result()
+                bar.set_postfix_str(f"{job.row.name}, seed {job.seed}")
+                bar.update()
+        except BaseException:
+            pool.shutdown(cancel_futures=True)
+            raise
+
+
+def values_of(comparison: Comparison, table: Table, row: Row) -> dict[str, list[float]]:
+    """A row's measures, each a list over seeds; what does not apply to it is left out."""
+    values: dict[str, list[float]] = {}
+    for seed in comparison.seeds:
+        run = Path(comparison.output_dir) / _slug(row.reads or row.name) / f"seed_{seed}"
+        result = json.loads((run / "evaluation.json").read_text())
+        for measure in table.measures:
+            name = row.measures.get(measure, row.prefix + measure)
+            if (not row.reads or row.prefix or measure in row.measures) and name in result:
+                values.setdefault(measure, []).append(result[name])
+        if not row.reads:
+            config = load_config(run / "config.yaml")
+            values.setdefault("steps", []).append(config.max_steps)
+            values.setdefault("seconds", []).append(config.max_steps * seconds_per_step(run, config))
+    return values
+
+
+def mean_and_deviation(values: Iterable[float]) -> tuple[float, float]:
+    """Mean and sample standard deviation (0 for a single value)."""
+    found = list(values)
+    return statistics.fmean(found), statistics.stdev(found) if len(found) > 1 else 0.0
+
+
+def lines(table: Table, values: dict[str, dict[str, list[float]]]) -> Iterator[str]:
+    """The table as text: mean ± standard deviation over seeds; steps and seconds of training as means."""
+    columns = [*table.measures, "steps", "seconds"]
+    cells = []
+    for name, row in values.items():
+        shown = []
+        for column in columns:
+            if column not in row:
+                shown.append("")
+                continue
+            mean, deviation = mean_and_deviation(row[column])
+            shown.append(f"{mean:.0f}" if column in ("steps", "seconds") else f"{mean:.4f} ± {deviation:.4f}")
+        cells.append([name, *shown])
+    widths = [max(map(len, column)) for column in zip([table.title, *columns], *cells, strict=True)]
+    yield "  ".join(f"{title:<{width}}" for title, width in zip([table.title, *columns], widths, strict=True)).rstrip()
+    yield "─" * (sum(widths) + 2 * len(columns))
+    for line in cells:
+        yield "  ".join(f"{cell:<{width}}" for cell, width in zip(line, widths, strict=True)).rstrip()
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Entry point; returns the exit status: 0, 2 for a file that cannot be run, 1 where a run failed."""
+    parser = argparse.ArgumentParser(
+        prog="lzn_dist.compare", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("comparison", type=Path, help="a YAML file, for example configs/compare/digits.yaml")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="overrides of all rows' configurations")
+    parser.add_argument("--output", metavar="DIR", help="instead of the file's output_dir")
+    parser.add_argument("--seeds", type=int, nargs="+", metavar="N", help="instead of the file's seeds")
+    parser.add_argument("--jobs", type=int, default=0, metavar="N", help="runs at once (default: the file's, or 1)")
+    parser.add_argument("--launch", default="", metavar="FILE", help="a launch configuration, as launch/ddp.yaml")
+    options = parser.parse_intermixed_args(arguments)
+    try:
+        comparison = read_comparison(options.comparison)
+        given = {"output_dir": options.output, "seeds": options.seeds, "jobs": options.jobs}
+        comparison = comparison.model_copy(update={key: value for key, value in given.items() if value})
+        base, more = options.comparison.parent, options.overrides
+
+        def jobs(timed: bool) -> list[Job]:
+            rows = [row for row in comparison.rows.values() if not row.reads and bool(row.time_of) == timed]
+            return [make_job(comparison, base, row, seed, more)[0] for seed in comparison.seeds for row in rows]
+
+        first = jobs(timed=False)
+        timed = sum(bool(row.time_of) for row in comparison.rows.values()) * len(comparison.seeds)
+        with tqdm(total=len(first) + timed, unit="run", mininterval=0.5) as bar:
+            run_all(first, options.launch, comparison.jobs, bar)
+            run_all(jobs(timed=True), options.launch, comparison.jobs, bar)
+    except ConfigError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except RuntimeError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    output = Path(comparison.output_dir)
+    results = {
+        table.title: {row.name: values_of(comparison, table, row) for row in table.rows} for table in comparison.tables
+    }
+    write_json(output / "comparison.json", {"seeds": comparison.seeds, "tables": results})
+    for table in comparison.tables:
+        print("\n".join(["", *lines(table, results[table.title])]))
+    from lzn_dist.evaluation.figures import comparison_figure
+
+    columns = {table.title: table.measures for table in comparison.tables}
+    figure = comparison_figure(results, columns, output / "comparison.png")
+    print(f"\n{len(comparison.seeds)} seeds; mean ± standard deviation over them")
+    print(f"written: {output}/comparison.json, {figure}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

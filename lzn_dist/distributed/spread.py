@@ -1,0 +1,49 @@
+"""Work without gradients, spread over ranks: evaluation. Results do not depend on how many ranks there are."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import torch.distributed as dist
+
+from lzn_dist.distributed.launch import everywhere
+from lzn_dist.distributed.topology import Topology
+
+T = TypeVar("T")
+
+
+def spread(count: int, work: Callable[[int], T]) -> list[T]:
+    """[work(0), …, work(count − 1)] on every rank, each computed by one of them. Collective.
+
+    Results travel pickled: keep tensors on the CPU. An error of any rank is raised on all of them.
+    """
+    topology = Topology.current()
+    parts = everywhere(_caught(lambda: {i: work(i) for i in range(topology.rank, count, topology.world_size)}))
+    joined: dict[int, T] = {}
+    for part in parts:
+        joined |= _result(part)
+    return [joined[i] for i in range(count)]
+
+
+def once(work: Callable[[], T]) -> T:
+    """work() of the main process, on every rank; an error of it too. Collective."""
+    if Topology.current().world_size == 1:
+        return work()
+    shared: list[Any] = [_caught(work) if Topology.current().is_main else None]
+    dist.broadcast_object_list(shared)
+    found: T = _result(shared[0])
+    return found
+
+
+def _caught(work: Callable[[], T]) -> T | Exception:
+    try:
+        return work()
+    except Exception as error:
+        return error
+
+
+def _result(found: T | Exception) -> T:
+    if isinstance(found, Exception):
+        raise found
+    return found

@@ -1,0 +1,36 @@
+"""Measures are the same on any number of ranks."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from launching import accelerate
+
+from lzn_dist.data import write_digits
+from lzn_dist.distributed.spread import once, spread
+
+WORKER = Path(__file__).with_name("evaluation_worker.py")
+
+
+def test_spread_keeps_the_order_and_raises_what_is_raised() -> None:
+    assert spread(5, lambda i: i * i) == [0, 1, 4, 9, 16] and spread(0, str) == []
+    with pytest.raises(ZeroDivisionError):
+        spread(3, lambda i: 1 // (i - 2))
+    assert once(lambda: "once") == "once"
+
+
+def test_one_two_and_four_ranks_measure_the_same(tmp_path: Path) -> None:
+    shards = write_digits(tmp_path / "digits")
+    found = []
+    for processes in (1, 2, 4):
+        output = tmp_path / f"{processes}.json"
+        done = accelerate("ddp", WORKER, output, shards, processes=processes, cwd=tmp_path)
+        assert done.returncode == 0, done.stdout[-4000:]
+        found.append(json.loads(output.read_text()))
+    one, *others = found
+    assert [len(values) for values in one] == [23, 6, 5]
+    for other in others:
+        for expected, values in zip(one, other, strict=True):
+            assert values == pytest.approx(expected, rel=1e-6)
