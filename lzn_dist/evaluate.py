@@ -22,6 +22,7 @@ from lzn_dist.checkpoint import CheckpointError
 from lzn_dist.config import ConfigError
 from lzn_dist.distributed import Topology
 from lzn_dist.evaluation import EvaluationData, evaluate_model
+from lzn_dist.evaluation.linear_probe import ProbeSettings, published_probe
 from lzn_dist.model import LZN, load
 from lzn_dist.run_folder import write_json
 
@@ -31,6 +32,11 @@ def table(values: dict[str, float], title: str) -> str:
     width = max((len(key) for key in values), default=0)
     rule = "─" * max(width + 10, len(title))
     return "\n".join([title, rule, *(f"{key:<{width}}  {value:8.4f}" for key, value in values.items()), rule])
+
+
+def show_probe(epoch: int, loss: float) -> None:
+    """A line an epoch of the published probe."""
+    print(f"linear probe: epoch {epoch}, loss {loss:.4f}", file=sys.stderr, flush=True)
 
 
 def write_results(path: Path, model: LZN, values: dict[str, float]) -> None:
@@ -50,6 +56,10 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--quick", action="store_true", help="fewer samples, no sweep, no comparisons: seconds")
     parser.add_argument("--no-figures", action="store_true", help="numbers only")
     parser.add_argument("--seed", type=int, default=0, help="seed of the evaluation's random numbers (default: 0)")
+    parser.add_argument(
+        "--probe-epochs", type=int, default=0, metavar="N", help="also the published linear probe (paper: 300; long)"
+    )
+    parser.add_argument("--probe-batch", type=int, default=8192, metavar="N", help="its batch (default: 8192)")
     parser.add_argument("--shards", metavar="DIR", help="folder of the shards, where it is not the one of training")
     return parser.parse_args(arguments)
 
@@ -79,6 +89,9 @@ def main(arguments: list[str] | None = None) -> int:
             model, output, figures=not options.no_figures, quick=options.quick, data=data, seed=options.seed,
             run=options.run,
         )  # fmt: skip
+        if options.probe_epochs:
+            settings = ProbeSettings(options.probe_epochs, options.probe_batch)
+            values |= published_probe(model, data, settings, output, show_probe if main_process else lambda *_: None)
         if main_process:
             write_results(output / "evaluation.json", model, values)
     except (CheckpointError, ConfigError, FileNotFoundError) as error:

@@ -52,8 +52,9 @@ class EvaluationData:
         if config.data.embedded == "digits":
             once(lambda: ensure_digits(config.data.shards))
         self.index = ShardIndex.load(config.data.shards, config.data.cache, config.data.retry_seconds)
-        if test not in self.index.splits and "val" in self.index.splits:
-            test = "val"  # ImageNet's labelled held-out images
+        if test not in self.index.splits:
+            # ImageNet's held-out images are called so; some published sets have none (CelebA-HQ, LSUN)
+            test = "val" if "val" in self.index.splits else train
         self.names = {"train": train, "test": test}
 
     def batches(self, split: str) -> Sequence[EvaluationBatch]:

@@ -96,7 +96,7 @@ def generation_values(model: LZN, data: EvaluationData, quick: bool, seed: int) 
             return frechet_distance(judge.features(images.flatten(1).double().cpu().numpy()), real)
 
         classes = config.data.num_classes
-        prior = generate(model, classes * per_class, seed=seed)
+        prior = generate(model, max(1, classes) * per_class, seed=seed)
         if prior.labels is not None:
             labels = balanced_labels(classes, per_class)
             images = generate(model, len(labels), labels, seed).images

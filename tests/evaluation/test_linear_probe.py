@@ -1,0 +1,43 @@
+"""The published probe: learns, goes on where it stopped, refuses what does not fit."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from test_report import tiny
+
+from lzn_dist.config import ConfigError
+from lzn_dist.evaluation import EvaluationData
+from lzn_dist.evaluation.linear_probe import ProbeSettings, published_probe
+
+
+def test_it_learns_and_a_stopped_probe_goes_on_exactly(digits_folder: Path, tmp_path: Path) -> None:
+    model = tiny("representation", digits_folder)
+    data = EvaluationData(model.config)
+    losses: list[float] = []
+    settings = ProbeSettings(epochs=3, batch=128, lr=3e-2)
+    whole = published_probe(model, data, settings, tmp_path / "whole", lambda _, loss: losses.append(loss))
+    assert losses == sorted(losses, reverse=True) and losses[-1] < 0.8 * losses[0]
+    assert 0.4 < whole["published_probe_top1"] < whole["published_probe_top5"] < whole["published_probe_top10"] == 1.0
+
+    def stop(epoch: int, _: float) -> None:
+        if epoch == 2:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        published_probe(model, data, settings, tmp_path / "parts", stop)
+    epochs: list[int] = []
+    parts = published_probe(model, data, settings, tmp_path / "parts", lambda epoch, _: epochs.append(epoch))
+    assert epochs == [3] and parts == whole
+    files = [torch.load(tmp_path / name / "linear_probe.pt", weights_only=True) for name in ("whole", "parts")]
+    assert torch.equal(files[0]["probe"]["weight"], files[1]["probe"]["weight"])
+    with pytest.raises(ConfigError, match="of another checkpoint or other settings"):
+        published_probe(model, data, ProbeSettings(epochs=4, batch=64), tmp_path / "parts")
+
+
+def test_too_large_a_batch_is_refused(digits_folder: Path, tmp_path: Path) -> None:
+    model = tiny("representation", digits_folder)
+    with pytest.raises(ConfigError, match="linear probe: "):
+        published_probe(model, EvaluationData(model.config), ProbeSettings(batch=8192), tmp_path)
