@@ -7,6 +7,7 @@ before any work begins.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -141,6 +142,12 @@ class EvaluationConfig(_Section):
     noise_scales: tuple[float, ...] = Field((0.0, 0.25, 0.5, 0.75, 1.0), description="Noise scales of accuracy.")
     alignment_steps: PositiveInt = Field(100, description="Steps of alignment with labels in evaluation.")
     samples_per_class: PositiveInt = Field(50, description="Conditional samples drawn a class.")
+    inception: str = Field(
+        "", description="Weights of the Inception network for FID and the like: a file, or hub; empty: not measured."
+    )
+    fid_samples: PositiveInt = Field(50000, description="Generated images for FID and the like.")
+    fid_seeds: PositiveInt = Field(1, description="Seeds over which FID and the like are averaged.")
+    cache: str = Field("~/.cache/lzn_dist", description="Folder for the statistics of real images.")
 
 
 class TrackingConfig(_Section):
@@ -270,18 +277,27 @@ def load_config(path: str | Path, overrides: list[str] | None = None) -> Config:
 
     Raises ConfigError, one line a problem: a missing file, an unknown key, a wrong type, an impossible combination.
     """
-    for item in overrides or []:
+    return _merged(lambda: _read(Path(path)), overrides or [], str(path))
+
+
+def override(config: Config, overrides: Sequence[str]) -> Config:
+    """A configuration with ``key=value`` overrides. Raises ConfigError as `load_config` does."""
+    return _merged(lambda: OmegaConf.create(config.model_dump(mode="json")), overrides, "configuration")
+
+
+def _merged(read: Callable[[], Any], overrides: Sequence[str], where: str) -> Config:
+    for item in overrides:
         if "=" not in item:
             raise ConfigError(f"override {item!r} is not of the form key=value")
     try:
-        merged = OmegaConf.merge(_read(Path(path)), OmegaConf.from_dotlist(list(overrides or [])))
+        merged = OmegaConf.merge(read(), OmegaConf.from_dotlist(list(overrides)))
         values = OmegaConf.to_container(merged, resolve=True)
     except OmegaConfBaseException as error:
-        raise ConfigError(f"{path}: {error}") from error
+        raise ConfigError(f"{where}: {error}") from error
     try:
         return Config.model_validate(values)
     except ValidationError as error:
-        raise ConfigError("\n".join(_explain(path, e) for e in error.errors())) from None
+        raise ConfigError("\n".join(_explain(where, e) for e in error.errors())) from None
 
 
 def _explain(path: str | Path, error: Any) -> str:

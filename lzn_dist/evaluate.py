@@ -19,7 +19,7 @@ import torch
 from accelerate import PartialState
 
 from lzn_dist.checkpoint import CheckpointError
-from lzn_dist.config import ConfigError
+from lzn_dist.config import ConfigError, override
 from lzn_dist.distributed import Topology
 from lzn_dist.evaluation import EvaluationData, evaluate_model
 from lzn_dist.evaluation.linear_probe import ProbeSettings, published_probe
@@ -51,6 +51,9 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
         prog="lzn_dist.evaluate", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("run", type=Path, metavar="RUN", help="folder of a run, as output_dir names it")
+    parser.add_argument(
+        "overrides", nargs="*", metavar="key=value", help="of evaluation., flow. or data., as evaluation.inception=hub"
+    )
     parser.add_argument("--checkpoint", type=Path, metavar="PATH", help="one checkpoint instead of RUN's newest")
     parser.add_argument("--output", type=Path, metavar="DIR", help="where results go (default: RUN)")
     parser.add_argument("--quick", action="store_true", help="fewer samples, no sweep, no comparisons: seconds")
@@ -60,8 +63,11 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
         "--probe-epochs", type=int, default=0, metavar="N", help="also the published linear probe (paper: 300; long)"
     )
     parser.add_argument("--probe-batch", type=int, default=8192, metavar="N", help="its batch (default: 8192)")
-    parser.add_argument("--shards", metavar="DIR", help="folder of the shards, where it is not the one of training")
-    return parser.parse_args(arguments)
+    options = parser.parse_intermixed_args(arguments)
+    for item in options.overrides:
+        if not item.startswith(("evaluation.", "flow.", "data.")):
+            parser.error(f"{item}: overrides are of evaluation., flow. or data.; the rest is the checkpoint's")
+    return options
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -75,9 +81,7 @@ def main(arguments: list[str] | None = None) -> int:
         if not options.run.is_dir():
             raise FileNotFoundError(f"no run in {options.run}: give the output_dir of a training run")
         model = load(options.checkpoint or options.run)
-        if options.shards:
-            shards = model.config.data.model_copy(update={"shards": options.shards})
-            model.config = model.config.model_copy(update={"data": shards})
+        model.config = override(model.config, options.overrides)
         if torch.cuda.is_available():
             model.networks.to(f"cuda:{os.environ.get('LOCAL_RANK', '0')}")
         elif "OMP_NUM_THREADS" not in os.environ:

@@ -102,7 +102,8 @@ class EvaluationData:
 
     @cached_property
     def judge(self) -> DigitClassifier | None:
-        """A classifier trained on the real training images; for digits alone: raw pixels are enough for them."""
+        """A classifier trained on the real training images; for digits alone: raw pixels are enough for them.
+        Collective."""
         if self.config.data.embedded != "digits":
             return None
-        return DigitClassifier(self.train.pixels, self.train.labels.numpy())
+        return once(lambda: DigitClassifier(self.train.pixels, self.train.labels.numpy()))

@@ -9,29 +9,13 @@ from __future__ import annotations
 import warnings
 
 import numpy as np
-from sklearn.exceptions import ConvergenceWarning
-from sklearn.neural_network import MLPClassifier
+
+from lzn_dist.evaluation.distribution import Moments, frechet_distance_of
 
 
 def frechet_distance(first: np.ndarray, second: np.ndarray) -> float:
-    """d² = ‖μ₁ − μ₂‖² + tr(Σ₁ + Σ₂ − 2 (Σ₁ Σ₂)^½) of feature sets [n, F] and [m, F] (arXiv 1706.08500), in float64.
-
-    tr (Σ₁ Σ₂)^½ is the sum of the singular values of Σ₁^½ Σ₂^½: no root of a non-symmetric matrix is needed, and
-    singular covariances (fewer samples than features) are harmless. Raises ValueError for fewer than two samples.
-    """
-    if first.ndim != 2 or second.ndim != 2 or first.shape[1] != second.shape[1]:
-        raise ValueError(f"features must be [n, F] and [m, F], got {first.shape} and {second.shape}")
-    if min(len(first), len(second)) < 2:
-        raise ValueError("a covariance needs at least two samples on each side")
-    roots, traces, means = [], [], []
-    for features in (first.astype(np.float64), second.astype(np.float64)):
-        means.append(features.mean(0))
-        values, vectors = np.linalg.eigh(np.atleast_2d(np.cov(features, rowvar=False)))
-        values = values.clip(min=0.0)
-        traces.append(values.sum())
-        roots.append((vectors * np.sqrt(values)) @ vectors.T)
-    overlap = np.linalg.svd(roots[0] @ roots[1], compute_uv=False).sum()
-    return float(np.square(means[0] - means[1]).sum() + traces[0] + traces[1] - 2.0 * overlap)
+    """`frechet_distance_of` the moments of feature sets [n, F] and [m, F]; raises its ValueError and `Moments.of`'s."""
+    return frechet_distance_of(Moments.of(first), Moments.of(second))
 
 
 class DigitClassifier:
@@ -41,19 +25,23 @@ class DigitClassifier:
     """
 
     def __init__(self, pixels: np.ndarray, labels: np.ndarray, hidden: int = 64, epochs: int = 60) -> None:
-        self._network = MLPClassifier((hidden,), learning_rate_init=3e-3, max_iter=epochs, alpha=1e-2, random_state=0)
+        from sklearn.exceptions import ConvergenceWarning  # a second that only the process that fits needs
+        from sklearn.neural_network import MLPClassifier
+
+        network = MLPClassifier((hidden,), learning_rate_init=3e-3, max_iter=epochs, alpha=1e-2, random_state=0)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", ConvergenceWarning)  # a fixed number of epochs is meant
-            self._network.fit(pixels, labels)
+            network.fit(pixels, labels)
+        self._weights, self._biases, self._classes = network.coefs_, network.intercepts_, network.classes_
 
     def features(self, pixels: np.ndarray) -> np.ndarray:
         """Activations [n, hidden] of the hidden layer, after its ReLU, for pixels [n, P]."""
-        x = pixels @ self._network.coefs_[0] + self._network.intercepts_[0]
-        return np.maximum(x, 0.0)
+        features: np.ndarray = np.maximum(pixels @ self._weights[0] + self._biases[0], 0.0)
+        return features
 
     def predict(self, pixels: np.ndarray) -> np.ndarray:
         """Labels [n] of pixels [n, P]."""
-        labels: np.ndarray = self._network.predict(pixels)
+        labels: np.ndarray = self._classes[(self.features(pixels) @ self._weights[1] + self._biases[1]).argmax(1)]
         return labels
 
     def accuracy(self, pixels: np.ndarray, labels: np.ndarray) -> float:

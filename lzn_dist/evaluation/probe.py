@@ -10,9 +10,6 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from sklearn.exceptions import ConvergenceWarning
-from sklearn.linear_model import LogisticRegression
-from sklearn.preprocessing import StandardScaler
 
 from lzn_dist.config import Config
 from lzn_dist.model import LZN
@@ -35,6 +32,10 @@ class FeatureSet:
 
 def linear_probe(data: FeatureSet, c: float = 1.0) -> float:
     """Test accuracy of L2-regularised logistic regression (inverse strength c) on standardised features."""
+    from sklearn.exceptions import ConvergenceWarning  # a second that only the process that fits needs
+    from sklearn.linear_model import LogisticRegression
+    from sklearn.preprocessing import StandardScaler
+
     scale = StandardScaler().fit(data.train)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", ConvergenceWarning)

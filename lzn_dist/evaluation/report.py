@@ -6,10 +6,11 @@ from pathlib import Path
 
 import torch
 
+from lzn_dist.config import ConfigError
 from lzn_dist.distributed.spread import once
 from lzn_dist.evaluation.accuracy import classification_accuracy, logit_accuracy
 from lzn_dist.evaluation.data import EvaluationData
-from lzn_dist.evaluation.figures import interpolation_grid, reconstruction_grid, sample_grid, training_curves
+from lzn_dist.evaluation.fid import fid_values
 from lzn_dist.evaluation.frechet import frechet_distance
 from lzn_dist.evaluation.generation import (
     balanced_labels,
@@ -19,8 +20,10 @@ from lzn_dist.evaluation.generation import (
     recognised,
     reconstruction_errors,
 )
+from lzn_dist.evaluation.inception import InceptionFeatures
 from lzn_dist.evaluation.probe import FeatureSet, few_label_probe, knn_accuracy, probe_all, untrained_model
-from lzn_dist.evaluation.zone_figure import zone_figure
+from lzn_dist.evaluation.zone_health import zone_health
+from lzn_dist.keyed_random import make_key, normal
 from lzn_dist.model import LZN
 
 QUICK_SAMPLES_PER_CLASS = 10
@@ -43,9 +46,12 @@ def evaluate_model(
     of these, and a supervised model's accuracy.
     quick: a few seconds, for looks during training: fewer samples and draws; no sweep, comparisons, Fréchet distances.
     figures: written to output_dir/figures; the training curves are those of ``run``, by default output_dir.
+    all of LZN's: zones.* (see `zone_health`). decoders: fid and the like (see `fid_values`) where evaluation.inception
+    names the network's weights (ConfigError, before anything else, where these are not to be had).
     Randomness is keyed by seed; the same model gives the same values. Collective: the work is spread over ranks, and
     every one gets the values.
     """
+    inception = None if quick or not model.has_decoder else inception_network(model)
     data = data or EvaluationData(model.config)
     values: dict[str, float] = {}
     if model.has_labels:
@@ -56,6 +62,10 @@ def evaluate_model(
         values |= {"accuracy": found.value, "accuracy_low": low, "accuracy_high": high}
     if model.has_decoder:
         values |= generation_values(model, data, quick, seed)
+    if inception is not None:
+        values |= inception_values(model, inception, data, seed)
+    if model.has_latents:
+        values |= health_values(model, data, seed)
     if data.labelled and model.has_encoder and not (quick and model.has_decoder):
         values |= probe_values(model, data, quick)
     if figures and output_dir is not None:
@@ -121,6 +131,44 @@ def generation_values(model: LZN, data: EvaluationData, quick: bool, seed: int) 
     return values
 
 
+def inception_network(model: LZN) -> InceptionFeatures | None:
+    """The network of FID and the like where `evaluation.inception` asks for it. Raises ConfigError."""
+    weights = model.config.evaluation.inception
+    if not weights:
+        return None
+    try:
+        if weights == "hub":
+            once(lambda: InceptionFeatures() and None)  # one process downloads
+            return InceptionFeatures(device=model.device)
+        return InceptionFeatures(Path(weights).expanduser(), device=model.device)
+    except (ImportError, OSError, ValueError) as error:
+        raise ConfigError(f"evaluation.inception: {error}") from error
+
+
+def inception_values(model: LZN, network: InceptionFeatures, data: EvaluationData, seed: int) -> dict[str, float]:
+    """FID and the like in Inception features."""
+    settings = model.config.evaluation
+    return fid_values(
+        model, data, network, weights=network.digest, cache=Path(settings.cache).expanduser(),
+        samples=settings.fid_samples, seeds=range(seed, seed + settings.fid_seeds),
+    )  # fmt: skip
+
+
+def health_values(model: LZN, data: EvaluationData, seed: int) -> dict[str, float]:
+    """`zone_health` of the first fixed batch of test images, with noise of scale 1."""
+    latent = model.config.latent
+
+    def health() -> dict[str, float]:
+        batch = data.batches("test")[0]
+        anchors = model.anchors(batch.images)
+        noise = normal(
+            make_key(seed, "evaluate/latent", batch.index.to(anchors.device)), anchors.shape[1:], anchors.dtype
+        )
+        return zone_health(anchors, noise, solver=latent.solver, steps=latent.steps, backend=model.config.backend)
+
+    return once(health)
+
+
 def probe_values(model: LZN, data: EvaluationData, quick: bool) -> dict[str, float]:
     """Probes of the features, and for a representation model of pixels and an untrained encoder beside them."""
     train_labels, test_labels = data.train.labels.numpy(), data.test.labels.numpy()
@@ -146,6 +194,9 @@ def write_figures(
     model: LZN, data: EvaluationData, output_dir: Path, seed: int = 0, run: Path | None = None
 ) -> list[Path]:
     """Draw what the model's task allows, into output_dir/figures."""
+    from lzn_dist.evaluation.figures import interpolation_grid, reconstruction_grid, sample_grid, training_curves
+    from lzn_dist.evaluation.zone_figure import zone_figure  # matplotlib: half a second that training does not need
+
     folder = output_dir / "figures"
     written: list[Path | None] = [training_curves(run or output_dir, folder / "training.png")]
     config = model.config

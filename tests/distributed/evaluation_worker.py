@@ -12,10 +12,13 @@ from pathlib import Path
 import torch
 from accelerate import PartialState
 from launching import ROOT, SMALL
+from torch import Tensor
 
 from lzn_dist.config import load_config
 from lzn_dist.distributed import Topology
 from lzn_dist.evaluation import EvaluationData, evaluate_model
+from lzn_dist.evaluation.fid import fid_values
+from lzn_dist.evaluation.inception import InceptionOutput
 from lzn_dist.model import LZN
 from lzn_dist.networks import build_networks
 
@@ -23,6 +26,13 @@ CELLS = [
     ("joint", []), ("generation", ["objective=rectified_flow", "decoder.class_conditional=true"]),
     ("representation", ["objective=supervised"]),
 ]  # fmt: skip
+
+
+def projection(images: Tensor) -> InceptionOutput:
+    """Stands for Inception, whose weights are not here."""
+    generator = torch.Generator().manual_seed(0)
+    pool, spatial, logits = (images.flatten(1) @ torch.randn(64, width, generator=generator) for width in (6, 4, 5))
+    return InceptionOutput(pool.numpy(), spatial.numpy(), logits.softmax(1).numpy())
 
 
 def main() -> None:
@@ -36,7 +46,12 @@ def main() -> None:
         config = load_config(ROOT / "configs" / f"digits_{task}.yaml", [*SMALL, *overrides, *more])
         torch.manual_seed(0)
         model = LZN(build_networks(config), config)
-        results.append(evaluate_model(model, figures=False, data=EvaluationData(config), quick=task != "joint"))
+        data = EvaluationData(config)
+        values = evaluate_model(model, figures=False, data=data, quick=task != "joint")
+        if model.has_decoder:
+            cache = output.with_suffix(".cache")
+            values |= fid_values(model, data, projection, weights="", cache=cache, samples=1100, seeds=[0, 1])
+        results.append(values)
     if Topology.current().is_main:
         output.write_text(json.dumps(results))
 

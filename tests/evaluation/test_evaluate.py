@@ -16,12 +16,30 @@ def test_a_missing_run_is_one_clear_error(tmp_path: Path, capsys: pytest.Capture
     assert "no complete checkpoint" in capsys.readouterr().err
 
 
+def test_overrides_are_of_what_evaluation_may_change(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        evaluate.main([str(tmp_path), "latent.dim=3"])
+    assert "overrides are of evaluation., flow. or data." in capsys.readouterr().err
+
+
 def test_table_and_json_tell_the_same(
     tmp_path: Path, digits_folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(evaluate, "load", lambda path: tiny("joint", digits_folder))
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
-    assert evaluate.main([str(tmp_path), "--quick", "--no-figures", "--output", str(tmp_path / "out")]) == 0
+    assert (
+        evaluate.main(
+            [
+                str(tmp_path),
+                "evaluation.samples_per_class=1",
+                "--quick",
+                "--no-figures",
+                "--output",
+                str(tmp_path / "out"),
+            ]
+        )
+        == 0
+    )
     values = json.loads((tmp_path / "out" / "evaluation.json").read_text())
     assert values.pop("step") == 1 and values.pop("task") == "joint"
     printed = capsys.readouterr().out

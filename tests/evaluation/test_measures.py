@@ -59,7 +59,7 @@ def test_digit_classifier_recognises_and_its_features_decide() -> None:
     assert judge.accuracy(pixels[150:], (labels[150:] + 1) % CLASSES) < 0.1
     features = judge.features(pixels)
     assert features.shape == (200, 16) and features.min() >= 0
-    logits = features @ judge._network.coefs_[1] + judge._network.intercepts_[1]
+    logits = features @ judge._weights[1] + judge._biases[1]
     assert np.array_equal(logits.argmax(1), judge.predict(pixels))
 
 

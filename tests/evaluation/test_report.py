@@ -7,9 +7,9 @@ import torch
 from hand_made import CLASSES, class_images
 from PIL import Image
 
-from lzn_dist.config import Config
-from lzn_dist.evaluation import EvaluationData, evaluate_model, figures, zone_figure
-from lzn_dist.evaluation.zone_figure import toy_anchors, toy_zone_figure, trajectories, zone_of
+from lzn_dist.config import Config, ConfigError, override
+from lzn_dist.evaluation import EvaluationData, evaluate_model, figures
+from lzn_dist.evaluation.zone_figure import toy_anchors, toy_zone_figure, trajectories, zone_figure, zone_of
 from lzn_dist.model import LZN
 from lzn_dist.networks import build_networks
 
@@ -88,6 +88,11 @@ def tiny(task: str, folder: Path, objective: str = "lzn", by_class: bool = False
     return LZN(build_networks(config), config, step=1)
 
 
+HEALTH = {
+    f"zones.{key}"
+    for key in ("entropy", "effective_anchors", "mean", "variance", "correlation", "kurtosis", "normality_p",
+                "solver_error")
+}  # fmt: skip
 PROBES = {"linear_probe", "knn", "probe_10_labels", "probe_10_labels_std"}
 GENERATION = {"judge_accuracy", "frechet", "frechet_real", "reconstruction_error", "latent_only_error",
               "evaluations"}  # fmt: skip
@@ -104,9 +109,9 @@ def test_what_is_measured_of_each_task(task: str, digits_folder: Path, tmp_path:
     data = EvaluationData(model.config)
     values = evaluate_model(model, tmp_path, data=data)
     expected = {
-        "joint": PROBES | GENERATION | JOINT,
-        "generation": PROBES | GENERATION,
-        "representation": {p + key for key in PROBES for p in ("", "untrained.", "pixels.")},
+        "joint": PROBES | GENERATION | JOINT | HEALTH,
+        "generation": PROBES | GENERATION | HEALTH,
+        "representation": {p + key for key in PROBES for p in ("", "untrained.", "pixels.")} | HEALTH,
     }[task]
     assert set(values) == expected
     assert all(np.isfinite(value) for value in values.values())
@@ -136,7 +141,7 @@ CLASSIFIER = {"accuracy", "accuracy_low", "accuracy_high"}
     [
         ("generation", "rectified_flow", False, FLOW, PICTURES),
         ("generation", "rectified_flow", True, FLOW | {"recognised"}, PICTURES | {"samples.png"}),
-        ("generation", "lzn", True, FLOW | PROBES | {"recognised", "latent_only_error"},
+        ("generation", "lzn", True, FLOW | PROBES | HEALTH | {"recognised", "latent_only_error"},
          PICTURES | {"samples.png", "interpolation.png"}),
         ("representation", "supervised", False, CLASSIFIER | PROBES, set()),
         ("representation", "simclr", False, PROBES, set()),
@@ -164,6 +169,13 @@ def test_data_holds_every_image_once(digits_folder: Path) -> None:
     assert torch.bincount(data.test.labels).min() >= 33
     assert data.class_name(7) == "7"
     assert data.test.map(lambda images: images.flatten(1), 100).shape == (360, 64)
+
+
+def test_missing_inception_weights_are_named_before_anything_else(digits_folder: Path, tmp_path: Path) -> None:
+    model = tiny("generation", digits_folder)
+    model.config = override(model.config, [f"evaluation.inception={tmp_path / 'weights.pth'}", "data.shards=nowhere"])
+    with pytest.raises(ConfigError, match=r"evaluation\.inception: .*(weights\.pth|lzn_dist\[measures\])"):
+        evaluate_model(model, None)
 
 
 def test_evaluation_leaves_torchs_generator_alone(digits_folder: Path) -> None:
