@@ -3,6 +3,10 @@
 # LZN_DIST_INSTALL_SLURM=1 also installs Debian's SLURM (as root, with apt-get) where it is missing; without it, and
 # without a SLURM on this machine, tests/slurm is skipped.
 . "$(dirname "$0")/../launch/setup.sh" "[test]"
+# by itself, and beside the environment: the torchvision that it asks for does not fit torch's CPU build
+if [ ! -d .venv/measures/torch_fidelity ]; then
+    pip install --quiet --disable-pip-version-check --no-deps --target .venv/measures torch-fidelity==0.4.0
+fi
 if [ -n "${LZN_DIST_INSTALL_SLURM:-}" ] && ! PATH="$PATH:/usr/sbin" command -v slurmctld >/dev/null; then
     echo "installing SLURM (slurmctld, slurmd, slurm-client, munge)"
     apt-get update -qq
