@@ -125,7 +125,7 @@ class ZeroEngine(Engine):
         chosen = {name.removeprefix(start): p for name, p in self.names.items() if name.startswith(start)}
         if self.stage < 3:
             return {name: p.detach() for name, p in chosen.items()}
-        from deepspeed.zero import GatheredParameters
+        from deepspeed.runtime.zero import GatheredParameters
 
         with GatheredParameters(list(chosen.values())):
             return {name: p.detach().clone() for name, p in chosen.items()}
