@@ -20,11 +20,13 @@ export WANDB_MODE=offline
 if [ $# -gt 0 ]; then
     exec python -m pytest "$@"
 fi
-# those of SLURM wait most of their time (for requeues, for a lost node to be missed): they run beside the others
+# Two at a time: many start processes and wait for them. Those of SLURM wait most of their time (for requeues, for a lost
+# node to be missed): they run beside the others.
+export OMP_NUM_THREADS=1
 log=$(mktemp)
 python -m pytest tests/slurm >"$log" 2>&1 &
 status=0
-python -m pytest --ignore=tests/slurm || status=$?
+python -m pytest --ignore=tests/slurm -n 2 --dist loadfile || status=$?
 wait $! || status=$?
 cat "$log"
 rm -f "$log"

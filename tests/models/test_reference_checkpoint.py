@@ -76,6 +76,23 @@ def test_case_3_gives_the_reference_outputs(tmp_path: Path) -> None:
             load_reference_checkpoint(path, case)
 
 
+@pytest.mark.soak  # files of a gigabyte
+@pytest.mark.parametrize(
+    "case,size,count",
+    # CelebA-HQ's and LSUN-Bedroom's have AFHQ-Cat's shapes
+    [("case_study_1_cifar10", 32, 2), ("case_study_1_afhqcat", 256, 1)],
+)
+@torch.no_grad()
+def test_case_1_gives_the_reference_outputs(case: str, size: int, count: int, tmp_path: Path) -> None:
+    networks = load_reference_checkpoint(write(tmp_path / "case_1.pt", case), case)
+    reference, images = read(case), wave((count, 3, size, size), 0.0)
+    assert networks.label_anchors is None and networks.decoder is not None
+    assert_same_output(networks.encoder(images), reference["encoder_output"])
+    t = torch.tensor(reference["t"])
+    velocity = networks.decoder(wave((count, 3, size, size), 2.0), t, wave((count, 200), 1.0))
+    assert_same_output(velocity, reference["decoder_output"])
+
+
 def test_what_is_no_such_file_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="case: one of case_study_1_cifar10, "):
         load_reference_checkpoint(tmp_path / "none.pt", "case_study_4")
