@@ -143,7 +143,8 @@ class EvaluationConfig(_Section):
     alignment_steps: PositiveInt = Field(100, description="Steps of alignment with labels in evaluation.")
     samples_per_class: PositiveInt = Field(50, description="Conditional samples drawn a class.")
     inception: str = Field(
-        "", description="Weights of the Inception network for FID and the like: a file, or hub; empty: not measured."
+        "",
+        description="Weights of the Inception network for FID and the like, at each evaluation: a file, or hub; empty: none.",
     )
     fid_samples: PositiveInt = Field(50000, description="Generated images for FID and the like.")
     fid_seeds: PositiveInt = Field(1, description="Seeds over which FID and the like are averaged.")

@@ -39,10 +39,10 @@ def show_probe(epoch: int, loss: float) -> None:
     print(f"linear probe: epoch {epoch}, loss {loss:.4f}", file=sys.stderr, flush=True)
 
 
-def write_results(path: Path, model: LZN, values: dict[str, float]) -> None:
-    """The values with the step they belong to, as JSON; a reader sees the old file or the new one."""
+def write_results(path: Path, model: LZN, values: dict[str, float], seed: int) -> None:
+    """The values with the step and the seed they belong to, as JSON; a reader sees the old file or the new one."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    write_json(path, {"step": model.step, "task": model.config.task, **values})
+    write_json(path, {"step": model.step, "task": model.config.task, "seed": seed, **values})
 
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
@@ -97,7 +97,7 @@ def main(arguments: list[str] | None = None) -> int:
             settings = ProbeSettings(options.probe_epochs, options.probe_batch)
             values |= published_probe(model, data, settings, output, show_probe if main_process else lambda *_: None)
         if main_process:
-            write_results(output / "evaluation.json", model, values)
+            write_results(output / "evaluation.json", model, values, options.seed)
     except (CheckpointError, ConfigError, FileNotFoundError) as error:
         if main_process:
             print(f"error: {error}", file=sys.stderr)

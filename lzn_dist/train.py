@@ -63,6 +63,10 @@ class Run:
         """Everything that can be refused is refused here, before any long work: raises ConfigError, CheckpointError."""
         self.config, self.accelerator, self.topology = config, accelerator, Topology.current()
         self.folder = RunFolder(Path(config.output_dir)) if self.topology.is_main else None
+        if config.evaluation.inception and config.task != "representation":
+            from lzn_dist.evaluation.report import inception_network  # what it needs must be there before a long run
+
+            inception_network(config, accelerator.device)
         try:
             # from choosing the checkpoint to taking the folder nobody else may remove it
             with nullcontext() if self.folder is None else self.folder.unchanging():

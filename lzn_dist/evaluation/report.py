@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch
 
-from lzn_dist.config import ConfigError
+from lzn_dist.config import Config, ConfigError
 from lzn_dist.distributed.spread import once
 from lzn_dist.evaluation.accuracy import classification_accuracy, logit_accuracy
 from lzn_dist.evaluation.data import EvaluationData
@@ -44,14 +44,15 @@ def evaluate_model(
     a sample, NFE), reconstruction_error, latent_only_error, and embeddings' linear_probe, knn, probe_10_labels.
     representation: those three, and the same under untrained. and pixels. for comparison. Baselines: what they have
     of these, and a supervised model's accuracy.
-    quick: a few seconds, for looks during training: fewer samples and draws; no sweep, comparisons, Fréchet distances.
+    Of decoders also fid and the like (`fid_values`) where evaluation.inception names the network's weights; of all LZN
+    models zones.* (`zone_health`).
+    quick: a few seconds, for looks during training: fewer samples and draws; no sweep, comparisons, Fréchet distances
+    (but fid where it is asked for, however long it takes).
     figures: written to output_dir/figures; the training curves are those of ``run``, by default output_dir.
-    all of LZN's: zones.* (see `zone_health`). decoders: fid and the like (see `fid_values`) where evaluation.inception
-    names the network's weights (ConfigError, before anything else, where these are not to be had).
     Randomness is keyed by seed; the same model gives the same values. Collective: the work is spread over ranks, and
-    every one gets the values.
+    every one gets the values. Raises ConfigError, before anything else, for Inception weights that are not to be had.
     """
-    inception = None if quick or not model.has_decoder else inception_network(model)
+    inception = inception_network(model.config, model.device) if model.has_decoder else None
     data = data or EvaluationData(model.config)
     values: dict[str, float] = {}
     if model.has_labels:
@@ -131,16 +132,16 @@ def generation_values(model: LZN, data: EvaluationData, quick: bool, seed: int) 
     return values
 
 
-def inception_network(model: LZN) -> InceptionFeatures | None:
-    """The network of FID and the like where `evaluation.inception` asks for it. Raises ConfigError."""
-    weights = model.config.evaluation.inception
+def inception_network(config: Config, device: torch.device) -> InceptionFeatures | None:
+    """The network of FID and the like where `evaluation.inception` asks for it. Raises ConfigError. Collective."""
+    weights = config.evaluation.inception
     if not weights:
         return None
     try:
         if weights == "hub":
             once(lambda: InceptionFeatures() and None)  # one process downloads
-            return InceptionFeatures(device=model.device)
-        return InceptionFeatures(Path(weights).expanduser(), device=model.device)
+            return InceptionFeatures(device=device)
+        return InceptionFeatures(Path(weights).expanduser(), device=device)
     except (ImportError, OSError, ValueError) as error:
         raise ConfigError(f"evaluation.inception: {error}") from error
 

@@ -41,7 +41,7 @@ def test_table_and_json_tell_the_same(
         == 0
     )
     values = json.loads((tmp_path / "out" / "evaluation.json").read_text())
-    assert values.pop("step") == 1 and values.pop("task") == "joint"
+    assert values.pop("step") == 1 and values.pop("task") == "joint" and values.pop("seed") == 0
     printed = capsys.readouterr().out
     for key, value in values.items():
         assert f"{value:.4f}" in next(line for line in printed.splitlines() if line.split()[:1] == [key])
