@@ -144,7 +144,7 @@ class EvaluationConfig(_Section):
     samples_per_class: PositiveInt = Field(50, description="Conditional samples drawn a class.")
     inception: str = Field(
         "",
-        description="Weights of the Inception network for FID and the like, at each evaluation: a file, or hub; empty: none.",
+        description="Weights of the Inception network, for FID and the like at each evaluation: a file, or hub.",
     )
     fid_samples: PositiveInt = Field(50000, description="Generated images for FID and the like.")
     fid_seeds: PositiveInt = Field(1, description="Seeds over which FID and the like are averaged.")
