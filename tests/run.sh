@@ -26,7 +26,7 @@ export OMP_NUM_THREADS=1
 log=$(mktemp)
 python -m pytest tests/slurm >"$log" 2>&1 &
 status=0
-python -m pytest --ignore=tests/slurm -n 2 --dist loadfile || status=$?
+python -m pytest --ignore=tests/slurm -n 2 --dist worksteal || status=$?
 wait $! || status=$?
 cat "$log"
 rm -f "$log"

@@ -64,7 +64,7 @@ def test_killed_and_told_to_end_a_run_goes_on_as_if_nothing_had_been(tmp_path: P
 @pytest.mark.parametrize(
     "engine,micro_batch",
     [pytest.param("ddp", 0, marks=pytest.mark.soak), ("zero2", 7), pytest.param("zero3", 0, marks=pytest.mark.soak),
-     ("fsdp", 7)],
+     pytest.param("fsdp", 7, marks=pytest.mark.soak)],
 )  # fmt: skip
 def test_what_is_not_finite_is_skipped_and_a_group_that_stops_stays(
     engine: str, micro_batch: int, tmp_path: Path

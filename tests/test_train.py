@@ -18,6 +18,7 @@ from lzn_dist.networks import build_networks
 
 ROOT = Path(__file__).parents[1]
 SMALL = [
+    "evaluation.samples_per_class=2", "evaluation.alignment_steps=5", "flow.sampler_steps=2",
     "data.global_batch=24", "encoder.channels=8", "decoder.channels=8", "latent.dim=8", "latent.steps=6",
     "alignment.steps=6", "decoder.attention_resolutions=[]", "encoder.dropout=0.1", "decoder.dropout=0.1",
     "optimizer.warmup_steps=2", "log_every=1", "checkpoint_every=2", "tracking.wandb=disabled", "precision=float64",
@@ -60,7 +61,7 @@ def test_one_two_and_four_ranks_are_one_run(precision: str, steps: int, toleranc
         # changed in the last digit) multiplies a difference by 1e5 in 50 steps.
         settings.append("optimizer.warmup_steps=50")
     launch("cpu", config, tmp_path / "1", *settings)
-    for world in (2, 4):
+    for world in (2, 4) if precision == "float64" else (4,):
         launch("ddp", config, tmp_path / str(world), *settings, processes=world)
         assert len(rows(tmp_path / str(world))) == steps
         for one, several in zip(rows(tmp_path / "1"), rows(tmp_path / str(world)), strict=True):
@@ -72,8 +73,8 @@ def test_one_two_and_four_ranks_are_one_run(precision: str, steps: int, toleranc
         for name, value in first.items():
             # Adam divides by the gradient's size, which amplifies rounding where a gradient is nearly zero
             assert torch.allclose(value, second[name], rtol=1e-4, atol=1e-6), name
-    status = json.loads((tmp_path / "2" / "status.json").read_text())
-    assert (status["state"], status["step"], status["engine"], status["world_size"]) == ("finished", steps, "ddp", 2)
+    status = json.loads((tmp_path / "4" / "status.json").read_text())
+    assert (status["state"], status["step"], status["engine"], status["world_size"]) == ("finished", steps, "ddp", 4)
     assert rows(tmp_path / "1", "eval.jsonl")[-1]["step"] == steps
 
 

@@ -272,9 +272,9 @@ def _run(function: Callable[[Plan], dict[str, Any]], plans: Sequence[Plan], proc
     if processes == 1:
         yield from map(function, plans)
         return
-    # Ctrl-C reaches the workers too. They shall end without a word: it is held back until they know that
+    # Ctrl-C reaches the workers too, which finish the shards under way: it is held back until they know that
     held = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
-    with ProcessPoolExecutor(processes, initializer=_end_at_interrupt) as pool:
+    with ProcessPoolExecutor(processes, initializer=_ignore_interrupts) as pool:
         waiting: set[Future[dict[str, Any]]] = set()
         left = iter(plans)
         try:
@@ -286,13 +286,15 @@ def _run(function: Callable[[Plan], dict[str, Any]], plans: Sequence[Plan], proc
                 done, waiting = wait(waiting, return_when=FIRST_COMPLETED)
                 for future in done:
                     yield future.result()
-        except BaseException:
+        except BaseException as error:
+            if isinstance(error, KeyboardInterrupt):
+                print("stopping after the shards under way", file=sys.stderr)
             pool.shutdown(wait=True, cancel_futures=True)
             raise
 
 
-def _end_at_interrupt() -> None:
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
+def _ignore_interrupts() -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
 
 

@@ -22,6 +22,7 @@ from lzn_dist.cluster.watch import MARKER, last_error
 
 ROOT = Path(__file__).parents[2]
 SMALL = [
+    "evaluation.samples_per_class=2", "evaluation.alignment_steps=5", "flow.sampler_steps=2",
     "data.global_batch=24", "encoder.channels=8", "decoder.channels=8", "latent.dim=8", "latent.steps=6",
     "alignment.steps=6", "decoder.attention_resolutions=[]", "log_every=1", "tracking.wandb=disabled", "max_steps=4",
 ]  # fmt: skip

@@ -19,11 +19,12 @@ from lzn_dist.distributed import Topology
 from lzn_dist.evaluation import EvaluationData, evaluate_model
 from lzn_dist.evaluation.fid import fid_values
 from lzn_dist.evaluation.inception import InceptionOutput
+from lzn_dist.evaluation.linear_probe import ProbeSettings, published_probe
 from lzn_dist.model import LZN
 from lzn_dist.networks import build_networks
 
 CELLS = [
-    ("joint", []), ("generation", ["objective=rectified_flow", "decoder.class_conditional=true"]),
+    ("joint", []), ("generation", ["objective=rectified_flow"]),
     ("representation", ["objective=supervised"]),
 ]  # fmt: skip
 
@@ -47,10 +48,12 @@ def main() -> None:
         torch.manual_seed(0)
         model = LZN(build_networks(config), config)
         data = EvaluationData(config)
-        values = evaluate_model(model, figures=False, data=data, quick=task != "joint")
+        values = evaluate_model(model, figures=False, data=data, quick=True)
         if model.has_decoder:
             cache = output.with_suffix(".cache")
-            values |= fid_values(model, data, projection, weights="", cache=cache, samples=1100, seeds=[0, 1])
+            values |= fid_values(model, data, projection, weights="", cache=cache, samples=600, seeds=[0, 1])
+        if model.has_logits:
+            values |= published_probe(model, data, ProbeSettings(2, 128, 1e-2), output.with_suffix(".probe"))
         results.append(values)
     if Topology.current().is_main:
         output.write_text(json.dumps(results))

@@ -9,6 +9,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
 SMALL = [
+    "evaluation.samples_per_class=2", "evaluation.alignment_steps=5", "flow.sampler_steps=2",
     "data.global_batch=24", "encoder.channels=8", "decoder.channels=8", "latent.dim=8", "latent.steps=6",
     "alignment.steps=6", "decoder.attention_resolutions=[4]", "encoder.dropout=0.1", "decoder.dropout=0.1",
     "optimizer.warmup_steps=2", "tracking.wandb=disabled",

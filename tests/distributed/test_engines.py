@@ -58,10 +58,10 @@ def verify(engine: str, cells: list[Cell], folder: Path, processes: int = 2) -> 
     "engine,cells,processes",
     [
         ("ddp", PAIRS, 2),
-        ("fsdp", PAIRS + BASELINES, 2),
+        ("fsdp", [*PAIRS, BASELINES[2]], 2),
         ("zero1", FEW, 2),
         ("zero2", PAIRS, 2),
-        ("zero3", PAIRS + BASELINES, 2),
+        ("zero3", [*PAIRS, BASELINES[0], BASELINES[2]], 2),
         ("zero3_offload", FEW, 2),
         ("ddp", [PAIRS[4], PAIRS[7], *BASELINES], 4),
     ],

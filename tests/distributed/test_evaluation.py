@@ -30,7 +30,7 @@ def test_one_two_and_four_ranks_measure_the_same(tmp_path: Path) -> None:
         assert done.returncode == 0, done.stdout[-4000:]
         found.append(json.loads(output.read_text()))
     one, *others = found
-    assert "fid_std" in one[0] and "recall" in one[1] and "accuracy" in one[2]
+    assert "fid_std" in one[0] and "recall" in one[1] and "published_probe_top5" in one[2]
     for other in others:
         for expected, values in zip(one, other, strict=True):
             assert values == pytest.approx(expected, rel=1e-6)

@@ -206,7 +206,7 @@ def test_networks_can_be_copied_and_compiled_without_graph_breaks() -> None:
         ("residual_blocks", 0, "residual_blocks"),
         ("attention_resolutions", (16,), r"attention_resolutions: \[16\]"),
         ("dropout", 1.0, "dropout"),
-        ("latent_dim", 0, "latent_dim"),
+        ("latent_dim", -1, "latent_dim"),
     ],
 )
 @pytest.mark.parametrize("network", [ImageEncoder, ImageDecoder])

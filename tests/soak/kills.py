@@ -41,6 +41,7 @@ from torch import Tensor
 ROOT = Path(__file__).parents[2]
 STEPS = 40
 SETTINGS = [
+    "evaluation.samples_per_class=2", "evaluation.alignment_steps=5", "flow.sampler_steps=2",
     "data.global_batch=24", "encoder.channels=8", "decoder.channels=8", "latent.dim=8", "latent.steps=6",
     "alignment.steps=6", "decoder.attention_resolutions=[]", "encoder.dropout=0.1", "decoder.dropout=0.1",
     "optimizer.warmup_steps=2", "log_every=1", "checkpoint_every=3", "tracking.wandb=disabled", f"max_steps={STEPS}",
