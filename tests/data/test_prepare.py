@@ -206,7 +206,10 @@ def test_stopped_it_goes_on_where_it_was(tmp_path: Path, how: signal.Signals) ->
         "--output",
         str(output),
     ]
+    # where the tests run in the background, a shell may have told them, and so their children, to ignore interrupts
+    before = signal.signal(signal.SIGINT, signal.SIG_DFL)
     process = subprocess.Popen(command, start_new_session=True, stderr=subprocess.PIPE, text=True)
+    signal.signal(signal.SIGINT, before)
     end = time.monotonic() + 60
     while len(list(output.glob("train-*.tar"))) < 4 and time.monotonic() < end:
         time.sleep(0.002)
