@@ -61,11 +61,16 @@ PREPARE = {
 }
 
 
+LARGE = ("afhq_cat_generation", "celeba_hq_generation", "lsun_bedroom_generation")
+
+
 def train(name: str, shards: Path, run: Path, steps: int) -> subprocess.CompletedProcess[str]:
     command = [
         sys.executable, "-m", "accelerate.commands.launch", "--main_process_port", "0", "--config_file",
         "launch/ddp.yaml", "--num_processes=2", "lzn_dist/train.py", f"configs/{name}.yaml", f"data.shards={shards}",
-        f"output_dir={run}", f"max_steps={steps}", "log_every=1", "data.global_batch=2", "data.streams=2",
+        f"output_dir={run}", f"max_steps={steps}", "log_every=1",
+        f"data.global_batch={2 if name in LARGE else 6}",  # of two images, the second step may have nothing to learn
+        "data.streams=2",
         "data.workers=1", "evaluation.batch=2", "flow.sampler=euler", "flow.sampler_steps=1",
         "evaluation.samples_per_class=1", "evaluation.alignment_steps=5", "activation_checkpointing=selective",
         "tracking.wandb=disabled",
