@@ -23,13 +23,13 @@ from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, PositiveInt, ValidationError
 from tqdm import tqdm
 
-from lzn_dist.config import Config, ConfigError, load_config
+from lzn_dist.config import ConfigError, load_config
 from lzn_dist.run_folder import read_lines, write_json
 
 
@@ -110,32 +110,38 @@ def _slug(name: str) -> str:
     return re.sub(r"[^a-z0-9]+", "_", name.lower()).strip("_")
 
 
-def make_job(comparison: Comparison, base: Path, row: Row, seed: int, more: list[str]) -> tuple[Job, Config]:
+def make_job(comparison: Comparison, base: Path, row: Row, seed: int, more: list[str]) -> Job:
     """A trained row's job; one with time_of needs the runs of the rows that it names. Raises ConfigError."""
     source = comparison.rows[row.like] if row.like else row
-    folder = Path(comparison.output_dir) / _slug(row.name) / f"seed_{seed}"
+    folder = _folder(comparison, row.name, seed)
     overrides = [f"{key}={json.dumps(value) if not isinstance(value, str) else value}"
                  for key, value in {**source.overrides, **row.overrides}.items()]  # fmt: skip
     overrides += [*more, f"seed={seed}", f"output_dir={folder}"]
     path = base / source.config
-    config = load_config(path, overrides)
-    steps = config.max_steps
+    steps = load_config(path, overrides).max_steps
     if row.time_of:
-        speeds = []
-        for name in (row.like, row.time_of):
-            run = Path(comparison.output_dir) / _slug(name) / f"seed_{seed}"
-            own = load_config(run / "config.yaml")
-            speeds.append((seconds_per_step(run, own), own.max_steps))
-        (mine, _), (theirs, their_steps) = speeds
-        steps = max(1, round(their_steps * theirs / mine))
+        mine, theirs = (_cost(_folder(comparison, name, seed)) for name in (row.like, row.time_of))
+        steps = max(1, round(theirs.steps * theirs.seconds_per_step / mine.seconds_per_step))
         overrides.append(f"max_steps={steps}")
-    return Job(row, seed, folder, path, overrides, steps), config
+    return Job(row, seed, folder, path, overrides, steps)
 
 
-def seconds_per_step(run: Path, config: Config) -> float:
-    """Median over the log's lines, loading included, evaluation and the first line (start-up) not."""
+def _folder(comparison: Comparison, row: str, seed: int) -> Path:
+    return Path(comparison.output_dir) / _slug(row) / f"seed_{seed}"
+
+
+class Cost(NamedTuple):
+    """What a run took. seconds_per_step: the median over the log's lines, loading included, evaluation and the first
+    line (start-up) not."""
+
+    steps: int
+    seconds_per_step: float
+
+
+def _cost(run: Path) -> Cost:
+    config = load_config(run / "config.yaml")
     rates = [row["images_per_second"] for row in read_lines(run / "metrics.jsonl")]
-    return config.data.global_batch / statistics.median(rates[1:] or rates)
+    return Cost(config.max_steps, config.data.global_batch / statistics.median(rates[1:] or rates))
 
 
 def run_job(job: Job, launch: str, threads: int) -> None:
@@ -176,16 +182,16 @@ def values_of(comparison: Comparison, table: Table, row: Row) -> dict[str, list[
     """A row's measures, each a list over seeds; what does not apply to it is left out."""
     values: dict[str, list[float]] = {}
     for seed in comparison.seeds:
-        run = Path(comparison.output_dir) / _slug(row.reads or row.name) / f"seed_{seed}"
+        run = _folder(comparison, row.reads or row.name, seed)
         result = json.loads((run / "evaluation.json").read_text())
         for measure in table.measures:
             name = row.measures.get(measure, row.prefix + measure)
             if (not row.reads or row.prefix or measure in row.measures) and name in result:
                 values.setdefault(measure, []).append(result[name])
         if not row.reads:
-            config = load_config(run / "config.yaml")
-            values.setdefault("steps", []).append(config.max_steps)
-            values.setdefault("seconds", []).append(config.max_steps * seconds_per_step(run, config))
+            cost = _cost(run)
+            values.setdefault("steps", []).append(cost.steps)
+            values.setdefault("seconds", []).append(cost.steps * cost.seconds_per_step)
     return values
 
 
@@ -235,7 +241,7 @@ def main(arguments: list[str] | None = None) -> int:
 
         def jobs(timed: bool) -> list[Job]:
             rows = [row for row in comparison.rows.values() if not row.reads and bool(row.time_of) == timed]
-            return [make_job(comparison, base, row, seed, more)[0] for seed in comparison.seeds for row in rows]
+            return [make_job(comparison, base, row, seed, more) for seed in comparison.seeds for row in rows]
 
         first = jobs(timed=False)
         timed = sum(bool(row.time_of) for row in comparison.rows.values()) * len(comparison.seeds)

@@ -117,8 +117,13 @@ class LZN:
         scale = latent.noise_scale if noise_scale is None else noise_scale
         if samples is None:
             samples = torch.arange(len(anchors), device=anchors.device)
-        noise = normal(make_key(seed, "evaluate/latent", samples), anchors.shape[1:], anchors.dtype) * scale
+        noise = self.latent_noise(anchors, seed, samples) * scale
         return compute_latents(anchors, noise, solver=latent.solver, steps=latent.steps, backend=self.config.backend)
+
+    @staticmethod
+    def latent_noise(anchors: Tensor, seed: int, samples: Tensor) -> Tensor:
+        """The noise [b, D], of scale 1, that places the samples int64 [b] of these anchors in their zones."""
+        return normal(make_key(seed, "evaluate/latent", samples), anchors.shape[1:], anchors.dtype)
 
     # ── labels ──────────────────────────────────────────────────────────────────────────────────────────────────
 

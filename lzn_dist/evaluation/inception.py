@@ -44,7 +44,7 @@ class InceptionFeatures:
         self, weights: Path | None = None, *, sha256: str = WEIGHTS_SHA256, device: torch.device | str = "cpu"
     ) -> None:
         module = _torch_fidelity()
-        path = weights if weights is not None else _download(module.URL_INCEPTION_V3, sha256)
+        path = weights if weights is not None else download(sha256)
         found = hash_file(path)
         if not found.startswith(sha256):
             raise ValueError(f"{path}: expected weights with SHA-256 {sha256}, found {found}")
@@ -97,7 +97,9 @@ def _torch_fidelity() -> Any:
     return module
 
 
-def _download(url: str, sha256: str) -> Path:
+def download(sha256: str = WEIGHTS_SHA256) -> Path:
+    """Fetch the published weights into torch.hub's folder unless they are there. Raises ImportError and OSError."""
+    url = _torch_fidelity().URL_INCEPTION_V3
     path = Path(torch.hub.get_dir()) / "checkpoints" / url.rsplit("/", 1)[1]
     if not path.is_file():
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -20,10 +20,9 @@ from lzn_dist.evaluation.generation import (
     recognised,
     reconstruction_errors,
 )
-from lzn_dist.evaluation.inception import InceptionFeatures
+from lzn_dist.evaluation.inception import InceptionFeatures, download
 from lzn_dist.evaluation.probe import FeatureSet, few_label_probe, knn_accuracy, probe_all, untrained_model
 from lzn_dist.evaluation.zone_health import zone_health
-from lzn_dist.keyed_random import make_key, normal
 from lzn_dist.model import LZN
 
 QUICK_SAMPLES_PER_CLASS = 10
@@ -107,26 +106,23 @@ def generation_values(model: LZN, data: EvaluationData, quick: bool, seed: int) 
             return frechet_distance(judge.features(images.flatten(1).double().cpu().numpy()), real)
 
         classes = config.data.num_classes
-        prior = generate(model, max(1, classes) * per_class, seed=seed)
-        if prior.labels is not None:
-            labels = balanced_labels(classes, per_class)
-            images = generate(model, len(labels), labels, seed).images
-            values["recognised"] = recognised(judge, images, labels).value
-            if model.has_labels:
-                values["recognised_prior"] = recognised(judge, prior.images, prior.labels).value
-            if not short:  # with fewer samples a Fréchet distance is larger: it would not compare
-                values["frechet"] = distance(images)
-                if model.has_labels:
-                    values["frechet_prior"] = distance(prior.images)
-            if not short and model.has_labels and classes > 1:
+        samples = prior = generate(model, max(1, classes) * per_class, seed=seed)
+        if model.has_labels:  # without zones, samples by label are those of the prior already
+            samples = generate(model, classes * per_class, balanced_labels(classes, per_class), seed)
+            assert prior.labels is not None
+            values["recognised_prior"] = recognised(judge, prior.images, prior.labels).value
+        if samples.labels is not None:
+            values["recognised"] = recognised(judge, samples.images, samples.labels).value
+        values["evaluations"] = prior.evaluations
+        if not short:  # with fewer samples a Fréchet distance is larger: it would not compare
+            values["frechet"] = distance(samples.images)
+            values["frechet_real"] = distance(data.test.images)
+        if not short and model.has_labels:
+            values["frechet_prior"] = distance(prior.images)
+            if classes > 1:
                 fight = disagreement(model, judge, per_class, seed)
                 values["disagreement_latent"] = fight.latent_wins.value
                 values["disagreement_label"] = fight.label_wins.value
-        else:
-            values["frechet"] = distance(prior.images)
-        values["evaluations"] = prior.evaluations
-        if not short:
-            values["frechet_real"] = distance(data.test.images)
     if not short:
         values |= reconstruction_errors(model, data.batches("test"), RECONSTRUCTED, seed)
     return values
@@ -139,9 +135,8 @@ def inception_network(config: Config, device: torch.device) -> InceptionFeatures
         return None
     try:
         if weights == "hub":
-            once(lambda: InceptionFeatures() and None)  # one process downloads
-            return InceptionFeatures(device=device)
-        return InceptionFeatures(Path(weights).expanduser(), device=device)
+            once(download)  # one process for all; the others find the file
+        return InceptionFeatures(None if weights == "hub" else Path(weights).expanduser(), device=device)
     except (ImportError, OSError, ValueError) as error:
         raise ConfigError(f"evaluation.inception: {error}") from error
 
@@ -162,9 +157,7 @@ def health_values(model: LZN, data: EvaluationData, seed: int) -> dict[str, floa
     def health() -> dict[str, float]:
         batch = data.batches("test")[0]
         anchors = model.anchors(batch.images)
-        noise = normal(
-            make_key(seed, "evaluate/latent", batch.index.to(anchors.device)), anchors.shape[1:], anchors.dtype
-        )
+        noise = model.latent_noise(anchors, seed, batch.index.to(anchors.device))
         return zone_health(anchors, noise, solver=latent.solver, steps=latent.steps, backend=model.config.backend)
 
     return once(health)
