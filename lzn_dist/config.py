@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
+import yaml
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from pydantic import (
@@ -33,7 +34,7 @@ class ConfigError(ValueError):
 
 
 class _Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
 
 
 class DataConfig(_Section):
@@ -146,8 +147,10 @@ class EvaluationConfig(_Section):
         "",
         description="Weights of the Inception network, for FID and the like at each evaluation: a file, or hub.",
     )
-    fid_samples: PositiveInt = Field(50000, description="Generated images for FID and the like.")
-    fid_seeds: PositiveInt = Field(1, description="Seeds over which FID and the like are averaged.")
+    fid_samples: int = Field(50000, ge=10, description="Generated images for FID and the like.")
+    fid_seeds: PositiveInt = Field(
+        3, description="Seeds over which FID and the like are averaged; during training it is one."
+    )
     cache: str = Field("~/.cache/lzn_dist", description="Folder for the statistics of real images.")
 
 
@@ -266,8 +269,10 @@ def _read(path: Path, seen: tuple[Path, ...] = ()) -> Any:
     try:
         own = OmegaConf.load(path)
     except Exception as error:
-        raise ConfigError(f"{path} is not readable YAML: {error}") from error
-    base = own.pop("base", None) if isinstance(own, DictConfig) else None
+        raise ConfigError(f"{path} is not readable YAML: {' '.join(str(error).split())}") from error
+    if not isinstance(own, DictConfig):
+        raise ConfigError(f"{path} is a list: a configuration has a line `key: value` for each key")
+    base = own.pop("base", None)
     if base is None:
         return own
     return OmegaConf.merge(_read(path.parent / str(base), (*seen, path.resolve())), own)
@@ -287,18 +292,29 @@ def override(config: Config, overrides: Sequence[str]) -> Config:
 
 
 def _merged(read: Callable[[], Any], overrides: Sequence[str], where: str) -> Config:
-    for item in overrides:
-        if "=" not in item:
-            raise ConfigError(f"override {item!r} is not of the form key=value")
+    merged = read()
     try:
-        merged = OmegaConf.merge(read(), OmegaConf.from_dotlist(list(overrides)))
+        for item in overrides:
+            if "=" not in item:
+                raise ConfigError(f"override {item!r} is not of the form key=value")
+            try:
+                merged = OmegaConf.merge(merged, OmegaConf.from_dotlist([item]))
+            except yaml.YAMLError as error:
+                raise ConfigError(f"override {item!r} is not readable YAML: {' '.join(str(error).split())}") from error
         values = OmegaConf.to_container(merged, resolve=True)
     except OmegaConfBaseException as error:
-        raise ConfigError(f"{where}: {error}") from error
+        raise ConfigError(f"{where}: {str(error).splitlines()[0]}") from error
     try:
-        return Config.model_validate(values)
+        return Config.model_validate(_tuples(values))
     except ValidationError as error:
         raise ConfigError("\n".join(_explain(where, e) for e in error.errors())) from None
+
+
+def _tuples(value: Any) -> Any:
+    """YAML's lists as the tuples that a frozen configuration has."""
+    if isinstance(value, dict):
+        return {key: _tuples(part) for key, part in value.items()}
+    return tuple(map(_tuples, value)) if isinstance(value, list) else value
 
 
 def _explain(path: str | Path, error: Any) -> str:

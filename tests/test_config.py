@@ -34,6 +34,14 @@ def test_base_and_overrides_are_merged_in_order() -> None:
         ("latent.dmi=3", "unknown key 'latent.dmi'; known here: dim"),
         ("max_steps=many", "max_steps: .*integer"),
         ("max_steps=1.5", "max_steps: .*integer"),
+        ("max_steps=true", "max_steps: .*integer"),
+        ("max_steps=5.0", "max_steps: .*integer"),
+        ("compile=1", "compile: .*boolean"),
+        ("tracking.project=3", "tracking.project: .*string"),
+        ("latent.noise_scale=.inf", "latent.noise_scale: .*finite"),
+        ("output_dir=[x", "override 'output_dir=.x' is not readable YAML"),
+        ("tracking.project=@x", "is not readable YAML"),
+        ("evaluation.fid_samples=9", "evaluation.fid_samples: "),
         ("latent.solver=heun", "latent.solver: .*euler"),
         ("task=detection", "task: "),
         ("alignment.cutoff=1.5", "alignment.cutoff: "),
@@ -54,6 +62,9 @@ def test_missing_files_and_keys_and_circles(tmp_path: Path) -> None:
     (tmp_path / "a.yaml").write_text("base: a.yaml\n")
     with pytest.raises(ConfigError, match="circle"):
         load_config(tmp_path / "a.yaml")
+    (tmp_path / "list.yaml").write_text("- a\n")
+    with pytest.raises(ConfigError, match="is a list: a configuration has"):
+        load_config(tmp_path / "list.yaml")
     (tmp_path / "b.yaml").write_text("task: joint\nmax_steps: 3\n")
     with pytest.raises(ConfigError, match="'output_dir' is missing"):
         load_config(tmp_path / "b.yaml")
