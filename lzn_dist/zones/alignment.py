@@ -113,7 +113,12 @@ def alignment_loss(
 
 
 def nearest_anchor(endpoint: Tensor, anchors: Tensor) -> Tensor:
-    """int64 [b]: the anchor of anchors [k, d] that is nearest to each endpoint [b, d]."""
+    """int64 [b]: the anchor of anchors [k, d] that is nearest to each endpoint [b, d].
+
+    Raises ValueError, naming the argument, for wrong shapes or dtypes, or no anchors.
+    """
     check_points("endpoint", endpoint)
     check_points("anchors", anchors, endpoint.shape[1], endpoint.dtype)
+    if not len(anchors):
+        raise ValueError(f"anchors must have at least one row, got shape {tuple(anchors.shape)}")
     return torch.cdist(endpoint, anchors, compute_mode="donot_use_mm_for_euclid_dist").argmin(1)

@@ -42,7 +42,7 @@ def posterior_mean(
     """Plain twin: log-weights log w [b, n] and posterior mean A [b, d] at x [b, d], from the definition."""
     logits = -0.5 * ((x[:, None, :] - (1 - sigma) * anchors[None]) / sigma).square().sum(-1)
     if log_weights is not None:
-        logits = logits + log_weights
+        logits = logits + log_weights.to(logits.dtype)
     log_w = torch.log_softmax(logits, dim=1)
     return log_w, log_w.exp() @ anchors
 

@@ -99,3 +99,11 @@ def test_nearest_anchor() -> None:
         nearest_anchor(X, torch.zeros(4, 2))
     with pytest.raises(ValueError, match=r"^anchors"):
         nearest_anchor(X, X.double())
+    with pytest.raises(ValueError, match=r"^anchors"):
+        nearest_anchor(X, X[:0])
+
+
+def test_log_weights_may_be_more_exact_than_the_anchors() -> None:
+    weights = torch.linspace(0.1, 0.4, len(X), dtype=torch.float64).log()
+    tiled, plain = (align(X, X, INDEX, log_weights=weights, backend=backend) for backend in ("tiled", "plain"))
+    torch.testing.assert_close(tiled.log_probs, plain.log_probs, rtol=1e-3, atol=1e-4)
