@@ -2,8 +2,8 @@
 
 The capabilities are compositions of the networks with the zones' two operations, anchors → latents and latents →
 anchors. A latent depends on all anchors that it is computed with. Images are therefore taken in *fixed batches*:
-`evaluation.batch` of them in the order given; a last, smaller batch is filled up with the first images, whose results
-are not counted; fewer images than one batch are flowed among themselves.
+`evaluation.batch` of them in the order given; a last, smaller batch is filled up with images whose results are not
+counted: the first ones given, or where fewer than one batch are given, the first training images.
 
 Baselines are read the same way: a rectified flow is a decoder whose latents have no dimensions, a contrastive model an
 encoder that embeds, a supervised one an encoder whose output is logits.
@@ -26,7 +26,8 @@ from lzn_dist.keyed_random import make_key, normal
 from lzn_dist.networks import Networks
 from lzn_dist.zones import align, compute_latents, nearest_anchor
 
-DECODE_CHUNK = 512  # images that go through the decoder at once
+CHUNK = 512  # images that go through a network at once, at most,
+CHUNK_PIXELS = 1 << 21  # and pixels: a feature map of 128 channels is 1 GB then
 
 
 class MissingCapability(RuntimeError):
@@ -54,10 +55,16 @@ class LZN:
         self.networks = networks.eval()
         self.config = config
         self.step = step
+        self._others: Tensor | None = None
 
     @property
     def device(self) -> torch.device:
         return next(self.networks.parameters()).device
+
+    @property
+    def chunk(self) -> int:
+        """How many images go through a network at once."""
+        return max(1, min(CHUNK, CHUNK_PIXELS // self.config.data.image_size**2))
 
     @property
     def has_encoder(self) -> bool:
@@ -92,13 +99,15 @@ class LZN:
     @torch.no_grad()
     def embed(self, images: Tensor) -> Tensor:
         """Features [b, F] of images [b, c, h, w] in [−1, 1], before the encoder's head."""
-        features: Tensor = self._encoder().features(self._ready(images))  # type: ignore[operator]
+        encoder = self._encoder()
+        features = torch.cat([encoder.features(self._ready(part)) for part in images.split(self.chunk)])  # type: ignore[operator]
         return features.float() if features.dtype == torch.bfloat16 else features
 
     @torch.no_grad()
     def anchors(self, images: Tensor) -> Tensor:
         """The encoder's output [b, D] for images [b, c, h, w]: anchors (or logits), in float32 at least."""
-        anchors: Tensor = self._encoder()(self._ready(images))
+        encoder = self._encoder()
+        anchors = torch.cat([encoder(self._ready(part)) for part in images.split(self.chunk)])
         return anchors if anchors.dtype == torch.float64 else anchors.float()
 
     def latents(self, images: Tensor, noise_scale: float | None = None, seed: int = 0) -> Tensor:
@@ -166,14 +175,15 @@ class LZN:
         """Labels int64 [b] of images [b, c, h, w]: image → anchor → latent (over the fixed batch) → class.
 
         noise_scale: 0 asks for the centre of the image's zone, 1 for a random point of it. A supervised model has no
-        zones: its largest logit counts.
+        zones: its largest logit counts. Raises FileNotFoundError for fewer images than a fixed batch where the run's
+        data, which fills it up, is not there.
         """
         if self.has_logits:
             return self.anchors(images).argmax(1)
         self._label_anchors()
         found = []
         for rows, counted in self._fixed_batches(len(images)):
-            anchors = self.anchors(images[rows % len(images)])
+            anchors = self.anchors(self._filled(images, rows))
             latents = self.anchors_to_latents(anchors, noise_scale, seed, rows.to(self.device))
             found.append(self.read_class(latents[:counted], class_weights))
         return torch.cat(found) if found else torch.zeros(0, dtype=torch.int64, device=self.device)
@@ -241,11 +251,12 @@ class LZN:
         """Images [b, c, h, w] inverted to noise under their own latents and decoded again (paper, section 3.1).
 
         A joint model's one-hot label is the class read from the latent: no label of the data is used. A decoder that
-        takes labels without zones needs them, int64 [b].
+        takes labels without zones needs them, int64 [b]. Raises FileNotFoundError as `classify` does.
         """
+        self._decoder()
         result = []
         for rows, counted in self._fixed_batches(len(images)):
-            batch = images[rows % len(images)]
+            batch = self._filled(images, rows) if self.has_latents else images[rows[:counted]]
             latents, own = self.code(batch, seed, rows, None if labels is None else labels[rows % len(images)])
             latents, own = latents[:counted], None if own is None else own[:counted]
             result.append(self.decode(self.encode_noise(batch[:counted], latents, own), latents, own))
@@ -283,10 +294,25 @@ class LZN:
         return images.to(self.device, self._dtype)
 
     def _fixed_batches(self, count: int) -> Iterator[tuple[Tensor, int]]:
-        """Row numbers [batch] (those past ``count`` wrap round to the first) and how many of them count."""
-        size = min(self.config.evaluation.batch, count)
-        for start in range(0, count, max(size, 1)):
+        """Row numbers [batch] (those past ``count`` are not counted) and how many of them count."""
+        size = self.config.evaluation.batch
+        for start in range(0, count, size):
             yield torch.arange(start, start + size), min(size, count - start)
+
+    def _filled(self, images: Tensor, rows: Tensor) -> Tensor:
+        """The rows of images, filled up past the last: how large a zone is depends on the others of its batch."""
+        if len(images) >= len(rows):
+            return images[rows % len(images)]
+        if self._others is None:
+            from lzn_dist.data import ShardedDataset, ShardIndex, whole_images  # not needed for whole batches
+
+            data = self.config.data
+            index = ShardIndex.load(data.shards, data.cache, data.retry_seconds)
+            reading = whole_images(data.image_size, data.resize, data.scaled_decoding)
+            dataset = ShardedDataset(index, "train", data.image_channels, reading)
+            self._others = dataset.fixed_batches(self.config.evaluation.batch)[0].images
+        others = self._others.to(images)
+        return torch.cat((images, others[torch.arange(len(rows) - len(images)) % len(others)]))
 
     @torch.no_grad()
     def _walk(self, x: Tensor, latents: Tensor, labels: Tensor | None, invert_path: bool) -> tuple[Tensor, float]:
@@ -294,8 +320,8 @@ class LZN:
         decoder, flow = self._decoder(), self.config.flow
         walk = invert if invert_path else sample
         result, evaluations = [], 0
-        for start in range(0, len(x), DECODE_CHUNK):
-            part = slice(start, start + DECODE_CHUNK)
+        for start in range(0, len(x), self.chunk):
+            part = slice(start, start + self.chunk)
             own = latents[part].to(x.dtype)
             own_labels = None if labels is None else labels[part]
 

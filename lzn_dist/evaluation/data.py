@@ -15,8 +15,8 @@ from lzn_dist.data import EvaluationBatch, ShardedDataset, ShardIndex, ensure_di
 from lzn_dist.distributed.spread import once, spread
 from lzn_dist.evaluation.frechet import DigitClassifier
 
-IN_MEMORY = 50_000  # images of a split that are held at once, at most: enough for probes and figures
-MEMORY = 4e9  # bytes of a split that are held at once, at most
+IN_MEMORY = 50_000  # images of a split whose features, or pixels, are held at once, at most
+MEMORY = 4e9  # bytes of a split's pixels that are held at once, at most
 
 
 @dataclass
@@ -33,11 +33,6 @@ class ImageSet:
     def pixels(self) -> np.ndarray:
         """float64 [n, c·h·w]."""
         return self.images.flatten(1).double().numpy()
-
-    def map(self, function: Callable[[Tensor], Tensor], batch: int) -> np.ndarray:
-        """float64 [n, F] of a function from images to features, ``batch`` images at a time, over ranks. Collective."""
-        parts = self.images.split(batch)
-        return np.concatenate(spread(len(parts), lambda i: function(parts[i]).cpu().numpy())).astype(np.float64)
 
 
 class EvaluationData:
@@ -64,27 +59,46 @@ class EvaluationData:
         dataset = ShardedDataset(self.index, self.names[split], data.image_channels, reading)
         return dataset.fixed_batches(self.config.evaluation.batch)
 
-    def _load(self, split: str) -> ImageSet:
-        images, labels, count = [], [], 0
-        data = self.config.data
-        most = min(IN_MEMORY, int(MEMORY / (4 * data.image_channels * data.image_size**2)))
+    def features(self, split: str, function: Callable[[Tensor], Tensor]) -> tuple[np.ndarray, np.ndarray]:
+        """A function's float64 [n, F] of images [b, c, h, w], and their labels int64 [n]: of the first IN_MEMORY images
+        of a split, read batch by batch, over ranks. Collective."""
+        batches = self.batches(split)
+
+        def part(number: int) -> tuple[np.ndarray, np.ndarray]:
+            batch = batches[number]
+            found = function(batch.images).cpu()[batch.valid]
+            return found.numpy(), batch.labels[batch.valid].numpy()
+
+        most = min(len(batches), -(-IN_MEMORY // self.config.evaluation.batch))
+        features, labels = (np.concatenate(parts)[:IN_MEMORY] for parts in zip(*spread(most, part), strict=True))
+        return features.astype(np.float64), labels
+
+    def first(self, split: str, count: int) -> ImageSet:
+        """The first ``count`` images of a split, or as many as it has."""
+        images, labels, found = [], [], 0
         for batch in self.batches(split):
             images.append(batch.images[batch.valid])
             labels.append(batch.labels[batch.valid])
-            count += len(images[-1])
-            if count >= most:
+            found += len(images[-1])
+            if found >= count:
                 break
-        return ImageSet(torch.cat(images)[:most], torch.cat(labels)[:most])
+        return ImageSet(torch.cat(images)[:count], torch.cat(labels)[:count])
+
+    @property
+    def held(self) -> int:
+        """How many images of a split are held at once."""
+        data = self.config.data
+        return min(IN_MEMORY, int(MEMORY / (4 * data.image_channels * data.image_size**2)))
 
     @cached_property
     def train(self) -> ImageSet:
         """The first training images, as many as are held."""
-        return self._load("train")
+        return self.first("train", self.held)
 
     @cached_property
     def test(self) -> ImageSet:
         """The first test images, as many as are held."""
-        return self._load("test")
+        return self.first("test", self.held)
 
     @property
     def labelled(self) -> bool:

@@ -26,7 +26,7 @@ from lzn_dist.distributed.spread import once, spread
 from lzn_dist.evaluation.data import EvaluationData
 from lzn_dist.evaluation.distribution import Moments, frechet_distance_of, inception_score, precision_recall
 from lzn_dist.evaluation.inception import InceptionOutput
-from lzn_dist.model import DECODE_CHUNK, LZN
+from lzn_dist.model import LZN
 
 MANIFOLD = 10_000  # samples of each side for precision and recall, which compare all pairs; as published evaluators do
 
@@ -70,7 +70,8 @@ def fid_values(
     model: LZN, data: EvaluationData, network: Network, *, weights: str, cache: Path, samples: int, seeds: Iterable[int]
 ) -> dict[str, float]:
     """fid, sfid, inception_score, precision, recall: means over seeds, with their standard deviations under _std where
-    there are several; fid_samples and fid_image_size: what they were measured on. Collective.
+    there are several; fid_samples (generated), fid_real_images, fid_image_size (that the real ones were resized to; the
+    network resizes once more) and fid_seeds: what they were measured on. Collective.
 
     weights: the network's digest; cache: the folder for real images' statistics. By label where the model takes
     labels, all equally often (the published conditional FID).
@@ -83,7 +84,9 @@ def fid_values(
             found.setdefault(key, []).append(value)
     values = {key: statistics.fmean(each) for key, each in found.items()}
     values |= {f"{key}_std": statistics.stdev(each) for key, each in found.items() if len(each) > 1}
-    return values | {"fid_samples": float(samples), "fid_image_size": float(model.config.data.image_size)}
+    measured_on = {"samples": samples, "real_images": real.pool.count, "image_size": model.config.data.image_size}
+    measured_on["seeds"] = len(found["fid"])
+    return values | {f"fid_{key}": float(value) for key, value in measured_on.items()}
 
 
 def _distances(real: Statistics, fake: Statistics) -> dict[str, float]:
@@ -98,12 +101,13 @@ def _distances(real: Statistics, fake: Statistics) -> dict[str, float]:
 
 
 def real_statistics(data: EvaluationData, network: Network, weights: str, cache: Path) -> Statistics:
-    """Of all training images; from the cache where they are there. Collective."""
+    """Of all training images; from the cache where they are there. Without a manifest nothing says which images they
+    are: not kept then. Collective."""
     settings = data.config.data
     depends = [data.index.identity, data.names["train"], weights, settings.image_size, settings.resize,
                settings.image_channels, settings.scaled_decoding, MANIFOLD]  # fmt: skip
     path = cache / f"inception-{hashlib.sha256(json.dumps(depends).encode()).hexdigest()[:16]}.npz"
-    if once(path.is_file):
+    if data.index.identity and once(path.is_file):
         return once(lambda: Statistics.load(path))
     batches = data.batches("train")
 
@@ -112,20 +116,22 @@ def real_statistics(data: EvaluationData, network: Network, weights: str, cache:
         return batch.images[batch.valid]
 
     found = _statistics(len(batches), data.config.evaluation.batch, images, network, keep_probabilities=False)
-    once(lambda: found.save(path))
+    if data.index.identity:
+        once(lambda: found.save(path))
     return found
 
 
 def sampled_statistics(model: LZN, network: Network, samples: int, seed: int) -> Statistics:
     """Of generated images 0 … samples − 1 under a seed. Collective."""
+    size = model.chunk
 
     def images(number: int) -> Tensor:
-        first = number * DECODE_CHUNK
-        count = min(DECODE_CHUNK, samples - first)
+        first = number * size
+        count = min(size, samples - first)
         labels = torch.arange(first, first + count) % model.config.data.num_classes if model.takes_labels else None
         return model.generate(count, labels, seed, first=first)
 
-    return _statistics(-(-samples // DECODE_CHUNK), DECODE_CHUNK, images, network, keep_probabilities=True)
+    return _statistics(-(-samples // size), size, images, network, keep_probabilities=True)
 
 
 @dataclass

@@ -17,7 +17,7 @@ from lzn_dist.data import EvaluationBatch
 from lzn_dist.distributed.spread import spread
 from lzn_dist.evaluation.accuracy import Proportion
 from lzn_dist.evaluation.frechet import DigitClassifier
-from lzn_dist.model import DECODE_CHUNK, LZN, Generated
+from lzn_dist.model import LZN, Generated
 
 
 def _pixels(images: Tensor) -> Tensor:
@@ -55,10 +55,10 @@ def disagreement(model: LZN, judge: DigitClassifier, samples_per_class: int, see
 
 def generate(model: LZN, n: int, labels: Tensor | None = None, seed: int = 0, zone: Tensor | None = None) -> Generated:
     """`LZN.generate_with_latents` spread over ranks, results on the CPU of every one. Collective."""
-    starts = range(0, n, DECODE_CHUNK)
+    starts = range(0, n, model.chunk)
 
     def part(number: int) -> Generated:
-        rows = slice(starts[number], min(n, starts[number] + DECODE_CHUNK))
+        rows = slice(starts[number], min(n, starts[number] + model.chunk))
         found = model.generate_with_latents(
             rows.stop - rows.start, None if labels is None else labels[rows], seed,
             zone=None if zone is None else zone[rows], first=rows.start,

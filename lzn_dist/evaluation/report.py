@@ -27,6 +27,8 @@ from lzn_dist.model import LZN
 
 QUICK_SAMPLES_PER_CLASS = 10
 QUICK_DRAWS = 2
+COUNTED = 4  # samples whose evaluations of the decoder are counted where no others are drawn
+PIXELS_COMPARED = 64 * 64 * 3  # numbers an image: probes of raw pixels say little about larger ones, and take hours
 RECONSTRUCTED = 1000  # images whose reconstruction is measured, at least
 
 
@@ -38,11 +40,13 @@ def evaluate_model(
 
     joint: accuracy_centre (noise scale 0; with _low and _high, a 95 % Wilson interval), accuracy@S and
     accuracy_weighted@S for every scale S of the configuration (weighted by the training images' class frequencies).
-    joint and generation: recognised, recognised_prior, disagreement_latent, disagreement_label, frechet,
-    frechet_prior, frechet_real (test against training images: the floor), judge_accuracy, evaluations (of the decoder
-    a sample, NFE), reconstruction_error, latent_only_error, and embeddings' linear_probe, knn, probe_10_labels.
-    representation: those three, and the same under untrained. and pixels. for comparison. Baselines: what they have
-    of these, and a supervised model's accuracy.
+    joint and generation: evaluations (of the decoder a sample, NFE), reconstruction_error, latent_only_error, and
+    embeddings' linear_probe, knn, probe_10_labels. Of digits also recognised, recognised_prior, rarest_class_prior (the
+    share of prior draws in the zone of the class with fewest; 1/K at best, 0 where a zone is dead),
+    disagreement_latent, disagreement_label, frechet, frechet_prior, frechet_real (the floor: training images instead of
+    samples), judge_accuracy.
+    representation: those three probes, and the same under untrained. and (of small images) pixels. for comparison.
+    Baselines: what they have of these, and a supervised model's accuracy.
     Of decoders also fid and the like (`fid_values`) where evaluation.inception names the network's weights; of all LZN
     models zones.* (`zone_health`).
     quick: a few seconds, for looks during training: fewer samples and draws; no sweep, comparisons, Fréchet distances
@@ -63,7 +67,7 @@ def evaluate_model(
     if model.has_decoder:
         values |= generation_values(model, data, quick, seed)
     if inception is not None:
-        values |= inception_values(model, inception, data, seed)
+        values |= inception_values(model, inception, data, seed, 1 if quick else model.config.evaluation.fid_seeds)
     if model.has_latents:
         values |= health_values(model, data, seed)
     if data.labelled and model.has_encoder and not (quick and model.has_decoder):
@@ -89,18 +93,20 @@ def accuracy_values(model: LZN, data: EvaluationData, quick: bool, seed: int) ->
 def generation_values(model: LZN, data: EvaluationData, quick: bool, seed: int) -> dict[str, float]:
     """Recognised samples, Fréchet distances (where there is a judge), reconstruction.
 
-    Fréchet distances are those of classes · samples_per_class samples to all training images: they shrink with the
+    Fréchet distances are those of classes · samples_per_class samples to the held-out images: they shrink with the
     number of samples, so compare equal ones.
     """
     values: dict[str, float] = {}
     config, judge = model.config, data.judge
+    if judge is None:
+        values["evaluations"] = generate(model, COUNTED, seed=seed).evaluations
     per_class = config.evaluation.samples_per_class
     short = quick and model.takes_labels  # without labels, Fréchet distance and reconstruction are all there is to see
     if short:
         per_class = min(per_class, QUICK_SAMPLES_PER_CLASS)
     if judge is not None:
         values["judge_accuracy"] = judge.accuracy(data.test.pixels, data.test.labels.numpy())
-        real = judge.features(data.train.pixels)
+        real = judge.features(data.test.pixels)
 
         def distance(images: torch.Tensor) -> float:
             return frechet_distance(judge.features(images.flatten(1).double().cpu().numpy()), real)
@@ -111,12 +117,14 @@ def generation_values(model: LZN, data: EvaluationData, quick: bool, seed: int) 
             samples = generate(model, classes * per_class, balanced_labels(classes, per_class), seed)
             assert prior.labels is not None
             values["recognised_prior"] = recognised(judge, prior.images, prior.labels).value
+            shares = torch.bincount(prior.labels, minlength=classes) / len(prior.labels)
+            values["rarest_class_prior"] = shares.min().item()
         if samples.labels is not None:
             values["recognised"] = recognised(judge, samples.images, samples.labels).value
         values["evaluations"] = prior.evaluations
         if not short:  # with fewer samples a Fréchet distance is larger: it would not compare
             values["frechet"] = distance(samples.images)
-            values["frechet_real"] = distance(data.test.images)
+            values["frechet_real"] = distance(data.train.images)
         if not short and model.has_labels:
             values["frechet_prior"] = distance(prior.images)
             if classes > 1:
@@ -141,23 +149,25 @@ def inception_network(config: Config, device: torch.device) -> InceptionFeatures
         raise ConfigError(f"evaluation.inception: {error}") from error
 
 
-def inception_values(model: LZN, network: InceptionFeatures, data: EvaluationData, seed: int) -> dict[str, float]:
+def inception_values(
+    model: LZN, network: InceptionFeatures, data: EvaluationData, seed: int, seeds: int
+) -> dict[str, float]:
     """FID and the like in Inception features."""
     settings = model.config.evaluation
     return fid_values(
         model, data, network, weights=network.digest, cache=Path(settings.cache).expanduser(),
-        samples=settings.fid_samples, seeds=range(seed, seed + settings.fid_seeds),
+        samples=settings.fid_samples, seeds=range(seed, seed + seeds),
     )  # fmt: skip
 
 
 def health_values(model: LZN, data: EvaluationData, seed: int) -> dict[str, float]:
-    """`zone_health` of the first fixed batch of test images, with noise of scale 1."""
+    """`zone_health` of the first fixed batch of test images (those that count), with noise of scale 1."""
     latent = model.config.latent
 
     def health() -> dict[str, float]:
         batch = data.batches("test")[0]
-        anchors = model.anchors(batch.images)
-        noise = model.latent_noise(anchors, seed, batch.index.to(anchors.device))
+        anchors = model.anchors(batch.images[batch.valid])
+        noise = model.latent_noise(anchors, seed, batch.index[batch.valid].to(anchors.device))
         return zone_health(anchors, noise, solver=latent.solver, steps=latent.steps, backend=model.config.backend)
 
     return once(health)
@@ -165,11 +175,9 @@ def health_values(model: LZN, data: EvaluationData, seed: int) -> dict[str, floa
 
 def probe_values(model: LZN, data: EvaluationData, quick: bool) -> dict[str, float]:
     """Probes of the features, and for a representation model of pixels and an untrained encoder beside them."""
-    train_labels, test_labels = data.train.labels.numpy(), data.test.labels.numpy()
 
     def features(of: LZN) -> FeatureSet:
-        batch = model.config.evaluation.batch
-        return FeatureSet(data.train.map(of.embed, batch), train_labels, data.test.map(of.embed, batch), test_labels)
+        return FeatureSet(*data.features("train", of.embed), *data.features("test", of.embed))
 
     own = features(model)
     if quick:
@@ -179,8 +187,12 @@ def probe_values(model: LZN, data: EvaluationData, quick: bool) -> dict[str, flo
         fresh = untrained_model(model.config, model.config.seed)
         fresh.networks.to(model.device)
         random = features(fresh)
-        pixels = FeatureSet(data.train.pixels, train_labels, data.test.pixels, test_labels)
-        values |= once(lambda: probe_all(random, "untrained.") | probe_all(pixels, "pixels."))
+        values |= once(lambda: probe_all(random, "untrained."))
+        size = model.config.data
+        if size.image_channels * size.image_size**2 <= PIXELS_COMPARED:
+            train, test = data.train, data.test
+            pixels = FeatureSet(train.pixels, train.labels.numpy(), test.pixels, test.labels.numpy())
+            values |= once(lambda: probe_all(pixels, "pixels."))
     return values
 
 
@@ -203,7 +215,8 @@ def write_figures(
             written.append(sample_grid(images, columns, folder / "samples.png", names, "Samples by class"))
         prior = model.generate_with_latents(8 * columns, seed=seed)
         written.append(sample_grid(prior.images, columns, folder / "samples_prior.png", title="Samples of the prior"))
-        batch, own = (part[: config.evaluation.batch] for part in (data.test.images, data.test.labels))
+        first = data.first("test", config.evaluation.batch)
+        batch, own = first.images, first.labels
         shown = min(32, len(batch))
         rebuilt = model.reconstruct(batch, seed, own)[:shown]
         written.append(reconstruction_grid(batch[:shown], rebuilt, folder / "reconstructions.png"))

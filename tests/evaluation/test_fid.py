@@ -10,6 +10,7 @@ import torch
 from test_report import tiny
 from torch import Tensor
 
+from lzn_dist.config import override
 from lzn_dist.evaluation import EvaluationData
 from lzn_dist.evaluation.distribution import Moments, frechet_distance_of, inception_score, precision_recall
 from lzn_dist.evaluation.fid import fid_values, real_statistics, sampled_statistics
@@ -48,6 +49,7 @@ def test_values_are_those_of_all_features_at_once(digits_folder: Path, tmp_path:
         assert values[key] == pytest.approx((first + second) / 2, rel=1e-9)
         assert values[f"{key}_std"] == pytest.approx(abs(first - second) / 2**0.5, rel=1e-6, abs=1e-12)
     assert values["fid_samples"] == 530 and values["fid_image_size"] == 8 and values["fid"] > 0.1
+    assert values["fid_real_images"] == 1437 and values["fid_seeds"] == 2
 
 
 def test_real_images_are_looked_at_once(digits_folder: Path, tmp_path: Path) -> None:
@@ -62,6 +64,17 @@ def test_real_images_are_looked_at_once(digits_folder: Path, tmp_path: Path) -> 
     assert np.array_equal(first.first, again.first) and len(first.first) == 1437
     real_statistics(data, network, "other weights", tmp_path)
     assert network.seen == 2 * 1437 and len(list(tmp_path.iterdir())) == 2
+
+
+def test_statistics_of_shards_without_a_manifest_are_not_kept(digits_folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "shards").mkdir()
+    for shard in digits_folder.glob("*.tar"):
+        (tmp_path / "shards" / shard.name).symlink_to(shard)
+    model, network = tiny("generation", tmp_path / "shards"), Projection()
+    model.config = override(model.config, ["data.embedded=none"])
+    for _ in range(2):
+        real_statistics(EvaluationData(model.config), network, "w", tmp_path / "cache")
+    assert network.seen == 2 * 1437 and not (tmp_path / "cache").exists()
 
 
 def test_a_save_that_fails_leaves_no_statistics(

@@ -4,7 +4,9 @@ import pytest
 import torch
 from hand_made import CLASSES, DIM, class_images, hand_made
 
-from lzn_dist.config import load_config
+from lzn_dist import model as model_module
+from lzn_dist.config import load_config, override
+from lzn_dist.data import ShardedDataset, ShardIndex, whole_images
 from lzn_dist.model import LZN, MissingCapability
 from lzn_dist.networks import build_networks
 
@@ -23,8 +25,37 @@ def test_classify_finds_the_class_of_every_image(joint: LZN) -> None:
 def test_rows_that_fill_up_a_batch_are_the_first_images(joint: LZN) -> None:
     batches = list(joint._fixed_batches(11))
     assert [counted for _, counted in batches] == [8, 3]
-    assert (batches[1][0] % 11).tolist() == [8, 9, 10, 0, 1, 2, 3, 4]
-    assert [len(rows) for rows, _ in joint._fixed_batches(3)] == [3]
+    images = torch.arange(11.0)[:, None]
+    assert joint._filled(images, batches[1][0])[:, 0].tolist() == [8, 9, 10, 0, 1, 2, 3, 4]
+
+
+def test_a_single_image_is_seen_beside_training_images(joint: LZN, digits_folder: Path, tmp_path: Path) -> None:
+    """By itself an image would have the whole space as its zone, and the same centre as any other."""
+    images = class_images(torch.arange(CLASSES))
+    joint.config = override(joint.config, [f"data.shards={digits_folder}"])
+    assert [int(joint.classify(image[None])) for image in images] == [0, 1, 2, 3]
+    others = ShardIndex.load(digits_folder)
+    first = ShardedDataset(others, "train", 1, whole_images(8)).fixed_batches(8)[0].images
+    latents = joint.latents(torch.cat((images[:1], first[:7])), 0.0)
+    seen = []
+    joint.read_class = lambda latents, class_weights=None: seen.append(latents) or torch.zeros(len(latents))  # type: ignore[method-assign]
+    joint.classify(images[:1])
+    torch.testing.assert_close(seen[0], latents[:1])
+    elsewhere = hand_made("joint", data={"num_classes": CLASSES, "shards": str(tmp_path)})
+    with pytest.raises(FileNotFoundError, match="no shards"):
+        elsewhere.classify(images)
+
+
+def test_large_images_go_through_the_networks_in_parts(joint: LZN, monkeypatch: pytest.MonkeyPatch) -> None:
+    images = class_images(torch.arange(20) % CLASSES)
+    expected = joint.anchors(images), joint.embed(images)
+    assert joint.chunk == 512
+    monkeypatch.setattr(model_module, "CHUNK_PIXELS", 3 * 64)
+    assert joint.chunk == 3
+    sizes: list[int] = []
+    joint.networks.encoder.register_forward_pre_hook(lambda module, given: sizes.append(len(given[0])))  # type: ignore[union-attr]
+    assert torch.equal(joint.anchors(images), expected[0]) and torch.equal(joint.embed(images), expected[1])
+    assert max(sizes) == 3 and sum(sizes) == 20
 
 
 def test_class_weights_shift_the_decision(joint: LZN) -> None:
@@ -91,7 +122,7 @@ def test_reconstruct_returns_every_image(joint: LZN) -> None:
 def test_inverse_and_decode_use_the_configured_sampler() -> None:
     model = hand_made("generation", flow={"sampler": "dopri5"})
     model.networks.decoder.forward = lambda x, t, latents, labels=None: -x + latents[:, :1, None, None]  # type: ignore[union-attr, method-assign, assignment]
-    images = torch.rand(5, 1, 8, 8) - 0.5
+    images = torch.rand(8, 1, 8, 8) - 0.5  # a whole batch
     torch.testing.assert_close(model.reconstruct(images), images, rtol=0, atol=1e-3)
 
 

@@ -8,7 +8,10 @@ from hand_made import CLASSES, class_images
 from PIL import Image
 
 from lzn_dist.config import Config, ConfigError, override
-from lzn_dist.evaluation import EvaluationData, evaluate_model, figures
+from lzn_dist.evaluation import EvaluationData, evaluate_model, figures, report
+from lzn_dist.evaluation import data as report_data
+from lzn_dist.evaluation.frechet import frechet_distance
+from lzn_dist.evaluation.report import generation_values, health_values
 from lzn_dist.evaluation.zone_figure import toy_anchors, toy_zone_figure, trajectories, zone_figure, zone_of
 from lzn_dist.model import LZN
 from lzn_dist.networks import build_networks
@@ -97,7 +100,8 @@ PROBES = {"linear_probe", "knn", "probe_10_labels", "probe_10_labels_std"}
 GENERATION = {"judge_accuracy", "frechet", "frechet_real", "reconstruction_error", "latent_only_error",
               "evaluations"}  # fmt: skip
 JOINT = {
-    "accuracy_centre", "accuracy_centre_low", "accuracy_centre_high", "recognised", "recognised_prior", "frechet_prior",
+    "accuracy_centre", "accuracy_centre_low", "accuracy_centre_high", "recognised", "recognised_prior",
+    "rarest_class_prior", "frechet_prior",
     "disagreement_latent", "disagreement_label",
     *(f"accuracy{w}@{s}" for w in ("", "_weighted") for s in ("0", "0.5", "1")),
 }  # fmt: skip
@@ -168,7 +172,71 @@ def test_data_holds_every_image_once(digits_folder: Path) -> None:
     assert data.class_frequencies.sum().item() == pytest.approx(1.0)
     assert torch.bincount(data.test.labels).min() >= 33
     assert data.class_name(7) == "7"
-    assert data.test.map(lambda images: images.flatten(1), 100).shape == (360, 64)
+    assert len(data.first("test", 7)) == 7 and torch.equal(data.first("test", 7).images, data.test.images[:7])
+    features, labels = data.features("test", lambda images: images.flatten(1))
+    assert np.array_equal(features, data.test.pixels) and np.array_equal(labels, data.test.labels.numpy())
+
+
+def test_features_of_a_large_split_are_those_of_its_first_images(
+    digits_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(report_data, "IN_MEMORY", 250)  # batches have 200
+    data = EvaluationData(tiny("joint", digits_folder).config)
+    seen: list[int] = []
+    features, labels = data.features("train", lambda images: (seen.append(len(images)), images.flatten(1))[1])
+    assert features.shape == (250, 64) and len(labels) == 250 and seen == [200, 200]
+
+
+def test_frechet_distances_are_to_held_out_images(digits_folder: Path) -> None:
+    model = tiny("generation", digits_folder, "rectified_flow")
+    data = EvaluationData(model.config)
+    values, judge = generation_values(model, data, False, 0), data.judge
+    assert judge is not None
+    images = model.generate(20, seed=0).flatten(1).double().numpy()
+    train, test = (judge.features(part.pixels) for part in (data.train, data.test))
+    assert values["frechet_real"] == pytest.approx(frechet_distance(train, test))
+    assert values["frechet"] == pytest.approx(frechet_distance(judge.features(images), test))
+    assert values["frechet"] != pytest.approx(frechet_distance(judge.features(images), train), rel=1e-3)
+
+
+def test_a_dead_zone_shows_in_the_priors_classes(digits_folder: Path) -> None:
+    model = tiny("joint", digits_folder)
+    assert model.networks.label_anchors is not None
+    anchors = next(model.networks.label_anchors.parameters())
+    with torch.no_grad():
+        anchors[9] = anchors[8]  # the first of two equal anchors is the nearest
+    model.config = override(model.config, ["evaluation.samples_per_class=30"])
+    values = generation_values(model, EvaluationData(model.config), True, 0)
+    assert values["rarest_class_prior"] == 0.0
+    with torch.no_grad():
+        anchors.copy_(8.0 * torch.eye(10, 8) + 1e-3 * torch.randn(10, 8))
+        anchors[8:] = -8.0
+        anchors[9] = -anchors[8]
+    assert generation_values(model, EvaluationData(model.config), True, 0)["rarest_class_prior"] > 0.0
+
+
+def test_evaluations_are_counted_without_a_judge(digits_folder: Path) -> None:
+    model = tiny("generation", digits_folder)
+    model.config = override(model.config, ["data.embedded=none", "flow.sampler_steps=3"])
+    values = generation_values(model, EvaluationData(model.config), True, 0)
+    assert values["evaluations"] == 3.0 and "frechet" not in values and "reconstruction_error" in values
+
+
+def test_zone_health_is_of_images_that_count(digits_folder: Path) -> None:
+    """A batch larger than the split is filled up with repeated images: these are not zones of their own."""
+    model = tiny("representation", digits_folder)
+    found = []
+    for batch in (360, 700):
+        model.config = override(model.config, [f"evaluation.batch={batch}"])
+        found.append(health_values(model, EvaluationData(model.config), 0))
+    assert found[0] == found[1]
+
+
+def test_pixels_of_large_images_are_not_probed(digits_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(report, "PIXELS_COMPARED", 63)
+    model = tiny("representation", digits_folder)
+    values = report.probe_values(model, EvaluationData(model.config), False)
+    assert "untrained.knn" in values and "pixels.knn" not in values
 
 
 def test_missing_inception_weights_are_named_before_anything_else(digits_folder: Path, tmp_path: Path) -> None:
