@@ -23,7 +23,7 @@ from lzn_dist.config import ConfigError, override
 from lzn_dist.distributed import Topology
 from lzn_dist.evaluation import EvaluationData, evaluate_model
 from lzn_dist.evaluation.linear_probe import ProbeSettings, published_probe
-from lzn_dist.model import LZN, load
+from lzn_dist.model import LZN, MissingCapability, load
 from lzn_dist.run_folder import write_json
 
 
@@ -40,9 +40,12 @@ def show_probe(epoch: int, loss: float) -> None:
 
 
 def write_results(path: Path, model: LZN, values: dict[str, float], seed: int) -> None:
-    """The values with the step and the seed they belong to, as JSON; a reader sees the old file or the new one."""
+    """The values as JSON, with the step, the seed and the settings they belong to; a reader sees the old file or the
+    new one."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    write_json(path, {"step": model.step, "task": model.config.task, "seed": seed, **values})
+    config = model.config.model_dump(mode="json")
+    settings = {section: config[section] for section in ("data", "flow", "evaluation")}
+    write_json(path, {"step": model.step, "task": model.config.task, "seed": seed, **values, "settings": settings})
 
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
@@ -89,16 +92,17 @@ def main(arguments: list[str] | None = None) -> int:
             torch.set_num_threads(max(1, (os.cpu_count() or 1) // 2))
         data = EvaluationData(model.config)
         output = options.output or options.run
-        values = evaluate_model(
+        values: dict[str, float] = {}
+        if options.probe_epochs:  # first: what it refuses is told before anything else is measured
+            settings = ProbeSettings(options.probe_epochs, options.probe_batch)
+            values |= published_probe(model, data, settings, output, show_probe if main_process else lambda *_: None)
+        values |= evaluate_model(
             model, output, figures=not options.no_figures, quick=options.quick, data=data, seed=options.seed,
             run=options.run,
         )  # fmt: skip
-        if options.probe_epochs:
-            settings = ProbeSettings(options.probe_epochs, options.probe_batch)
-            values |= published_probe(model, data, settings, output, show_probe if main_process else lambda *_: None)
         if main_process:
             write_results(output / "evaluation.json", model, values, options.seed)
-    except (CheckpointError, ConfigError, FileNotFoundError) as error:
+    except (CheckpointError, ConfigError, FileNotFoundError, MissingCapability) as error:
         if main_process:
             print(f"error: {error}", file=sys.stderr)
         return 2

@@ -1,4 +1,5 @@
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -42,7 +43,27 @@ def test_table_and_json_tell_the_same(
     )
     values = json.loads((tmp_path / "out" / "evaluation.json").read_text())
     assert values.pop("step") == 1 and values.pop("task") == "joint" and values.pop("seed") == 0
+    settings = values.pop("settings")
+    assert settings["evaluation"]["samples_per_class"] == 1 and settings["flow"]["sampler"] == "euler"
     printed = capsys.readouterr().out
     for key, value in values.items():
         assert f"{value:.4f}" in next(line for line in printed.splitlines() if line.split()[:1] == [key])
     assert not (tmp_path / "evaluation.json").exists()
+
+
+@pytest.mark.parametrize(
+    "task,objective,batch,says",
+    [
+        ("representation", "lzn", 8192, "linear probe: .*8192"),
+        ("generation", "rectified_flow", 64, "has no image encoder: it cannot embed"),
+    ],
+)
+def test_a_probe_that_cannot_be_is_refused_before_anything_is_measured(
+    task: str, objective: str, batch: int, says: str, tmp_path: Path, digits_folder: Path,
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    monkeypatch.setattr(evaluate, "load", lambda path: tiny(task, digits_folder, objective))
+    monkeypatch.setattr(evaluate, "evaluate_model", lambda *args, **more: pytest.fail("measured"))
+    assert evaluate.main([str(tmp_path), "--probe-epochs", "1", "--probe-batch", str(batch)]) == 2
+    error = capsys.readouterr().err
+    assert re.search(says, error) and error.count("\n") == 1
