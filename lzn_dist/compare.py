@@ -2,12 +2,13 @@
 
 Trains every row of the file for every seed, evaluates the averaged weights, prints a table of mean and standard
 deviation over seeds for each group of rows, and writes OUTPUT/comparison.json and OUTPUT/comparison.png. What is
-finished is not done again: the same command goes on after a stop.
+finished is not done again: the same command goes on after a stop. Runs of other settings in OUTPUT are refused.
 
-The file: output_dir, seeds, and tables of rows. A row has a name and a config (a path beside the file) with overrides;
-or `like`: another row's config, trained as long as that of `time_of` took (equal time instead of equal steps: steps
-are scaled by the images per second that both rows logged, seed by seed); or `from`: it reads another row's evaluation,
-with a prefix or by other names (measures: {shown: name in evaluation.json}).
+The file: output_dir, seeds, tables of rows, overrides of all rows, and options of lzn_dist.evaluate. A row has a name
+and a config (a path beside the file) with overrides; or `like`: another row's config, trained as long as that of
+`time_of` took (equal time instead of equal steps: steps are scaled by the images per second that both rows logged, seed
+by seed); or `from`: it reads another row's evaluation, with a prefix or by other names (measures: {shown: name in
+evaluation.json}).
 """
 
 from __future__ import annotations
@@ -26,11 +27,12 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, PositiveInt, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, PositiveInt, ValidationError, field_validator
 from tqdm import tqdm
 
 from lzn_dist.config import ConfigError, load_config
 from lzn_dist.run_folder import read_lines, write_json
+from lzn_dist.wiring import changed_keys
 
 
 class _Part(BaseModel):
@@ -59,6 +61,15 @@ class Comparison(_Part):
     seeds: list[int] = Field(min_length=1)
     tables: list[Table] = Field(min_length=1)
     jobs: PositiveInt = 1
+    overrides: dict[str, Any] = {}
+    evaluate: list[str] = []
+
+    @field_validator("seeds")
+    @classmethod
+    def _different(cls, seeds: list[int]) -> list[int]:
+        if len(set(seeds)) != len(seeds):
+            raise ValueError("a seed stands there twice")
+        return seeds
 
     @property
     def rows(self) -> dict[str, Row]:
@@ -75,6 +86,7 @@ class Job:
     config: Path
     overrides: list[str]
     max_steps: int
+    evaluate: list[str]
 
     def finished(self) -> bool:
         try:
@@ -84,11 +96,12 @@ class Job:
         return bool(result["step"] == self.max_steps)
 
 
-def read_comparison(path: Path) -> Comparison:
-    """Read a comparison and check that its rows fit together. Raises ConfigError, naming file and row."""
+def read_comparison(path: Path, given: dict[str, Any] | None = None) -> Comparison:
+    """Read a comparison and check that its rows fit together. given: values instead of the file's. Raises ConfigError,
+    naming file and row."""
     try:
-        found = Comparison.model_validate(yaml.safe_load(path.read_text()))
-    except (OSError, yaml.YAMLError) as error:
+        found = Comparison.model_validate({**yaml.safe_load(path.read_text()), **(given or {})})
+    except (OSError, TypeError, yaml.YAMLError) as error:
         raise ConfigError(f"{path} cannot be read: {error}") from error
     except ValidationError as error:
         problems = (f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors())
@@ -111,19 +124,25 @@ def _slug(name: str) -> str:
 
 
 def make_job(comparison: Comparison, base: Path, row: Row, seed: int, more: list[str]) -> Job:
-    """A trained row's job; one with time_of needs the runs of the rows that it names. Raises ConfigError."""
+    """A trained row's job; one with time_of needs the runs of the rows that it names. Raises ConfigError, also where
+    the folder holds a run of other settings."""
     source = comparison.rows[row.like] if row.like else row
     folder = _folder(comparison, row.name, seed)
     overrides = [f"{key}={json.dumps(value) if not isinstance(value, str) else value}"
-                 for key, value in {**source.overrides, **row.overrides}.items()]  # fmt: skip
+                 for key, value in {**comparison.overrides, **source.overrides, **row.overrides}.items()]  # fmt: skip
     overrides += [*more, f"seed={seed}", f"output_dir={folder}"]
     path = base / source.config
-    steps = load_config(path, overrides).max_steps
+    config = load_config(path, overrides)
+    if (folder / "config.yaml").is_file():
+        changed = changed_keys(load_config(folder / "config.yaml"), config)
+        if changed:
+            raise ConfigError(f"{folder} was trained with other settings ({changed[0]}): remove it, or set --output")
+    steps = config.max_steps
     if row.time_of:
         mine, theirs = (_cost(_folder(comparison, name, seed)) for name in (row.like, row.time_of))
         steps = max(1, round(theirs.steps * theirs.seconds_per_step / mine.seconds_per_step))
         overrides.append(f"max_steps={steps}")
-    return Job(row, seed, folder, path, overrides, steps)
+    return Job(row, seed, folder, path, overrides, steps, comparison.evaluate)
 
 
 def _folder(comparison: Comparison, row: str, seed: int) -> Path:
@@ -149,11 +168,16 @@ def run_job(job: Job, launch: str, threads: int) -> None:
     if job.finished():
         return
     job.folder.mkdir(parents=True, exist_ok=True)
-    start = ["-m", "accelerate.commands.launch", "--config_file", launch] if launch else ["-m", "lzn_dist.train"]
-    train = [sys.executable, *start, *([str(Path(__file__).with_name("train.py"))] if launch else [])]
+
+    def start(module: str) -> list[str]:
+        if not launch:
+            return [sys.executable, "-m", f"lzn_dist.{module}"]
+        accelerate = ["-m", "accelerate.commands.launch", "--main_process_port", "0"]  # a free one: several may start
+        return [sys.executable, *accelerate, "--config_file", launch, str(Path(__file__).with_name(f"{module}.py"))]
+
     commands = [
-        [*train, str(job.config), *job.overrides],
-        [sys.executable, "-m", "lzn_dist.evaluate", str(job.folder)],
+        [*start("train"), str(job.config), *job.overrides],
+        [*start("evaluate"), str(job.folder), *job.evaluate],
     ]
     environment = {"OMP_WAIT_POLICY": "passive", "OMP_NUM_THREADS": str(threads), **os.environ}
     with (job.folder / "log.txt").open("w") as log:
@@ -234,9 +258,9 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--launch", default="", metavar="FILE", help="a launch configuration, as launch/ddp.yaml")
     options = parser.parse_intermixed_args(arguments)
     try:
-        comparison = read_comparison(options.comparison)
         given = {"output_dir": options.output, "seeds": options.seeds, "jobs": options.jobs}
-        comparison = comparison.model_copy(update={key: value for key, value in given.items() if value})
+        given = {key: value for key, value in given.items() if value}
+        comparison = read_comparison(options.comparison, given)
         base, more = options.comparison.parent, options.overrides
 
         def jobs(timed: bool) -> list[Job]:

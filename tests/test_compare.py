@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import numpy as np
@@ -40,6 +41,18 @@ def test_rows_that_do_not_fit_are_refused(rows: list[dict[str, object]], message
         compare.read_comparison(written(tmp_path / "c.yaml", rows))
 
 
+@pytest.mark.parametrize(
+    "options,message",
+    [(["--seeds", "0", "0"], "seeds: .*stands there twice"), (["--jobs", "-1"], "jobs: .*greater than 0")],
+)
+def test_seeds_and_jobs_that_cannot_be_are_refused(
+    options: list[str], message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = written(tmp_path / "c.yaml", [{"name": "a", "config": DIGITS}])
+    assert compare.main([str(path), *options]) == 2
+    assert re.search(message, capsys.readouterr().err) and not (tmp_path / "out").exists()
+
+
 def test_every_row_is_checked_before_any_is_trained(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     rows = [{"name": "a", "config": DIGITS}, {"name": "b", "config": DIGITS, "overrides": {"objectiv": "moco"}}]
     assert compare.main([str(written(tmp_path / "c.yaml", rows))]) == 2
@@ -60,20 +73,23 @@ def test_mean_and_deviation_are_over_seeds() -> None:
 
 
 def test_a_comparison_from_training_to_table_and_figure(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Two rows, one of them for as long as the other took; a second call finds everything done."""
+    """Two rows, one of them for as long as the other took; a second call finds everything done. The file's overrides
+    and evaluate's options reach all rows."""
     shards = write_digits(tmp_path / "digits")
     rows = [
         {"name": "pixels", "from": "SimCLR", "prefix": "pixels."},
         {"name": "SimCLR", "config": DIGITS, "overrides": {"objective": "simclr", "encoder.blocks": [1]}},
         {"name": "again", "like": "SimCLR", "time_of": "SimCLR"},
     ]
-    arguments = [str(written(tmp_path / "c.yaml", rows)), "max_steps=6", "log_every=2", f"data.shards={shards}"]
+    more = {"overrides": {"log_every": 2}, "evaluate": ["--no-figures"]}
+    arguments = [str(written(tmp_path / "c.yaml", rows, **more)), "max_steps=6", f"data.shards={shards}"]
     arguments += ["encoder.channels=8", "data.global_batch=16", "tracking.wandb=disabled"]
     assert compare.main(arguments) == 0
     printed = capsys.readouterr().out
     found = json.loads((tmp_path / "out" / "comparison.json").read_text())["tables"]["T"]
     run = tmp_path / "out" / "simclr" / "seed_3"
-    assert load_config(run / "config.yaml").seed == 3
+    assert load_config(run / "config.yaml").seed == 3 and load_config(run / "config.yaml").log_every == 2
+    assert not (run / "figures").exists()
     values = json.loads((run / "evaluation.json").read_text())
     assert found["SimCLR"]["knn"] == [values["knn"]] and found["pixels"]["knn"] == [values["pixels.knn"]]
     # its own time: the same steps, so the same model
@@ -84,6 +100,9 @@ def test_a_comparison_from_training_to_table_and_figure(tmp_path: Path, capsys: 
     assert np.asarray(Image.open(tmp_path / "out" / "comparison.png").convert("L")).std() > 5
     before = (run / "evaluation.json").stat().st_mtime_ns
     assert compare.main(arguments) == 0 and (run / "evaluation.json").stat().st_mtime_ns == before
+    capsys.readouterr()
+    assert compare.main([*arguments, "latent.noise_scale=0.2"]) == 2  # not the other settings' result as its own
+    assert "seed_3 was trained with other settings (latent.noise_scale: 0.45 → 0.2)" in capsys.readouterr().err
 
 
 def test_the_figure_shows_a_dot_for_every_seed(tmp_path: Path) -> None:

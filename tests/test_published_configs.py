@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from lzn_dist.config import load_config
+from lzn_dist.evaluation.linear_probe import ProbeSettings
 from lzn_dist.networks import build_networks
 
 CONFIGS = Path(__file__).parents[1] / "configs"
@@ -43,7 +44,23 @@ def test_published_settings(name: str, batch: int, steps: int, rates: tuple[floa
     assert (optimizer.encoder_lr, optimizer.decoder_lr, optimizer.ema_decay) == (*rates, average)
     assert (optimizer.warmup_steps, optimizer.clip_norm) == (5000, 1.0)
     assert (config.latent.dim, config.latent.solver, config.latent.steps) == (200, "dpm_solver_pp", 20)
-    assert config.data.flip and config.precision == "float32"
+    assert config.data.flip and config.precision == "float32" and config.latent.noise_scale == 1.0
+    assert (config.flow.sampler, config.flow.sampler_steps, config.flow.t_min) == ("dopri5", 10, 1e-3)
+    assert config.encoder.dropout == config.decoder.dropout == (0.15 if config.data.image_size == 32 else 0.0)
+
+
+def test_imagenets_published_settings() -> None:
+    config = load_config(CONFIGS / "imagenet_representation.yaml")
+    optimizer, data, probe = config.optimizer, config.data, ProbeSettings()
+    assert (data.global_batch, data.image_size, data.resize, data.views) == (8192, 224, 256, "simclr")
+    assert config.max_steps == 5_000_000 and config.precision == "float32"
+    assert (optimizer.encoder_lr, optimizer.ema_decay, optimizer.warmup_steps, optimizer.clip_norm) == (
+        8e-4, 0.9999, 5000, 1.0,
+    )  # fmt: skip
+    latent, alignment = config.latent, config.alignment
+    assert (latent.dim, latent.solver, latent.steps, latent.noise_scale) == (256, "euler", 20, 0.45)
+    assert (alignment.steps, alignment.cutoff, alignment.kind) == (20, 0.2, "cross_entropy")
+    assert (probe.epochs, probe.batch, probe.lr) == (300, 8192, 3e-4)
 
 
 def test_the_joint_study_stops_its_decoder() -> None:
