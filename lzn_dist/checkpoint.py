@@ -183,7 +183,7 @@ def resume_state(state: TrainState, path: Path) -> None:
     _read_into({f"objective.{name}": whole(value) for name, value in remembered.items()}, path)
     for name, value in state.objective.state().items():
         value.copy_(remembered[name])
-    state.engine.set_moments(moments, record.counters.step)
+    state.engine.set_moments(moments, record.counters.step - record.counters.without_moments)
     state.ema.load_state_dict(
         {
             "decay": state.config.optimizer.ema_decay,

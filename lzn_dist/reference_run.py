@@ -1,7 +1,7 @@
 """A published checkpoint as a run: python -m lzn_dist.models.reference_checkpoint FILE --case CASE --out RUN_DIR
 
 The run has the case study's configuration (configs/), the trained and the averaged weights, and no optimiser moments:
-evaluate it, load it, or train on from it.
+evaluate it, load it, or train on from it (Adam's moments begin anew, the learning rate goes on where it was).
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ def write_run(path: Path, case: str, folder: Path, overrides: list[str]) -> None
     averages = _state(averaged)
     for name, shadow in state.ema.shadow.items():
         shadow.copy_(averages[name].flatten())
-    state.counters = Counters(step=trained.step, batch=trained.step)
+    state.counters = Counters(step=trained.step, batch=trained.step, without_moments=trained.step)
     state.ema.num_updates = trained.step
     run = RunFolder(folder).take()
     save_config(config, folder / "config.yaml")

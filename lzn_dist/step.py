@@ -19,11 +19,13 @@ from lzn_dist.objectives import Objective, Samples
 @dataclass
 class Counters:
     """step: optimiser steps taken. batch: global batches consumed, the cursor of the data and of all random numbers;
-    larger than step by the steps that were skipped. nonfinite: skipped ones in a row."""
+    larger than step by the steps that were skipped. nonfinite: skipped ones in a row. without_moments: steps at the
+    start that Adam's moments know nothing of, where the run began from weights alone."""
 
     step: int = 0
     batch: int = 0
     nonfinite: int = 0
+    without_moments: int = 0
 
 
 @dataclass

@@ -12,9 +12,11 @@ import torch
 from test_reference import assert_same_output, fill, read, wave
 
 import lzn_dist
-from lzn_dist.checkpoint import find_checkpoint, load_weights
+from lzn_dist.checkpoint import find_checkpoint, load_weights, resume_state
+from lzn_dist.distributed.engine import TorchEngine
 from lzn_dist.models.reference_checkpoint import PREFIX, build_case, load_reference_checkpoint
 from lzn_dist.networks import build_networks
+from lzn_dist.wiring import single_state
 
 
 def write(path: Path, case: str) -> Path:
@@ -53,6 +55,11 @@ def test_case_2_gives_the_reference_outputs_and_becomes_a_run(tmp_path: Path) ->
     networks = build_networks(model.config)
     load_weights(networks, find_checkpoint(tmp_path / "run"))
     assert torch.equal(networks.eval().encoder(images), trained.encoder(images))
+    # trained on, Adam's moments begin anew: at the file's number of steps its first updates would be 3 times too large
+    state = single_state(model.config, torch.device("cpu"))
+    resume_state(state, find_checkpoint(tmp_path / "run"))
+    assert isinstance(state.engine, TorchEngine) and state.counters.step == 1234
+    assert {float(moments["step"]) for moments in state.engine.optimizer.state.values()} == {0.0}
     done = subprocess.run([*command, "--out", str(tmp_path / "run")], capture_output=True, text=True)
     assert done.returncode == 2 and "is not empty" in done.stderr and "Traceback" not in done.stderr
 
