@@ -7,6 +7,8 @@ import shutil
 import sys
 from pathlib import Path
 
+from lzn_dist.evaluation.zone_figure import toy_zone_figure
+
 ROWS = {
     "joint.accuracy_centre": "test accuracy at the zones' centres",
     "joint.recognised": "conditional samples recognised as their class",
@@ -36,6 +38,7 @@ def main(folder: Path) -> None:
     for task in ("joint", "representation"):
         for picture in sorted((folder / task / "figures").glob("*.png")):
             shutil.copy(picture, figures / f"{task}_{picture.name}")
+    toy_zone_figure(figures / "zones_in_two_dimensions.png")  # the picture that explains the method
     print()
     for name, text in ROWS.items():
         value = summary[name]
