@@ -14,7 +14,7 @@ from accelerate import Accelerator
 from torch import Tensor
 from tqdm import tqdm
 
-from lzn_dist.config import Config
+from lzn_dist.config import Config, ConfigError
 from lzn_dist.data import Batch
 from lzn_dist.distributed.launch import everywhere
 from lzn_dist.flops import peak_flops
@@ -22,8 +22,15 @@ from lzn_dist.run_folder import RunFolder
 from lzn_dist.step import Counters
 
 
-def _logged_in() -> bool:
-    return bool(os.environ.get("WANDB_API_KEY")) or (Path.home() / ".netrc").is_file()
+def wandb_mode(asked: str) -> str:
+    """What tracking.wandb=auto is: WANDB_MODE where it is set, else online where wandb knows a key of the user's."""
+    if asked != "auto":
+        return asked
+    if mode := os.environ.get("WANDB_MODE"):
+        return mode
+    import wandb  # a second: not for runs without it
+
+    return "online" if wandb.login(prompt=False, verify=False) else "offline"
 
 
 class BadSamples:
@@ -74,16 +81,19 @@ class Tracker:
             desc=config.task, file=sys.stderr, mininterval=1.0,
         )  # fmt: skip
         self.last_time, self.last_step = perf_counter(), step
-        if config.tracking.wandb != "disabled":
-            mode = config.tracking.wandb
-            if mode == "auto":
-                mode = "online" if _logged_in() else "offline"
+        mode = "disabled" if folder is None else wandb_mode(config.tracking.wandb)
+        self.tracks = mode != "disabled"
+        if self.tracks:
             os.environ.setdefault("WANDB_SILENT", "true")
             output = Path(config.output_dir)
-            accelerator.init_trackers(
-                config.tracking.project, config.model_dump(mode="json"),
-                {"wandb": {"dir": str(output), "mode": mode, "name": output.name}},
-            )  # fmt: skip
+            settings = {"dir": str(output), "mode": mode, "name": output.name}
+            try:
+                accelerator.init_trackers(config.tracking.project, config.model_dump(mode="json"), {"wandb": settings})
+            except Exception as error:
+                raise ConfigError(
+                    f"wandb does not start ({' '.join(str(error).split())}): log in (wandb login), or set "
+                    "tracking.wandb=offline or disabled"
+                ) from error
 
     def log(
         self, counters: Counters, scalars: dict[str, Tensor], lr: dict[str, float], seconds: dict[str, float]
@@ -101,6 +111,7 @@ class Tracker:
             return
         row: dict[str, Any] = {"step": step, "images": counters.batch * batch}
         row.update({name: float(value) for name, value in zip(scalars, values, strict=True)})
+        row["lr"] = max(lr.values())
         row.update({f"lr_{name}": value for name, value in lr.items()})
         row["skipped"] = counters.batch - step
         row["images_per_second"] = round(rate, 1)
@@ -113,8 +124,8 @@ class Tracker:
         self.bar.set_postfix(loss=f"{row['loss']:.4f}", images_s=f"{rate:.0f}")
 
     def evaluation(self, step: int, values: dict[str, float]) -> None:
-        """One line of eval.jsonl (main process)."""
-        self._write("eval.jsonl", {"step": step, **values}, prefix="eval/")
+        """One line of eval.jsonl (main process); its random numbers are those of seed 0, as evaluate.py's."""
+        self._write("eval.jsonl", {"step": step, "seed": 0, **values}, prefix="eval/")
 
     def resume_clock(self, step: int) -> None:
         """Do not count what happened since the last line as training."""
@@ -123,13 +134,11 @@ class Tracker:
     def _write(self, name: str, row: dict[str, Any], prefix: str = "") -> None:
         assert self.folder is not None
         self.folder.append(name, row)
-        if self.config.tracking.wandb != "disabled":
+        if self.tracks:
             self.accelerator.log({prefix + k: v for k, v in row.items() if k != "step"}, step=row["step"])
 
     def close(self) -> None:
         self.bar.close()
-        if self.config.tracking.wandb != "disabled":
-            self.accelerator.end_training()
 
 
 def _peak_memory_mb() -> float:

@@ -11,10 +11,13 @@ from pathlib import Path
 import pytest
 import torch
 
+import lzn_dist
 from lzn_dist import train
 from lzn_dist.checkpoint import find_checkpoint, load_weights
 from lzn_dist.config import load_config
+from lzn_dist.evaluation import evaluate_model
 from lzn_dist.networks import build_networks
+from lzn_dist.tracking import wandb_mode
 
 ROOT = Path(__file__).parents[1]
 SMALL = [
@@ -96,6 +99,50 @@ def test_a_resumed_run_logs_what_the_undisturbed_run_logs(tmp_path: Path, capfd:
     assert [row["step"] for row in parts] == [1, 2, 3, 4, 5]
     assert [row["loss"] for row in parts] == [row["loss"] for row in whole]
     assert all(torch.equal(v, weights(tmp_path / "parts")[k]) for k, v in weights(tmp_path / "whole").items())
+
+
+def test_what_a_run_tells(tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Metrics, progress, wandb, and evaluations of the averaged weights, the last one also after a kill before it."""
+    monkeypatch.delenv("WANDB_MODE", raising=False)
+    run = tmp_path / "run"
+    arguments = [str(ROOT / "configs" / "digits_joint.yaml"), f"output_dir={run}", f"data.shards={tmp_path / 'digits'}"]
+    arguments += [*SMALL, "precision=float32", "max_steps=5", "evaluate_every=2", "optimizer.warmup_steps=0"]
+    assert train.main([*arguments, "tracking.wandb=offline"]) == 0
+    bar = capfd.readouterr().err
+    assert "5/5" in bar and "loss=" in bar and "images_s=" in bar
+    parts = {f"seconds_{part}" for part in ("data", "encode", "flow", "decode", "optimise")}
+    wanted = {"step", "images", "loss", "loss_flow", "loss_alignment", "lr", "lr_encoder", "lr_decoder"}
+    for row in rows(run):
+        assert row.keys() >= wanted | parts | {"images_per_second", "peak_memory_mb"}
+        assert row["lr"] == 3e-3 and row["lr_encoder"] == 2e-3
+        assert row["images_per_second"] > 0 and row["peak_memory_mb"] > 50 and row["seconds_encode"] > 0
+    assert list(run.glob("wandb/offline-run-*/*.wandb"))
+    found = rows(run, "eval.jsonl")
+    assert [row["step"] for row in found] == [2, 4, 5] and found[0] != found[1]
+    averaged = evaluate_model(lzn_dist.load(run), figures=False, quick=True)
+    assert {key: found[-1][key] for key in averaged} == pytest.approx(averaged, rel=1e-5)
+    model = lzn_dist.load(run)
+    load_weights(model.networks, find_checkpoint(run))
+    raw = evaluate_model(model, figures=False, quick=True)
+    assert raw["zones.entropy"] != pytest.approx(averaged["zones.entropy"], rel=1e-3)
+
+    (run / "eval.jsonl").write_text("".join(json.dumps(row) + "\n" for row in found[:-1]))
+    assert train.main([*arguments, "tracking.wandb=disabled"]) == 0
+    assert rows(run, "eval.jsonl") == found
+    assert train.main([*arguments, "tracking.wandb=disabled"]) == 0
+    assert rows(run, "eval.jsonl") == found
+
+
+def test_wandb_is_online_where_it_knows_the_user(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("WANDB_MODE", "WANDB_API_KEY"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / ".netrc").write_text("machine example.org login someone password secret\n")
+    assert wandb_mode("auto") == "offline"  # not any login will do
+    monkeypatch.setenv("WANDB_API_KEY", "a" * 40)
+    assert wandb_mode("auto") == "online"
+    monkeypatch.setenv("WANDB_MODE", "disabled")
+    assert wandb_mode("auto") == "disabled" and wandb_mode("offline") == "offline"
 
 
 def refused(said: str) -> str:
