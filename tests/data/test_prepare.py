@@ -20,6 +20,7 @@ from PIL import Image
 from published import NAMES, WNIDS, add, afhq, cifar10, encode, imagenet, picture
 
 from lzn_dist.data import ShardIndex
+from lzn_dist.data.pixels import decode
 from lzn_dist.data.prepare import Options, PrepareError, check, prepare
 from lzn_dist.data.sources import CIFAR10, ImageFolder, ImageNet
 
@@ -151,6 +152,28 @@ def test_folders_without_labels_resized(tmp_path: Path, name: str) -> None:
         expected = image.resize((width, height), Image.Resampling.BICUBIC).crop((left, top, left + 32, top + 32))
         np.testing.assert_array_equal(np.asarray(Image.open(io.BytesIO(found[f"{key}.png"]))), np.asarray(expected))
     assert ShardIndex.load(tmp_path / "shards").split("train").labels is None
+
+
+@pytest.mark.parametrize("kind", ["PNG", "PPM"])
+def test_16_bit_grey_keeps_its_tones_when_resized(tmp_path: Path, kind: str) -> None:
+    """As `decode` has them."""
+    (tmp_path / "images").mkdir()
+    path = tmp_path / "images" / f"a.{'png' if kind == 'PNG' else 'pgm'}"
+    Image.fromarray(np.arange(1024, dtype=np.uint16).reshape(32, 32) * 64).save(path, kind)
+    for size in (32, 8):
+        output = tmp_path / str(size)
+        prepare(ImageFolder(path.parent, labelled=False), Options(output, resize=size), quiet=True)
+        found = decode(members(output, "train")["a.png"], 1)
+        expected = Image.fromarray(decode(path.read_bytes(), 1)[..., 0]).resize((size, size), Image.Resampling.BICUBIC)
+        np.testing.assert_array_equal(found[..., 0], expected)
+
+
+def test_an_image_of_too_many_pixels_is_a_damaged_one(tmp_path: Path) -> None:
+    (tmp_path / "images").mkdir()
+    (tmp_path / "images" / "a.ppm").write_bytes(b"P6 20000 20000 255\n" + bytes(100))
+    with pytest.raises(PrepareError, match=r"a\.ppm cannot be decoded .*178956970 pixels"):
+        prepare(ImageFolder(tmp_path / "images", labelled=False), Options(tmp_path / "shards"), quiet=True)
+    assert Image.MAX_IMAGE_PIXELS is not None  # importing changes nothing for others
 
 
 def test_image_folder_by_folders_and_by_table(tmp_path: Path) -> None:
