@@ -26,7 +26,7 @@ from lzn_dist.data.storage import LocalStorage, Storage, is_remote, open_storage
 
 MANIFEST = "manifest.json"
 FORMAT = 2
-IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp", "ppm", "pgm")
+IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp", "ppm", "pgm", "bmp")
 LABEL_EXTENSION = "cls"
 ABSENT = -1  # the offset of a member that a sample lacks
 _SHARD_NAME = re.compile(r"(?P<split>.+)-\d+\.tar")

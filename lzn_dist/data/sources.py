@@ -18,15 +18,18 @@ import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
+from lzn_dist.data.index import IMAGE_EXTENSIONS
 from lzn_dist.data.prepare import Item, PrepareError
 
 NO_LABEL = -1
-_EXTENSIONS = {"jpg": "jpg", "jpeg": "jpg", "png": "png", "webp": "webp", "bmp": "bmp", "ppm": "ppm", "pgm": "pgm"}
 
 
 def extension_of(name: str) -> str | None:
     """The extension that an image file's sample gets; None for other files."""
-    return _EXTENSIONS.get(name.rpartition(".")[2].lower())
+    extension = name.rpartition(".")[2].lower()
+    if extension not in IMAGE_EXTENSIONS:
+        return None
+    return "jpg" if extension == "jpeg" else extension
 
 
 def key_of(name: str) -> str:
@@ -351,12 +354,12 @@ class ImageFolder:
         for split, path, label in rows:
             extension = extension_of(path)
             if extension is None:
-                raise PrepareError(f"{path} has no extension of an image ({', '.join(_EXTENSIONS)})")
+                raise PrepareError(f"{path} has no extension of an image ({', '.join(IMAGE_EXTENSIONS)})")
             size = (self.folder / path).stat().st_size
             key = key_of(path.removeprefix(f"{split}/"))
             found.setdefault(split, []).append(Item(key, extension, number.get(label, NO_LABEL), path, size))
         if not found:
-            raise PrepareError(f"{self.folder} has no images ({', '.join(_EXTENSIONS)})")
+            raise PrepareError(f"{self.folder} has no images ({', '.join(IMAGE_EXTENSIONS)})")
         return found
 
     def _from_folders(self) -> list[tuple[str, str, str]]:
@@ -381,11 +384,18 @@ class ImageFolder:
             reader = csv.DictReader(file)
             if not {"path", "label"} <= set(reader.fieldnames or ()):
                 raise PrepareError(f"{self.table} needs a header with the columns path and label, perhaps split")
-            rows = [(row.get("split") or "train", row["path"], row["label"]) for row in reader]
-        for line, (_, path, _) in enumerate(rows, start=2):
+            rows = [
+                (reader.line_num, row.get("split") or "train", row["path"] or "", row["label"] or "") for row in reader
+            ]
+        labelled = any(label for *_, label in rows)
+        for line, _, path, label in rows:
             if not (self.folder / path).is_file():
                 raise PrepareError(f"{self.table}, line {line}: there is no {self.folder / path}")
-        return rows
+            if labelled and not label:
+                raise PrepareError(
+                    f"{self.table}, line {line}: {path} has no label, others have: give each row one, or none"
+                )
+        return [(split, path, label) for _, split, path, label in rows]
 
     def read(self, item: Item) -> bytes:
         return (self.folder / item.where).read_bytes()

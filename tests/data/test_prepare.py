@@ -19,7 +19,8 @@ import pytest
 from PIL import Image
 from published import NAMES, WNIDS, add, afhq, cifar10, encode, imagenet, picture
 
-from lzn_dist.data import ShardIndex
+from lzn_dist.data import CentreCrop, ShardedDataset, ShardIndex
+from lzn_dist.data.index import IMAGE_EXTENSIONS
 from lzn_dist.data.pixels import decode
 from lzn_dist.data.prepare import Options, PrepareError, check, prepare
 from lzn_dist.data.sources import CIFAR10, ImageFolder, ImageNet
@@ -199,6 +200,29 @@ def test_image_folder_by_folders_and_by_table(tmp_path: Path) -> None:
     table.write_text("path,label\ntrain/dog/none.jpeg,wolf\n")
     said = script("image_folder", "--folder", folder, "--csv", table, "--output", tmp_path / "no", status=2)
     assert "table.csv, line 2: there is no" in said
+    for rows, why in (
+        ("train/dog/x.1.jpeg,wolf\n\ntrain/cat/x.2.jpeg,", r"line 4: train/cat/x\.2\.jpeg has no label, others have"),
+        ("train/cat/x.2.jpeg\ntrain/dog/x.1.jpeg,wolf", r"line 2: train/cat/x\.2\.jpeg has no label, others have"),
+    ):
+        table.write_text(f"path,label\n{rows}\n")
+        with pytest.raises(PrepareError, match=rf"table\.csv, {why}: give each row one, or none"):
+            ImageFolder(folder, table=table).splits()
+    table.write_text("path,label\ntrain/dog/x.1.jpeg,\ntrain/cat/x.2.jpeg,\n")
+    prepare(ImageFolder(folder, table=table), Options(tmp_path / "unlabelled"), quiet=True)
+    assert ShardIndex.load(tmp_path / "unlabelled").split("train").labels is None
+
+
+def test_what_is_written_can_be_read(tmp_path: Path) -> None:
+    """All formats that are taken."""
+    (tmp_path / "images").mkdir()
+    for extension in (*IMAGE_EXTENSIONS, "BMP"):
+        picture_of = Image.fromarray(picture(0)).convert("L" if extension == "pgm" else "RGB")
+        picture_of.save(tmp_path / "images" / f"{extension}_{len(extension)}.{extension}")
+    prepare(ImageFolder(tmp_path / "images", labelled=False), Options(tmp_path / "shards"), quiet=True)
+    dataset = ShardedDataset(ShardIndex.load(tmp_path / "shards"), "train", 3, CentreCrop(32, 32))
+    assert len(dataset) == len(IMAGE_EXTENSIONS) + 1
+    pixels, _ = dataset.read(np.arange(len(dataset)))
+    assert (pixels.float().std(dim=(0, 2, 3, 4)) > 10).all()
 
 
 def test_dry_run_writes_nothing(tmp_path: Path) -> None:
