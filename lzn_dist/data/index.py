@@ -255,6 +255,8 @@ def _read_split(storage: Storage, entry: dict[str, Any]) -> Split:
         prefix = "offsets."
         offsets = {key.removeprefix(prefix): tables[key] for key in tables.files if key.startswith(prefix)}
         split = Split(tuple(Shard(**shard) for shard in entry["shards"]), tables["keys"], offsets)
+    if not len(split.shards):
+        raise ValueError(f"{name} is of a split without samples")
     if not len(split) == entry["samples"] == split.ends[-1]:
         raise ValueError(f"{name} has {len(split)} samples, not {entry['samples']}")
     return split

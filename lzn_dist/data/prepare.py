@@ -32,7 +32,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from lzn_dist import __version__
-from lzn_dist.data.index import MANIFEST, Shard, ShardIndex, hash_file, make_split, scan_tar, write_manifest
+from lzn_dist.data.index import MANIFEST, Shard, ShardIndex, Split, hash_file, make_split, scan_tar, write_manifest
 from lzn_dist.data.pixels import convert, load_with_pillow
 from lzn_dist.keyed_random import make_key, permutation
 
@@ -243,25 +243,31 @@ def prepare(source: Source, options: Options, *, dry_run: bool = False, quiet: b
         for found in _run(partial(write_shard, source, options), waiting, options.processes):
             bar.update(found["shard"]["samples"] + len(found["skipped"]))
         archives = hashes.result()
-    parts = {name: [_finished(options, plan) for plan in part] for name, part in plans.items()}
-    written = {}
-    for name, known in parts.items():
-        shards = [Shard(**part["shard"]) for part in known if part is not None and part["shard"]["samples"]]
+    written: dict[str, Split] = {}
+    skipped: dict[str, list[str]] = {}
+    counts: dict[str, list[int]] = {}
+    for name, items in splits.items():
+        parts = [part for plan in plans[name] if (part := _finished(options, plan)) is not None]
+        shards = [Shard(**part["shard"]) for part in parts if part["shard"]["samples"]]
+        if not shards:
+            raise PrepareError(
+                f"split {name!r} has no image that can be decoded: fetch {source.name} again, and name another folder"
+            )
         written[name] = make_split((shard, *scan_tar(options.output / shard.name)) for shard in shards)
-    skipped = [key for part in parts.values() for known in part if known is not None for key in known["skipped"]]
-    left_out = set(skipped)
-    counts = {
-        name: np.bincount([i.label for i in items if i.key not in left_out], minlength=len(classes)).tolist()
-        for name, items in splits.items()
-        if classes
-    }
+        left_out = {key for part in parts for key in part["skipped"]}
+        if left_out:
+            skipped[name] = sorted(left_out)
+        if classes:
+            labels = [item.label for item in items if item.key not in left_out]
+            counts[name] = np.bincount(labels, minlength=len(classes)).tolist()
     write_manifest(
         options.output, written, tool=f"lzn_dist {__version__}", classes=classes, archives=archives,
         counts=counts, skipped=skipped, **plan,
     )  # fmt: skip
     shutil.rmtree(options.output / PARTS)
     (options.output / PLAN).unlink()
-    say(f"{options.output}: complete" + (f", {len(skipped)} damaged images left out" if skipped else ""))
+    missing = sum(map(len, skipped.values()))
+    say(f"{options.output}: complete" + (f", {missing} damaged images left out" if missing else ""))
 
 
 def _run(function: Callable[[Plan], dict[str, Any]], plans: Sequence[Plan], processes: int) -> Iterator[dict[str, Any]]:

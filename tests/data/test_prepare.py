@@ -19,7 +19,7 @@ import pytest
 from PIL import Image
 from published import NAMES, WNIDS, add, afhq, cifar10, encode, imagenet, picture
 
-from lzn_dist.data import CentreCrop, ShardedDataset, ShardIndex
+from lzn_dist.data import CentreCrop, ShardedDataset, ShardIndex, Split, write_manifest
 from lzn_dist.data.index import IMAGE_EXTENSIONS
 from lzn_dist.data.pixels import decode
 from lzn_dist.data.prepare import Options, PrepareError, check, prepare
@@ -286,8 +286,36 @@ def test_a_damaged_image_is_named_and_may_be_left_out(tmp_path: Path) -> None:
     said = script("image_folder", "--folder", folder, "--output", tmp_path / "new", "--skip-corrupt")
     assert "1 damaged images left out" in said
     manifest = json.loads((tmp_path / "new" / "manifest.json").read_text())
-    assert manifest["skipped"] == ["a/1"] and manifest["splits"]["train"]["samples"] == 5
+    assert manifest["skipped"] == {"train": ["a/1"]} and manifest["splits"]["train"]["samples"] == 5
     assert "a/1.png" not in members(tmp_path / "new", "train")
+
+
+def test_what_is_left_out_is_counted_by_split(tmp_path: Path) -> None:
+    """Keys may be the same in two splits."""
+    for split in ("train", "val"):
+        many(tmp_path / "images" / split, 2)
+    damaged = tmp_path / "images" / "train" / "a" / "1.png"
+    damaged.write_bytes(damaged.read_bytes()[:-200])
+    options = Options(tmp_path / "shards", samples_per_shard=1, skip_corrupt=True)
+    prepare(ImageFolder(tmp_path / "images"), options, quiet=True)
+    manifest = json.loads((tmp_path / "shards" / "manifest.json").read_text())
+    assert manifest["skipped"] == {"train": ["a/1"]} and manifest["counts"] == {"train": [1, 2], "val": [2, 2]}
+    assert check(tmp_path / "shards", decode=True, quiet=True) == []
+
+
+def test_a_split_without_a_good_image_is_refused(tmp_path: Path) -> None:
+    for split in ("train", "val"):
+        many(tmp_path / "images" / split, 1)
+    for path in (tmp_path / "images" / "val").rglob("*.png"):
+        path.write_bytes(path.read_bytes()[:-200])
+    for _ in range(2):
+        with pytest.raises(PrepareError, match="split 'val' has no image that can be decoded: fetch image folder"):
+            prepare(ImageFolder(tmp_path / "images"), Options(tmp_path / "shards", skip_corrupt=True), quiet=True)
+        assert not (tmp_path / "shards" / "manifest.json").exists()
+    # as earlier versions wrote it
+    write_manifest(tmp_path / "shards", {"val": Split((), np.array([], "S1"), {})}, source="", tool="")
+    with pytest.raises(ValueError, match=r"val\.index\.npz is of a split without samples"):
+        ShardIndex.load(tmp_path / "shards")
 
 
 def test_check_finds_what_changed(tmp_path: Path) -> None:
