@@ -12,6 +12,7 @@ import subprocess
 import sys
 import tarfile
 import time
+import zipfile
 from pathlib import Path
 
 import numpy as np
@@ -23,7 +24,7 @@ from lzn_dist.data import CentreCrop, ShardedDataset, ShardIndex, Split, write_m
 from lzn_dist.data.index import IMAGE_EXTENSIONS
 from lzn_dist.data.pixels import decode
 from lzn_dist.data.prepare import Options, PrepareError, check, prepare
-from lzn_dist.data.sources import CIFAR10, ImageFolder, ImageNet
+from lzn_dist.data.sources import CIFAR10, AFHQCat, ImageFolder, ImageNet, read_devkit
 
 ROOT = Path(__file__).parents[2]
 
@@ -316,6 +317,35 @@ def test_a_split_without_a_good_image_is_refused(tmp_path: Path) -> None:
     write_manifest(tmp_path / "shards", {"val": Split((), np.array([], "S1"), {})}, source="", tool="")
     with pytest.raises(ValueError, match=r"val\.index\.npz is of a split without samples"):
         ShardIndex.load(tmp_path / "shards")
+
+
+@pytest.mark.parametrize("name", ["ILSVRC2012_devkit_t12.tar.gz", "cifar-10-python.tar.gz", "cifar-10-binary.tar.gz"])
+def test_a_damaged_archive_is_to_be_fetched_again(tmp_path: Path, name: str) -> None:
+    """Cut off, or with one bit flipped: in deflated data that may read as another file, or as none."""
+    imagenet(tmp_path)
+    cifar10(tmp_path)
+    content = (tmp_path / name).read_bytes()
+    path = tmp_path / "damaged.tar.gz"
+    for place in np.linspace(50, len(content) - 5, 40).astype(int).tolist():  # gzip's header has the time, and a name
+        flipped = bytearray(content)
+        flipped[place] ^= 8
+        for damaged in (content[:place], flipped):
+            path.write_bytes(damaged)
+            with pytest.raises(PrepareError, match=r"damaged\.tar\.gz is not a readable archive .*: fetch it again"):
+                read_devkit(path) if name.startswith("ILSVRC") else CIFAR10(path).splits()
+
+
+def test_a_cat_damaged_in_its_zip_may_be_left_out(tmp_path: Path) -> None:
+    afhq(tmp_path)
+    content = bytearray((tmp_path / "afhq.zip").read_bytes())
+    with zipfile.ZipFile(tmp_path / "afhq.zip") as archive:
+        start = archive.getinfo("afhq/train/cat/flickr_cat_000002.jpg").header_offset
+    content[start + 30 + len("afhq/train/cat/flickr_cat_000002.jpg")] = 0xFF  # deflate knows no such block
+    (tmp_path / "afhq.zip").write_bytes(content)
+    with pytest.raises(PrepareError, match=r"flickr_cat_000002\.jpg cannot be decoded .* fetch the archive again"):
+        prepare(AFHQCat(tmp_path / "afhq.zip"), Options(tmp_path / "shards"), quiet=True)
+    prepare(AFHQCat(tmp_path / "afhq.zip"), Options(tmp_path / "new", skip_corrupt=True), quiet=True)
+    assert ShardIndex.load(tmp_path / "new").manifest["skipped"] == {"train": ["flickr_cat_000002"]}
 
 
 def test_check_finds_what_changed(tmp_path: Path) -> None:
