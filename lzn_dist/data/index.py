@@ -13,6 +13,7 @@ import io
 import json
 import re
 import tarfile
+import threading
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -119,10 +120,13 @@ def make_split(parts: Iterable[tuple[Shard, list[str], list[dict[str, tuple[int,
     return Split(tuple(shards), np.array(keys, dtype=np.bytes_), offsets)
 
 
-def hash_file(path: Path) -> str:
-    """SHA-256 of a file's bytes in hexadecimal digits."""
+def hash_file(path: Path, stop: threading.Event | None = None) -> str:
+    """SHA-256 of a file's bytes in hexadecimal digits; of its beginning where another thread sets `stop`."""
+    digest = hashlib.sha256()
     with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+        while not (stop and stop.is_set()) and (block := file.read(1 << 20)):
+            digest.update(block)
+    return digest.hexdigest()
 
 
 def _index_name(split: str) -> str:

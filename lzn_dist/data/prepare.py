@@ -17,6 +17,7 @@ import os
 import shutil
 import signal
 import sys
+import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, ThreadPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
@@ -239,10 +240,14 @@ def prepare(source: Source, options: Options, *, dry_run: bool = False, quiet: b
         ThreadPoolExecutor(1) as hasher,
         tqdm(total=count, initial=done, unit="image", disable=quiet, smoothing=0.05, mininterval=0.5) as bar,
     ):
-        hashes = hasher.submit(lambda: [_describe(path) for path in source.archives()])  # beside the writing
-        for found in _run(partial(write_shard, source, options), waiting, options.processes):
-            bar.update(found["shard"]["samples"] + len(found["skipped"]))
-        archives = hashes.result()
+        stop = threading.Event()
+        hashes = hasher.submit(lambda: [_describe(path, stop) for path in source.archives()])  # beside the writing
+        try:
+            for found in _run(partial(write_shard, source, options), waiting, options.processes):
+                bar.update(found["shard"]["samples"] + len(found["skipped"]))
+            archives = hashes.result()
+        finally:
+            stop.set()  # after an error or Ctrl-C nobody waits for the hash
     written: dict[str, Split] = {}
     skipped: dict[str, list[str]] = {}
     counts: dict[str, list[int]] = {}
@@ -353,8 +358,8 @@ def _check_space(folder: Path, needed: int) -> None:
         raise PrepareError(f"the shards need about {needed / 1e9:.1f} GB, {folder} has {free / 1e9:.1f} GB free")
 
 
-def _describe(path: Path) -> dict[str, Any]:
-    return {"name": path.name, "bytes": path.stat().st_size, "sha256": hash_file(path)}
+def _describe(path: Path, stop: threading.Event) -> dict[str, Any]:
+    return {"name": path.name, "bytes": path.stat().st_size, "sha256": hash_file(path, stop)}
 
 
 # ── the scripts ─────────────────────────────────────────────────────────────────────────────────────────────────────

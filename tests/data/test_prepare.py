@@ -291,6 +291,20 @@ def test_a_damaged_image_is_named_and_may_be_left_out(tmp_path: Path) -> None:
     assert "a/1.png" not in members(tmp_path / "new", "train")
 
 
+def test_an_error_does_not_wait_for_the_archives_hash(tmp_path: Path) -> None:
+    folder = many(tmp_path / "images", 1)
+    (folder / "a" / "0.png").write_bytes(b"?")
+    archive = tmp_path / "large"
+    archive.touch()
+    os.truncate(archive, 1 << 36)  # a minute's work; without room on the disk
+    source = ImageFolder(folder)
+    source.archives = lambda: [archive]  # type: ignore[method-assign]
+    began = time.monotonic()
+    with pytest.raises(PrepareError, match="cannot be decoded"):
+        prepare(source, Options(tmp_path / "shards"), quiet=True)
+    assert time.monotonic() - began < 10
+
+
 def test_what_is_left_out_is_counted_by_split(tmp_path: Path) -> None:
     """Keys may be the same in two splits."""
     for split in ("train", "val"):
