@@ -10,9 +10,11 @@ unless another size is asked for. The manifest comes last: a folder that has one
 from __future__ import annotations
 
 import argparse
+import fcntl
 import hashlib
 import io
 import json
+import multiprocessing
 import os
 import shutil
 import signal
@@ -21,6 +23,7 @@ import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, ThreadPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from functools import partial
 from itertools import islice
@@ -38,6 +41,7 @@ from lzn_dist.data.pixels import convert, load_with_pillow
 from lzn_dist.keyed_random import make_key, permutation
 
 PLAN = ".plan.json"  # what a folder is being filled with
+LOCK = ".lock"  # whoever fills the folder, and its workers, hold a lock on this file
 PARTS = ".shards"  # what is known of finished shards until the manifest is written
 
 
@@ -171,7 +175,7 @@ def write_shard(source: Source, options: Options, plan: Plan) -> dict[str, Any]:
     """Write one shard and what is known of it; returns that. Raises PrepareError for an image that is damaged."""
     skipped: list[str] = []
     written = 0
-    temporary = options.output / f".{plan.name}.tmp"
+    temporary = options.output / f".{plan.name}.{os.getpid()}.tmp"
     with temporary.open("wb") as file:
         hashed = _HashedFile(file)
         with wds.TarWriter(hashed, user="", group="", mode=0o644, mtime=0) as tar:
@@ -194,8 +198,9 @@ def write_shard(source: Source, options: Options, plan: Plan) -> dict[str, Any]:
     known = {"name": plan.name, "samples": written, "bytes": hashed.bytes, "sha256": hashed.hash.hexdigest()}
     temporary.rename(options.output / plan.name)
     part = options.output / PARTS / f"{plan.name}.json"
-    part.with_suffix(".tmp").write_text(json.dumps({"shard": known, "skipped": skipped}))
-    part.with_suffix(".tmp").rename(part)
+    temporary = part.with_suffix(f".{os.getpid()}.tmp")
+    temporary.write_text(json.dumps({"shard": known, "skipped": skipped}))
+    temporary.rename(part)
     return {"shard": known, "skipped": skipped}
 
 
@@ -228,9 +233,24 @@ def prepare(source: Source, options: Options, *, dry_run: bool = False, quiet: b
         say(f"nothing was written (--dry-run); first sample: {next(iter(plans.values()))[0].items[0].key}")
         return
     plan: dict[str, Any] = {"source": source.name, "listing": _listing(splits), "options": options.content()}
-    if _claim(options.output, plan):
-        say(f"{options.output} is complete already")
-        return
+    with _claim(options.output, plan) as complete:
+        if complete:
+            say(f"{options.output} is complete already")
+            return
+        missing = _write(source, options, splits, plans, plan, quiet)
+    say(f"{options.output}: complete" + (f", {missing} damaged images left out" if missing else ""))
+
+
+def _write(
+    source: Source,
+    options: Options,
+    splits: dict[str, list[Item]],
+    plans: dict[str, list[Plan]],
+    plan: dict[str, Any],
+    quiet: bool,
+) -> int:
+    """Write the shards that are not there yet, index and manifest; returns how many images were left out."""
+    classes = source.classes()
     waiting = [plan for part in plans.values() for plan in part if _finished(options, plan) is None]
     if not options.resize:
         _check_space(options.output, sum(item.size + 2048 for plan in waiting for item in plan.items))
@@ -271,8 +291,7 @@ def prepare(source: Source, options: Options, *, dry_run: bool = False, quiet: b
     )  # fmt: skip
     shutil.rmtree(options.output / PARTS)
     (options.output / PLAN).unlink()
-    missing = sum(map(len, skipped.values()))
-    say(f"{options.output}: complete" + (f", {missing} damaged images left out" if missing else ""))
+    return sum(map(len, skipped.values()))
 
 
 def _run(function: Callable[[Plan], dict[str, Any]], plans: Sequence[Plan], processes: int) -> Iterator[dict[str, Any]]:
@@ -282,7 +301,7 @@ def _run(function: Callable[[Plan], dict[str, Any]], plans: Sequence[Plan], proc
         return
     # Ctrl-C reaches the workers too, which finish the shards under way: it is held back until they know that
     held = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
-    with ProcessPoolExecutor(processes, initializer=_ignore_interrupts) as pool:
+    with ProcessPoolExecutor(processes, initializer=_start_worker) as pool:
         waiting: set[Future[dict[str, Any]]] = set()
         left = iter(plans)
         try:
@@ -301,9 +320,18 @@ def _run(function: Callable[[Plan], dict[str, Any]], plans: Sequence[Plan], proc
             raise
 
 
-def _ignore_interrupts() -> None:
+def _start_worker() -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+
+
+def _end_with_parent() -> None:
+    """A parent that is killed cannot tell its workers; they would write on, or wait for tasks for ever."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    parent.join()
+    os._exit(1)
 
 
 def _check_keys(split: str, items: Iterable[Item]) -> None:
@@ -327,29 +355,47 @@ def _listing(splits: dict[str, list[Item]]) -> str:
     return listing.hexdigest()
 
 
-def _claim(folder: Path, plan: dict[str, Any]) -> bool:
-    """Make the folder this plan's; True where it is complete already. PrepareError where it is somebody else's."""
-    path = folder / PLAN
+@contextmanager
+def _claim(folder: Path, plan: dict[str, Any]) -> Iterator[bool]:
+    """Hold the folder for this plan; True where it is complete already. PrepareError where it is somebody else's."""
     folder.mkdir(parents=True, exist_ok=True)
+    if _is_complete(folder, plan):
+        yield True
+        return
+    with (folder / LOCK).open("a") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise PrepareError(
+                f"another data preparation writes to {folder}: let it finish, or name another folder"
+            ) from error
+        except OSError:
+            pass  # a file system without locks
+        complete = _is_complete(folder, plan)  # perhaps made so since
+        if not complete:
+            for left in [*folder.glob(".*.tmp"), *folder.glob(f"{PARTS}/*.tmp")]:
+                left.unlink()
+            temporary = folder / f"{PLAN}.tmp"
+            temporary.write_text(json.dumps(plan))
+            temporary.rename(folder / PLAN)
+            (folder / PARTS).mkdir(exist_ok=True)
+        yield complete
+        (folder / LOCK).unlink(missing_ok=True)  # not after an error: others may wait for this very file
+
+
+def _is_complete(folder: Path, plan: dict[str, Any]) -> bool:
+    """Whether the folder has all of the plan. PrepareError where it holds something else, or a part of that."""
     complete = (folder / MANIFEST).is_file()
-    if complete or path.is_file():
-        theirs = json.loads((folder / MANIFEST if complete else path).read_text())
+    if complete or (folder / PLAN).is_file():
+        theirs = json.loads((folder / (MANIFEST if complete else PLAN)).read_text())
         if changed := [key for key in plan if theirs.get(key) != plan[key]]:
             raise PrepareError(
                 f"{folder} was {'written' if complete else 'begun'} with other settings ({', '.join(changed)}): repeat "
                 "the first command to go on, or name another folder"
             )
-        if complete:
-            return True
-    elif any(folder.iterdir()):
+    elif any(path.name not in (LOCK, f"{PLAN}.tmp") for path in folder.iterdir()):
         raise PrepareError(f"{folder} exists and is not empty: name another folder")
-    else:
-        path.with_suffix(".tmp").write_text(json.dumps(plan))
-        path.with_suffix(".tmp").rename(path)
-    (folder / PARTS).mkdir(exist_ok=True)
-    for left in folder.glob(".*.tar.tmp"):
-        left.unlink()
-    return False
+    return complete
 
 
 def _check_space(folder: Path, needed: int) -> None:

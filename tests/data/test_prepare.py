@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import io
 import json
@@ -13,6 +14,7 @@ import sys
 import tarfile
 import time
 import zipfile
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -23,7 +25,7 @@ from published import NAMES, WNIDS, add, afhq, cifar10, encode, imagenet, pictur
 from lzn_dist.data import CentreCrop, ShardedDataset, ShardIndex, Split, write_manifest
 from lzn_dist.data.index import IMAGE_EXTENSIONS
 from lzn_dist.data.pixels import decode
-from lzn_dist.data.prepare import Options, PrepareError, check, prepare
+from lzn_dist.data.prepare import Item, Options, PrepareError, check, prepare
 from lzn_dist.data.sources import CIFAR10, AFHQCat, ImageFolder, ImageNet, read_devkit
 
 ROOT = Path(__file__).parents[2]
@@ -241,40 +243,59 @@ def many(folder: Path, count: int) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGKILL])
-def test_stopped_it_goes_on_where_it_was(tmp_path: Path, how: signal.Signals) -> None:
+@pytest.mark.parametrize("how,whom", [
+    (signal.SIGINT, os.killpg), (signal.SIGKILL, os.killpg), (signal.SIGKILL, os.kill),
+], ids=["interrupt", "kill", "kill the parent alone"])  # fmt: skip
+def test_stopped_it_goes_on_where_it_was(
+    tmp_path: Path, how: signal.Signals, whom: Callable[[int, signal.Signals], None]
+) -> None:
     folder = many(tmp_path / "images", 60)
-    arguments = ["--folder", folder, "--samples-per-shard", 6, "--processes", 2, "--resize", 180]
-    script("image_folder", *arguments, "--output", tmp_path / "whole")
+    prepare(ImageFolder(folder), Options(tmp_path / "whole", samples_per_shard=6, resize=180), quiet=True)
     output = tmp_path / "cut"
-    command = [
-        sys.executable,
-        str(ROOT / "data_prep" / "image_folder.py"),
-        *map(str, arguments),
-        "--output",
-        str(output),
-    ]
+    arguments = ["--folder", folder, "--samples-per-shard", 6, "--processes", 2, "--resize", 180, "--output", output]
+    command = [sys.executable, str(ROOT / "data_prep" / "image_folder.py"), *map(str, arguments)]
     # where the tests run in the background, a shell may have told them, and so their children, to ignore interrupts
     before = signal.signal(signal.SIGINT, signal.SIG_DFL)
     process = subprocess.Popen(command, start_new_session=True, stderr=subprocess.PIPE, text=True)
     signal.signal(signal.SIGINT, before)
-    end = time.monotonic() + 60
-    while len(list(output.glob("train-*.tar"))) < 4 and time.monotonic() < end:
-        time.sleep(0.002)
-    os.killpg(process.pid, how)
-    said = process.communicate()[1]
+    try:
+        end = time.monotonic() + 60
+        while len(list(output.glob("train-*.tar"))) < 4 and time.monotonic() < end:
+            time.sleep(0.002)
+        whom(process.pid, how)
+        said = process.communicate(timeout=30)[1]  # until no worker is left
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
     assert process.returncode != 0 and not (output / "manifest.json").exists()
     assert how == signal.SIGKILL or ("finished shards are kept" in said and "Traceback" not in said)
     kept = {path.name: path.stat().st_mtime_ns for path in output.glob("train-*.tar")}
     known = {path.name.removesuffix(".json") for path in (output / ".shards").glob("*.json")}
     assert 3 <= len(known) < 20
-    other = script("image_folder", *arguments[:-1], 100, "--output", output, status=2)
-    assert "was begun with other settings (options)" in other
-    script("image_folder", *arguments, "--output", output)
+    with pytest.raises(PrepareError, match=r"was begun with other settings \(options\)"):
+        prepare(ImageFolder(folder), Options(output, samples_per_shard=6, resize=100), quiet=True)
+    script("image_folder", *arguments)
     for path in (tmp_path / "whole").iterdir():
         assert (output / path.name).read_bytes() == path.read_bytes(), path.name
     assert all((output / name).stat().st_mtime_ns == kept[name] for name in known)
     assert sorted(path.name for path in output.iterdir()) == sorted(p.name for p in (tmp_path / "whole").iterdir())
+
+
+def test_two_preparations_do_not_write_to_one_folder(tmp_path: Path) -> None:
+    source, output = ImageFolder(many(tmp_path / "images", 2)), tmp_path / "shards"
+    writing = source.read
+
+    def read(item: Item) -> bytes:
+        with pytest.raises(PrepareError, match=f"another data preparation writes to {output}: let it finish"):
+            prepare(ImageFolder(source.folder), Options(output), quiet=True)
+        return writing(item)
+
+    output.mkdir()
+    (output / ".lock").touch()  # of one that was killed, as the next
+    (output / ".plan.json.tmp").write_text("{")
+    source.read = read  # type: ignore[method-assign]
+    prepare(source, Options(output), quiet=True)
+    assert sorted(p.name for p in output.iterdir()) == ["manifest.json", "train-000000.tar", "train.index.npz"]
 
 
 def test_a_damaged_image_is_named_and_may_be_left_out(tmp_path: Path) -> None:
