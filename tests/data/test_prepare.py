@@ -73,6 +73,7 @@ def test_imagenet(tmp_path: Path) -> None:
         "--processes", 2,
     )  # fmt: skip
     assert "train: 21 images" in said and "val: 8 images" in said and "complete" in said
+    assert " 0/29 [" in said and " 29/29 [" in said  # how far it is, while it works
     order = sorted(WNIDS)
     train, val = members(output, "train"), members(output, "val")
     assert len(train) == 42 and len(val) == 16
@@ -395,6 +396,25 @@ def test_check_finds_what_changed(tmp_path: Path) -> None:
     path.write_bytes(content[:-512])
     assert f"{path} has" in script("check", output, status=2)
     assert "has no manifest.json" in script("check", folder, status=2)
+
+
+def test_check_finds_an_index_of_other_shards(tmp_path: Path) -> None:
+    """Shards and index as the manifest says, but not of each other."""
+    output = tmp_path / "shards"
+    prepare(ImageFolder(many(tmp_path / "images", 2)), Options(output), quiet=True)
+    split = ShardIndex.load(output).split("train")
+    told = {"source": "", "tool": ""}
+    write_manifest(output, {"train": split}, **told)
+    assert check(output, quiet=True) == []
+    moved = {**split.offsets, "png": split.offsets["png"] + 512}
+    renamed = np.array([b"other", *split.keys[1:]])
+    without = {extension: table for extension, table in split.offsets.items() if extension != "cls"}
+    for wrong in (
+        Split(split.shards, split.keys, moved), Split(split.shards, renamed, split.offsets),
+        Split(split.shards, split.keys, without),
+    ):  # fmt: skip
+        write_manifest(output, {"train": wrong}, **told)
+        assert check(output, quiet=True) == [f"{output}: the index of split 'train' is not that of its shards"]
 
 
 def test_refusals(tmp_path: Path) -> None:
