@@ -13,6 +13,7 @@ import io
 import json
 import re
 import tarfile
+import threading
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -26,7 +27,7 @@ from lzn_dist.data.storage import LocalStorage, Storage, is_remote, open_storage
 
 MANIFEST = "manifest.json"
 FORMAT = 2
-IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp", "ppm", "pgm")
+IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp", "ppm", "pgm", "bmp")
 LABEL_EXTENSION = "cls"
 ABSENT = -1  # the offset of a member that a sample lacks
 _SHARD_NAME = re.compile(r"(?P<split>.+)-\d+\.tar")
@@ -119,10 +120,13 @@ def make_split(parts: Iterable[tuple[Shard, list[str], list[dict[str, tuple[int,
     return Split(tuple(shards), np.array(keys, dtype=np.bytes_), offsets)
 
 
-def hash_file(path: Path) -> str:
-    """SHA-256 of a file's bytes in hexadecimal digits."""
+def hash_file(path: Path, stop: threading.Event | None = None) -> str:
+    """SHA-256 of a file's bytes in hexadecimal digits; of its beginning where another thread sets `stop`."""
+    digest = hashlib.sha256()
     with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+        while not (stop and stop.is_set()) and (block := file.read(1 << 20)):
+            digest.update(block)
+    return digest.hexdigest()
 
 
 def _index_name(split: str) -> str:
@@ -255,6 +259,8 @@ def _read_split(storage: Storage, entry: dict[str, Any]) -> Split:
         prefix = "offsets."
         offsets = {key.removeprefix(prefix): tables[key] for key in tables.files if key.startswith(prefix)}
         split = Split(tuple(Shard(**shard) for shard in entry["shards"]), tables["keys"], offsets)
+    if not len(split.shards):
+        raise ValueError(f"{name} is of a split without samples")
     if not len(split) == entry["samples"] == split.ends[-1]:
         raise ValueError(f"{name} has {len(split)} samples, not {entry['samples']}")
     return split

@@ -7,6 +7,7 @@ and beside each its two augmented views.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import re
 import sys
 from collections import Counter
@@ -41,15 +42,34 @@ def pictures(index: ShardIndex, split: Split, count: int, seed: int = 0) -> list
     """Some samples of a split, spread over it at random; damaged ones are left out."""
     found = []
     for row in permutation(make_key(seed, "inspect"), len(split))[:count].tolist():
-        shard, label = split.shard_of(row).name, -1
-        if split.labels is not None and split.labels[row, 0] != ABSENT:
-            label = int(index.storage.read(shard, *split.labels[row].tolist()))
+        if split.images[row, 0] == ABSENT:
+            continue
         try:
-            pixels = decode(index.storage.read(shard, *split.images[row].tolist()), 3)
+            label = read_label(index, split, row)
+            pixels = decode(index.storage.read(split.shard_of(row).name, *split.images[row].tolist()), 3)
         except ValueError:
             continue
         found.append(Picture(row, split.key(row), label, pixels))
     return found
+
+
+def read_label(index: ShardIndex, split: Split, row: int) -> int:
+    """A sample's label, -1 without one. ValueError where it is no number."""
+    if split.labels is None or split.labels[row, 0] == ABSENT:
+        return -1
+    return int(index.storage.read(split.shard_of(row).name, *split.labels[row].tolist()))
+
+
+def count_labels(index: ShardIndex, name: str, split: Split) -> dict[int, int]:
+    """How many samples each class has: as the manifest says, without one as the labels do."""
+    if counts := index.manifest.get("counts", {}).get(name):
+        return dict(enumerate(counts))
+    found: Counter[int] = Counter()
+    for row in range(len(split)) if not index.manifest else ():
+        with contextlib.suppress(ValueError):
+            found[read_label(index, split, row)] += 1
+    del found[-1]
+    return dict(sorted(found.items()))
 
 
 def describe(index: ShardIndex) -> list[str]:
@@ -65,24 +85,30 @@ def describe(index: ShardIndex) -> list[str]:
         shapes = Counter(f"{p.pixels.shape[0]}x{p.pixels.shape[1]}" for p in looked)
         common = ", ".join(f"{shape} ({count})" for shape, count in shapes.most_common(4))
         lines.append(f"  height x width of {len(looked)}: {common}{', …' if len(shapes) > 4 else ''}")
-        counts = index.manifest.get("counts", {}).get(name)
-        if counts:
-            lines.append(f"  {len(counts)} classes of {min(counts):,} to {max(counts):,} samples")
-            for label in np.argsort(counts, kind="stable")[::-1][:10]:
-                lines.append(f"    {label:>5} {index.classes[label]}: {counts[label]:,}")
+        if counts := count_labels(index, name, split):
+            sizes = counts.values()
+            lines.append(f"  {len(counts)} classes of {min(sizes):,} to {max(sizes):,} samples")
+            for label in sorted(counts, key=lambda label: counts[label], reverse=True)[:10]:
+                known = f" {index.classes[label]}" if 0 <= label < len(index.classes) else ""
+                lines.append(f"    {label:>5}{known}: {counts[label]:,}")
             if len(counts) > 10:
                 lines.append(f"    … {len(counts) - 10} more")
     return lines
 
 
 def contact_sheet(index: ShardIndex, split: Split, path: Path, *, count: int, size: int, views: str, seed: int) -> None:
-    """Draw samples in columns of three: the sample and its two views, as training makes them."""
+    """Draw samples in columns of three: the sample and its two views, as training makes them.
+
+    ValueError where none of them can be shown.
+    """
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
     shown = pictures(index, split, count, seed)
+    if not shown:
+        raise ValueError(f"{index.folder}: no contact sheet, all samples that were tried are damaged: write them again")
     columns = min(4, len(shown))
     rows = -(-len(shown) // columns)
     figure, axes = plt.subplots(rows, 3 * columns, figsize=(3 * columns * 1.3, rows * 1.55), squeeze=False)
@@ -133,11 +159,16 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--output", type=Path, default=Path("contact_sheet.png"), metavar="FILE")
     options = parser.parse_args(arguments)
     try:
+        if options.samples < 0 or options.size < 1:
+            raise ValueError("--size must be positive, --samples too, or 0 for no contact sheet")
         index = ShardIndex.load(options.folder)
+        split = index.split(options.split)
         print("\n".join(describe(index)))
+        if not options.samples:
+            return 0
         contact_sheet(
-            index, index.split(options.split), options.output, count=options.samples, size=options.size,
-            views=options.views, seed=options.seed,
+            index, split, options.output, count=options.samples, size=options.size, views=options.views,
+            seed=options.seed,
         )  # fmt: skip
     except (OSError, ValueError) as error:
         print(f"error: {error}", file=sys.stderr)

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import io
 import math
+import struct
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
@@ -33,6 +34,12 @@ Box = tuple[int, int, int, int]  # top, left, height, width
 cv2.setNumThreads(0)  # the loader's processes are the parallelism
 _GREY = cv2.IMREAD_GRAYSCALE | cv2.IMREAD_IGNORE_ORIENTATION
 _COLOUR = cv2.IMREAD_COLOR_RGB | cv2.IMREAD_IGNORE_ORIENTATION
+_PNG = b"\x89PNG\r\n\x1a\n"
+MAX_PIXELS = 178_956_970  # of an image, as Pillow has it: a header that says more is damaged, or a bomb
+# all that Pillow raises for files that are damaged or of no format that it knows
+_UNREADABLE = (
+    OSError, SyntaxError, ValueError, OverflowError, NotImplementedError, struct.error, Image.DecompressionBombError
+)  # fmt: skip
 
 
 def decode(content: bytes, channels: int, smallest: tuple[int, int] | None = None) -> Pixels:
@@ -43,24 +50,58 @@ def decode(content: bytes, channels: int, smallest: tuple[int, int] | None = Non
     if simplejpeg.is_jpeg(content):
         height, width = smallest or (0, 0)
         try:
+            _check_size(*simplejpeg.decode_jpeg_header(content)[:2])
             found: Pixels = simplejpeg.decode_jpeg(
                 content, "GRAY" if channels == 1 else "RGB", min_height=height, min_width=width
             )
             return found
         except ValueError:
             return _decode_with_pillow(content, channels)
-    array = cv2.imdecode(np.frombuffer(content, np.uint8), _GREY if channels == 1 else _COLOUR) if content else None
+    try:
+        _check_size(*_size(content))
+        array = cv2.imdecode(np.frombuffer(content, np.uint8), _GREY if channels == 1 else _COLOUR)
+    except (*_UNREADABLE, cv2.error):
+        array = None
     if array is None:
         return _decode_with_pillow(content, channels)
     return np.asarray(array, dtype=np.uint8).reshape(*array.shape[:2], channels)
 
 
-def _decode_with_pillow(content: bytes, channels: int) -> Pixels:
-    try:
+def _size(content: bytes) -> tuple[int, int]:
+    """Height and width from the header of an image file, a PNG's without Pillow: that takes as long as a tiny one."""
+    if content.startswith(_PNG):
+        width, height = struct.unpack_from(">II", content, 16)
+    else:
         with Image.open(io.BytesIO(content)) as image:
-            array = np.array(image.convert("L" if channels == 1 else "RGB"))  # a copy: PIL's own is read-only
-    except (OSError, SyntaxError, Image.DecompressionBombError) as error:  # SyntaxError: broken PNGs
+            width, height = image.size
+    return height, width
+
+
+def _check_size(height: int, width: int) -> None:
+    if height * width > MAX_PIXELS:
+        raise ValueError(f"its header says {height}x{width} pixels, more than {MAX_PIXELS:,} are not read")
+
+
+def load_with_pillow(content: bytes) -> Image.Image:
+    """An image file, read to its end. ValueError where it is no image."""
+    try:
+        image = Image.open(io.BytesIO(content))
+        _check_size(image.height, image.width)
+        image.load()
+    except _UNREADABLE as error:
         raise ValueError(f"not a whole image: {error}") from error
+    return image
+
+
+def convert(image: Image.Image, grey: bool) -> Image.Image:
+    """To 8 bits, grey or RGB. Of 16-bit grey the high byte counts, as for OpenCV; Pillow alone would clip it."""
+    if image.mode.startswith("I"):
+        image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+    return image.convert("L" if grey else "RGB")
+
+
+def _decode_with_pillow(content: bytes, channels: int) -> Pixels:
+    array = np.array(convert(load_with_pillow(content), channels == 1))  # a copy: PIL's own is read-only
     return array.reshape(*array.shape[:2], channels)
 
 

@@ -10,16 +10,20 @@ unless another size is asked for. The manifest comes last: a folder that has one
 from __future__ import annotations
 
 import argparse
+import fcntl
 import hashlib
 import io
 import json
+import multiprocessing
 import os
 import shutil
 import signal
 import sys
+import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, ThreadPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from functools import partial
 from itertools import islice
@@ -32,12 +36,13 @@ from PIL import Image
 from tqdm import tqdm
 
 from lzn_dist import __version__
-from lzn_dist.data.index import MANIFEST, Shard, ShardIndex, hash_file, make_split, scan_tar, write_manifest
+from lzn_dist.data.index import MANIFEST, Shard, ShardIndex, Split, hash_file, make_split, scan_tar, write_manifest
+from lzn_dist.data.pixels import convert, load_with_pillow
 from lzn_dist.keyed_random import make_key, permutation
 
 PLAN = ".plan.json"  # what a folder is being filled with
+LOCK = ".lock"  # whoever fills the folder, and its workers, hold a lock on this file
 PARTS = ".shards"  # what is known of finished shards until the manifest is written
-Image.MAX_IMAGE_PIXELS = None  # published archives are trusted to hold no bombs; some hold very large pictures
 
 
 class PrepareError(ValueError):
@@ -147,40 +152,37 @@ class _HashedFile:
 
 def finish_image(content: bytes, item: Item, options: Options) -> tuple[str, bytes]:
     """Check that the image can be decoded; its extension and bytes, of another size where asked for."""
-    with Image.open(io.BytesIO(content)) as published:
-        published.load()
-        if not options.resize:
-            return item.extension, content
-        image: Image.Image = published.convert("L" if published.mode in ("1", "L", "LA", "I", "I;16") else "RGB")
-        factor = options.resize / min(image.size)
-        if factor != 1:
-            size = tuple(max(options.resize, round(side * factor)) for side in image.size)
-            image = image.resize((size[0], size[1]), Image.Resampling.BICUBIC)
-        if options.crop:
-            left, top = ((side - options.resize) // 2 for side in image.size)
-            image = image.crop((left, top, left + options.resize, top + options.resize))
-        buffer = io.BytesIO()
-        if options.quality:
-            image.save(buffer, "JPEG", quality=options.quality, subsampling=0)
-            return "jpg", buffer.getvalue()
-        image.save(buffer, "PNG")
-        return "png", buffer.getvalue()
+    published = load_with_pillow(content)
+    if not options.resize:
+        return item.extension, content
+    image = convert(published, published.mode in ("1", "L", "LA") or published.mode.startswith("I"))
+    factor = options.resize / min(image.size)
+    if factor != 1:
+        size = tuple(max(options.resize, round(side * factor)) for side in image.size)
+        image = image.resize((size[0], size[1]), Image.Resampling.BICUBIC)
+    if options.crop:
+        left, top = ((side - options.resize) // 2 for side in image.size)
+        image = image.crop((left, top, left + options.resize, top + options.resize))
+    buffer = io.BytesIO()
+    if options.quality:
+        image.save(buffer, "JPEG", quality=options.quality, subsampling=0)
+        return "jpg", buffer.getvalue()
+    image.save(buffer, "PNG")
+    return "png", buffer.getvalue()
 
 
 def write_shard(source: Source, options: Options, plan: Plan) -> dict[str, Any]:
     """Write one shard and what is known of it; returns that. Raises PrepareError for an image that is damaged."""
     skipped: list[str] = []
     written = 0
-    temporary = options.output / f".{plan.name}.tmp"
+    temporary = options.output / f".{plan.name}.{os.getpid()}.tmp"
     with temporary.open("wb") as file:
         hashed = _HashedFile(file)
         with wds.TarWriter(hashed, user="", group="", mode=0o644, mtime=0) as tar:
             for item in plan.items:
                 try:
                     extension, content = finish_image(source.read(item), item, options)
-                except (OSError, SyntaxError, ValueError) as error:
-                    if isinstance(error, OSError) and error.errno is not None:
-                        raise  # the archive itself cannot be read
+                except ValueError as error:
                     if not options.skip_corrupt:
                         raise PrepareError(
                             f"{source.name}: {item.key}.{item.extension} cannot be decoded ({error}): fetch the "
@@ -196,8 +198,9 @@ def write_shard(source: Source, options: Options, plan: Plan) -> dict[str, Any]:
     known = {"name": plan.name, "samples": written, "bytes": hashed.bytes, "sha256": hashed.hash.hexdigest()}
     temporary.rename(options.output / plan.name)
     part = options.output / PARTS / f"{plan.name}.json"
-    part.with_suffix(".tmp").write_text(json.dumps({"shard": known, "skipped": skipped}))
-    part.with_suffix(".tmp").rename(part)
+    temporary = part.with_suffix(f".{os.getpid()}.tmp")
+    temporary.write_text(json.dumps({"shard": known, "skipped": skipped}))
+    temporary.rename(part)
     return {"shard": known, "skipped": skipped}
 
 
@@ -230,9 +233,24 @@ def prepare(source: Source, options: Options, *, dry_run: bool = False, quiet: b
         say(f"nothing was written (--dry-run); first sample: {next(iter(plans.values()))[0].items[0].key}")
         return
     plan: dict[str, Any] = {"source": source.name, "listing": _listing(splits), "options": options.content()}
-    if _claim(options.output, plan):
-        say(f"{options.output} is complete already")
-        return
+    with _claim(options.output, plan) as complete:
+        if complete:
+            say(f"{options.output} is complete already")
+            return
+        missing = _write(source, options, splits, plans, plan, quiet)
+    say(f"{options.output}: complete" + (f", {missing} damaged images left out" if missing else ""))
+
+
+def _write(
+    source: Source,
+    options: Options,
+    splits: dict[str, list[Item]],
+    plans: dict[str, list[Plan]],
+    plan: dict[str, Any],
+    quiet: bool,
+) -> int:
+    """Write the shards that are not there yet, index and manifest; returns how many images were left out."""
+    classes = source.classes()
     waiting = [plan for part in plans.values() for plan in part if _finished(options, plan) is None]
     if not options.resize:
         _check_space(options.output, sum(item.size + 2048 for plan in waiting for item in plan.items))
@@ -242,29 +260,38 @@ def prepare(source: Source, options: Options, *, dry_run: bool = False, quiet: b
         ThreadPoolExecutor(1) as hasher,
         tqdm(total=count, initial=done, unit="image", disable=quiet, smoothing=0.05, mininterval=0.5) as bar,
     ):
-        hashes = hasher.submit(lambda: [_describe(path) for path in source.archives()])  # beside the writing
-        for found in _run(partial(write_shard, source, options), waiting, options.processes):
-            bar.update(found["shard"]["samples"] + len(found["skipped"]))
-        archives = hashes.result()
-    parts = {name: [_finished(options, plan) for plan in part] for name, part in plans.items()}
-    written = {}
-    for name, known in parts.items():
-        shards = [Shard(**part["shard"]) for part in known if part is not None and part["shard"]["samples"]]
+        stop = threading.Event()
+        hashes = hasher.submit(lambda: [_describe(path, stop) for path in source.archives()])  # beside the writing
+        try:
+            for found in _run(partial(write_shard, source, options), waiting, options.processes):
+                bar.update(found["shard"]["samples"] + len(found["skipped"]))
+            archives = hashes.result()
+        finally:
+            stop.set()  # after an error or Ctrl-C nobody waits for the hash
+    written: dict[str, Split] = {}
+    skipped: dict[str, list[str]] = {}
+    counts: dict[str, list[int]] = {}
+    for name, items in splits.items():
+        parts = [part for plan in plans[name] if (part := _finished(options, plan)) is not None]
+        shards = [Shard(**part["shard"]) for part in parts if part["shard"]["samples"]]
+        if not shards:
+            raise PrepareError(
+                f"split {name!r} has no image that can be decoded: fetch {source.name} again, and name another folder"
+            )
         written[name] = make_split((shard, *scan_tar(options.output / shard.name)) for shard in shards)
-    skipped = [key for part in parts.values() for known in part if known is not None for key in known["skipped"]]
-    left_out = set(skipped)
-    counts = {
-        name: np.bincount([i.label for i in items if i.key not in left_out], minlength=len(classes)).tolist()
-        for name, items in splits.items()
-        if classes
-    }
+        left_out = {key for part in parts for key in part["skipped"]}
+        if left_out:
+            skipped[name] = sorted(left_out)
+        if classes:
+            labels = [item.label for item in items if item.key not in left_out]
+            counts[name] = np.bincount(labels, minlength=len(classes)).tolist()
     write_manifest(
         options.output, written, tool=f"lzn_dist {__version__}", classes=classes, archives=archives,
         counts=counts, skipped=skipped, **plan,
     )  # fmt: skip
     shutil.rmtree(options.output / PARTS)
     (options.output / PLAN).unlink()
-    say(f"{options.output}: complete" + (f", {len(skipped)} damaged images left out" if skipped else ""))
+    return sum(map(len, skipped.values()))
 
 
 def _run(function: Callable[[Plan], dict[str, Any]], plans: Sequence[Plan], processes: int) -> Iterator[dict[str, Any]]:
@@ -274,7 +301,7 @@ def _run(function: Callable[[Plan], dict[str, Any]], plans: Sequence[Plan], proc
         return
     # Ctrl-C reaches the workers too, which finish the shards under way: it is held back until they know that
     held = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
-    with ProcessPoolExecutor(processes, initializer=_ignore_interrupts) as pool:
+    with ProcessPoolExecutor(processes, initializer=_start_worker) as pool:
         waiting: set[Future[dict[str, Any]]] = set()
         left = iter(plans)
         try:
@@ -293,9 +320,18 @@ def _run(function: Callable[[Plan], dict[str, Any]], plans: Sequence[Plan], proc
             raise
 
 
-def _ignore_interrupts() -> None:
+def _start_worker() -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+
+
+def _end_with_parent() -> None:
+    """A parent that is killed cannot tell its workers; they would write on, or wait for tasks for ever."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    parent.join()
+    os._exit(1)
 
 
 def _check_keys(split: str, items: Iterable[Item]) -> None:
@@ -319,29 +355,47 @@ def _listing(splits: dict[str, list[Item]]) -> str:
     return listing.hexdigest()
 
 
-def _claim(folder: Path, plan: dict[str, Any]) -> bool:
-    """Make the folder this plan's; True where it is complete already. PrepareError where it is somebody else's."""
-    path = folder / PLAN
+@contextmanager
+def _claim(folder: Path, plan: dict[str, Any]) -> Iterator[bool]:
+    """Hold the folder for this plan; True where it is complete already. PrepareError where it is somebody else's."""
     folder.mkdir(parents=True, exist_ok=True)
+    if _is_complete(folder, plan):
+        yield True
+        return
+    with (folder / LOCK).open("a") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise PrepareError(
+                f"another data preparation writes to {folder}: let it finish, or name another folder"
+            ) from error
+        except OSError:
+            pass  # a file system without locks
+        complete = _is_complete(folder, plan)  # perhaps made so since
+        if not complete:
+            for left in [*folder.glob(".*.tmp"), *folder.glob(f"{PARTS}/*.tmp")]:
+                left.unlink()
+            temporary = folder / f"{PLAN}.tmp"
+            temporary.write_text(json.dumps(plan))
+            temporary.rename(folder / PLAN)
+            (folder / PARTS).mkdir(exist_ok=True)
+        yield complete
+        (folder / LOCK).unlink(missing_ok=True)  # not after an error: others may wait for this very file
+
+
+def _is_complete(folder: Path, plan: dict[str, Any]) -> bool:
+    """Whether the folder has all of the plan. PrepareError where it holds something else, or a part of that."""
     complete = (folder / MANIFEST).is_file()
-    if complete or path.is_file():
-        theirs = json.loads((folder / MANIFEST if complete else path).read_text())
+    if complete or (folder / PLAN).is_file():
+        theirs = json.loads((folder / (MANIFEST if complete else PLAN)).read_text())
         if changed := [key for key in plan if theirs.get(key) != plan[key]]:
             raise PrepareError(
                 f"{folder} was {'written' if complete else 'begun'} with other settings ({', '.join(changed)}): repeat "
                 "the first command to go on, or name another folder"
             )
-        if complete:
-            return True
-    elif any(folder.iterdir()):
+    elif any(path.name not in (LOCK, f"{PLAN}.tmp") for path in folder.iterdir()):
         raise PrepareError(f"{folder} exists and is not empty: name another folder")
-    else:
-        path.with_suffix(".tmp").write_text(json.dumps(plan))
-        path.with_suffix(".tmp").rename(path)
-    (folder / PARTS).mkdir(exist_ok=True)
-    for left in folder.glob(".*.tar.tmp"):
-        left.unlink()
-    return False
+    return complete
 
 
 def _check_space(folder: Path, needed: int) -> None:
@@ -350,8 +404,8 @@ def _check_space(folder: Path, needed: int) -> None:
         raise PrepareError(f"the shards need about {needed / 1e9:.1f} GB, {folder} has {free / 1e9:.1f} GB free")
 
 
-def _describe(path: Path) -> dict[str, Any]:
-    return {"name": path.name, "bytes": path.stat().st_size, "sha256": hash_file(path)}
+def _describe(path: Path, stop: threading.Event) -> dict[str, Any]:
+    return {"name": path.name, "bytes": path.stat().st_size, "sha256": hash_file(path, stop)}
 
 
 # ── the scripts ─────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -407,8 +461,8 @@ def check_shard(folder: Path, shard: Shard, decode: bool, rows: list[tuple[str, 
         for key, offset, size in rows if decode else ():
             file.seek(offset)
             try:
-                Image.open(io.BytesIO(file.read(size))).load()
-            except (OSError, SyntaxError, ValueError) as error:
+                load_with_pillow(file.read(size))
+            except ValueError as error:
                 problems.append(f"{path}: sample {key} cannot be decoded: {error}")
     return problems
 

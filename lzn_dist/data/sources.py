@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import csv
 import functools
+import gzip
 import io
 import os
 import pickle
 import tarfile
 import zipfile
+import zlib
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
@@ -18,15 +20,18 @@ import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
+from lzn_dist.data.index import IMAGE_EXTENSIONS
 from lzn_dist.data.prepare import Item, PrepareError
 
 NO_LABEL = -1
-_EXTENSIONS = {"jpg": "jpg", "jpeg": "jpg", "png": "png", "webp": "webp", "bmp": "bmp", "ppm": "ppm", "pgm": "pgm"}
 
 
 def extension_of(name: str) -> str | None:
     """The extension that an image file's sample gets; None for other files."""
-    return _EXTENSIONS.get(name.rpartition(".")[2].lower())
+    extension = name.rpartition(".")[2].lower()
+    if extension not in IMAGE_EXTENSIONS:
+        return None
+    return "jpg" if extension == "jpeg" else extension
 
 
 def key_of(name: str) -> str:
@@ -65,6 +70,19 @@ def _members(path: Path) -> Iterable[tarfile.TarInfo]:
         raise PrepareError(f"{path} is not a readable tar ({error}): fetch it again") from error
 
 
+def _unpack(path: Path) -> dict[str, bytes]:
+    """The files in a small .tar.gz by their paths. Raises PrepareError where it is damaged."""
+    try:
+        with tarfile.open(path) as tar:
+            files = {m.name: tar.extractfile(m).read() for m in tar if m.isfile()}  # type: ignore[union-attr]
+            while tar.fileobj.read(1 << 20):
+                pass  # at the very end gzip compares its check sum
+            return files
+    except (tarfile.TarError, gzip.BadGzipFile, zlib.error, EOFError) as error:
+        why = " ".join(str(error).split())  # tarfile has several lines
+        raise PrepareError(f"{path} is not a readable archive ({why}): fetch it again") from error
+
+
 # ── ImageNet ────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
@@ -77,12 +95,10 @@ def read_devkit(path: Path) -> tuple[list[str], list[str], list[str]]:
     from scipy.io import loadmat
 
     names = ("data/meta.mat", "data/ILSVRC2012_validation_ground_truth.txt")
-    try:
-        with tarfile.open(path) as tar:
-            found = {name: member for member in tar for name in names if member.name.endswith(name)}
-            contents = {name: tar.extractfile(found[name]).read() for name in names}  # type: ignore[union-attr]
-    except (tarfile.TarError, KeyError) as error:
-        raise PrepareError(f"{path} is not ILSVRC2012_devkit_t12.tar.gz: {error!r}") from error
+    files = _unpack(path)
+    contents = {name: content for file, content in files.items() for name in names if file.endswith(name)}
+    if len(contents) != len(names):
+        raise PrepareError(f"{path} is not ILSVRC2012_devkit_t12.tar.gz: it lacks {' or '.join(names)}")
     synsets = loadmat(io.BytesIO(contents[names[0]]), squeeze_me=True, struct_as_record=False)["synsets"]
     leaves = {int(s.ILSVRC2012_ID): (str(s.WNID), str(s.words)) for s in np.atleast_1d(synsets) if not s.num_children}
     order = sorted(leaves.values())
@@ -232,11 +248,7 @@ class CIFAR10:
 
     def _load(self) -> dict[str, tuple[np.ndarray, np.ndarray]]:
         """By split: pixels uint8 [n, 3072] (all red, all green, all blue; row by row) and labels [n]."""
-        try:
-            with tarfile.open(self.archive) as tar:
-                files = {PurePosixPath(m.name).name: tar.extractfile(m).read() for m in tar if m.isfile()}  # type: ignore[union-attr]
-        except (tarfile.TarError, EOFError) as error:
-            raise PrepareError(f"{self.archive} is not a readable archive ({error}): fetch it again") from error
+        files = {PurePosixPath(path).name: content for path, content in _unpack(self.archive).items()}
         binary = "batches.meta.txt" in files
         suffix = ".bin" if binary else ""
         batches = {
@@ -306,8 +318,8 @@ class AFHQCat:
     def read(self, item: Item) -> bytes:
         try:
             return _zip(self.archive, os.getpid()).read(item.where)
-        except zipfile.BadZipFile as error:
-            raise ValueError(str(error)) from error
+        except (zipfile.BadZipFile, zlib.error, EOFError) as error:
+            raise ValueError(f"damaged in the zip: {error}") from error
 
 
 @functools.lru_cache(maxsize=2)
@@ -351,12 +363,12 @@ class ImageFolder:
         for split, path, label in rows:
             extension = extension_of(path)
             if extension is None:
-                raise PrepareError(f"{path} has no extension of an image ({', '.join(_EXTENSIONS)})")
+                raise PrepareError(f"{path} has no extension of an image ({', '.join(IMAGE_EXTENSIONS)})")
             size = (self.folder / path).stat().st_size
             key = key_of(path.removeprefix(f"{split}/"))
             found.setdefault(split, []).append(Item(key, extension, number.get(label, NO_LABEL), path, size))
         if not found:
-            raise PrepareError(f"{self.folder} has no images ({', '.join(_EXTENSIONS)})")
+            raise PrepareError(f"{self.folder} has no images ({', '.join(IMAGE_EXTENSIONS)})")
         return found
 
     def _from_folders(self) -> list[tuple[str, str, str]]:
@@ -381,11 +393,18 @@ class ImageFolder:
             reader = csv.DictReader(file)
             if not {"path", "label"} <= set(reader.fieldnames or ()):
                 raise PrepareError(f"{self.table} needs a header with the columns path and label, perhaps split")
-            rows = [(row.get("split") or "train", row["path"], row["label"]) for row in reader]
-        for line, (_, path, _) in enumerate(rows, start=2):
+            rows = [
+                (reader.line_num, row.get("split") or "train", row["path"] or "", row["label"] or "") for row in reader
+            ]
+        labelled = any(label for *_, label in rows)
+        for line, _, path, label in rows:
             if not (self.folder / path).is_file():
                 raise PrepareError(f"{self.table}, line {line}: there is no {self.folder / path}")
-        return rows
+            if labelled and not label:
+                raise PrepareError(
+                    f"{self.table}, line {line}: {path} has no label, others have: give each row one, or none"
+                )
+        return [(split, path, label) for _, split, path, label in rows]
 
     def read(self, item: Item) -> bytes:
         return (self.folder / item.where).read_bytes()

@@ -3,15 +3,14 @@
     python tests/benchmarks/data.py [--quick] [--output FILE]
 
 500x375 JPEGs (quality 90, smooth colours with noise: about as many bytes as ImageNet's). One core: every choice runs
-in one thread. "decode": bytes to pixels. "two views": decoding and two random resized crops of 224x224, with the same
-boxes for all. The rest of a view (mirror, colours, grey, blur) is batch arithmetic on the training device; its cost on
-this CPU is its own row, and for the library that the networks of GPU machines would use, kornia, where installed.
-Choices that are not installed are left out and named. All choices take turns over the same images; the figure is the
-best turn.
+in one thread. "decode": bytes to pixels. "decode and two crops": also two random resized crops of 224x224, with the
+same boxes for all. Choices that are not installed are left out and named. All choices take turns over the same images;
+the figure is the best turn.
 
 The stream: whole batches through BatchStream, against the sum of raw decoding and the arithmetic of the views, measured
-alone in the same turns; tiny samples (8x8 PNG with a label) per second and core, against Pillow decoding alone; shards
-on disk against the same images as loose files (read only, and read and decoded).
+alone in the same turns. The rest of a view (mirror, colours, grey, blur) is batch arithmetic on the training device;
+what it costs on this CPU is a row of its own. Then tiny samples (8x8 PNG with a label) per second and core, beside
+Pillow decoding alone; and reading, without decoding, from shards against the same images as loose files.
 """
 
 from __future__ import annotations

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import tarfile
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
-from published import imagenet
+from published import add, encode, imagenet, picture
 from test_prepare import imagenet_source
 
 from lzn_dist.data import (
@@ -40,15 +41,42 @@ def test_it_says_and_shows_what_is_there(tmp_path: Path, capsys: pytest.CaptureF
     assert "no split 'none'; it has" in capsys.readouterr().err
 
 
+def test_damage_is_left_out_and_classes_are_counted_without_a_manifest(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Labels that are none, images that are none, samples that lack either; at last nothing is left to be shown."""
+    image = encode(picture(0))
+    with tarfile.open(tmp_path / "train-000000.tar", "w") as tar:
+        for i, label in enumerate([b"0", b"12", b"12", b"?", b"\xff"]):
+            add(tar, f"{i}.jpg", image)
+            add(tar, f"{i}.cls", label)
+        add(tar, "5.jpg", image)
+        add(tar, "6.cls", b"0")
+    with tarfile.open(tmp_path / "val-000000.tar", "w") as tar:
+        add(tar, "a.jpg", b"?")
+    sheet = tmp_path / "sheet.png"
+    arguments = [str(tmp_path), "--size", "16", "--output", str(sheet)]
+    assert inspect.main([*arguments, "--samples", "0"]) == 0 and not sheet.exists()
+    said = capsys.readouterr().out
+    assert "no manifest" in said and "height x width of 4: 40x50 (4)" in said
+    assert "  2 classes of 2 to 2 samples\n        0: 2\n       12: 2\n" in said and "contact" not in said
+    assert inspect.main(arguments) == 0 and sheet.exists()
+    assert inspect.main([*arguments, "--split", "val"]) == 2
+    assert "all samples that were tried are damaged" in capsys.readouterr().err
+    for wrong in (["--samples", "-1"], ["--size", "0"]):
+        assert inspect.main([*arguments, *wrong]) == 2
+        assert "error: --size must be positive, --samples too" in capsys.readouterr().err
+
+
 def test_views_are_those_of_training(tmp_path: Path) -> None:
     imagenet(tmp_path / "published", size=(60, 80))
     prepare(imagenet_source(tmp_path / "published"), Options(tmp_path / "shards"), quiet=True)
     index = ShardIndex.load(tmp_path / "shards")
     dataset = ShardedDataset(index, "train", 3, RandomResizedCrops(48, 7))
-    picture = inspect.pictures(index, index.split("train"), 1)[0]
-    rows = np.array([picture.row])
+    shown = inspect.pictures(index, index.split("train"), 1)[0]
+    rows = np.array([shown.row])
     pixels, labels = dataset.read(rows)
-    assert labels.item() == picture.label
+    assert labels.item() == shown.label
     expected = make_views([to_unit_range(v) for v in pixels], torch.from_numpy(rows), 0, 7, SimCLRPolicy())
-    for found, view in zip(inspect.two_views(picture, 48, "simclr", 7), expected, strict=True):
+    for found, view in zip(inspect.two_views(shown, 48, "simclr", 7), expected, strict=True):
         assert torch.equal(found, ((view[0] + 1) * 127.5).round().to(torch.uint8))

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import math
+import struct
+import zlib
 
 import numpy as np
 import pytest
@@ -61,6 +64,46 @@ def test_what_is_damaged_is_refused(kind: str) -> None:
     for broken in (b"", b"?" * 200, content[: len(content) // 2], content[:20]):
         with pytest.raises(ValueError, match="not a whole image"):
             decode(broken, 3)
+
+
+def huge_png(height: int, width: int) -> bytes:
+    """A header that promises many pixels, with its right check sum."""
+    header = b"IHDR" + struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
+    start = b"\x89PNG\r\n\x1a\n" + struct.pack(">I", 13) + header + struct.pack(">I", zlib.crc32(header))
+    return start + struct.pack(">I", 100) + b"IDAT" + bytes(100)
+
+
+@pytest.mark.parametrize("content", [
+    b"P6 2000000 2000000 255\n" + bytes(100), b"P6 14000 14000 255\n" + bytes(100),
+    huge_png(100_000, 100_000), huge_png(14_000, 14_000), huge_png(2**31 - 1, 2**31 - 1),
+    encoded(picture(8, 8)).replace(b"\x00\x08\x00\x08", b"\xff\xff\xff\xff"),
+], ids=["ppm", "ppm 588 MB", "png", "png 588 MB", "png exabytes", "jpeg"])  # fmt: skip
+def test_more_pixels_than_anybody_has_are_refused_unread(content: bytes, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("cv2.imdecode", lambda *_: pytest.fail("memory was taken"))
+    monkeypatch.setattr("PIL.Image.MAX_IMAGE_PIXELS", None)  # whatever others set
+    for channels in (1, 3):
+        with pytest.raises(ValueError, match=r"not a whole image: its header says .* are not read"):
+            decode(content, channels)
+
+
+def test_any_flipped_bit_of_a_header_is_a_damaged_image_or_another_one() -> None:
+    content = encoded(picture(20, 30), "BMP")
+    for place in range(54 * 8):
+        flipped = bytearray(content)
+        flipped[place // 8] ^= 1 << place % 8
+        with contextlib.suppress(ValueError):
+            decode(bytes(flipped), 3)
+
+
+@pytest.mark.parametrize("kind", ["PNG", "PPM"])
+def test_of_16_bits_the_high_byte_counts(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    pixels = np.arange(600, dtype=np.uint16).reshape(20, 30) * 109
+    buffer = io.BytesIO()
+    Image.fromarray(pixels).save(buffer, kind)
+    for _ in range(2):
+        np.testing.assert_array_equal(decode(buffer.getvalue(), 1)[..., 0], pixels >> 8)
+        np.testing.assert_array_equal(decode(buffer.getvalue(), 3), np.stack([pixels >> 8] * 3, axis=-1))
+        monkeypatch.setattr("cv2.imdecode", lambda *_: None)  # then with Pillow
 
 
 def test_a_jpeg_named_png_and_the_other_way_round() -> None:

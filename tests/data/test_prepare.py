@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import io
 import json
@@ -12,6 +13,8 @@ import subprocess
 import sys
 import tarfile
 import time
+import zipfile
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -19,9 +22,11 @@ import pytest
 from PIL import Image
 from published import NAMES, WNIDS, add, afhq, cifar10, encode, imagenet, picture
 
-from lzn_dist.data import ShardIndex
-from lzn_dist.data.prepare import Options, PrepareError, check, prepare
-from lzn_dist.data.sources import CIFAR10, ImageFolder, ImageNet
+from lzn_dist.data import CentreCrop, ShardedDataset, ShardIndex, Split, write_manifest
+from lzn_dist.data.index import IMAGE_EXTENSIONS
+from lzn_dist.data.pixels import decode
+from lzn_dist.data.prepare import Item, Options, PrepareError, check, prepare
+from lzn_dist.data.sources import CIFAR10, AFHQCat, ImageFolder, ImageNet, read_devkit
 
 ROOT = Path(__file__).parents[2]
 
@@ -68,6 +73,7 @@ def test_imagenet(tmp_path: Path) -> None:
         "--processes", 2,
     )  # fmt: skip
     assert "train: 21 images" in said and "val: 8 images" in said and "complete" in said
+    assert " 0/29 [" in said and " 29/29 [" in said  # how far it is, while it works
     order = sorted(WNIDS)
     train, val = members(output, "train"), members(output, "val")
     assert len(train) == 42 and len(val) == 16
@@ -153,6 +159,28 @@ def test_folders_without_labels_resized(tmp_path: Path, name: str) -> None:
     assert ShardIndex.load(tmp_path / "shards").split("train").labels is None
 
 
+@pytest.mark.parametrize("kind", ["PNG", "PPM"])
+def test_16_bit_grey_keeps_its_tones_when_resized(tmp_path: Path, kind: str) -> None:
+    """As `decode` has them."""
+    (tmp_path / "images").mkdir()
+    path = tmp_path / "images" / f"a.{'png' if kind == 'PNG' else 'pgm'}"
+    Image.fromarray(np.arange(1024, dtype=np.uint16).reshape(32, 32) * 64).save(path, kind)
+    for size in (32, 8):
+        output = tmp_path / str(size)
+        prepare(ImageFolder(path.parent, labelled=False), Options(output, resize=size), quiet=True)
+        found = decode(members(output, "train")["a.png"], 1)
+        expected = Image.fromarray(decode(path.read_bytes(), 1)[..., 0]).resize((size, size), Image.Resampling.BICUBIC)
+        np.testing.assert_array_equal(found[..., 0], expected)
+
+
+def test_an_image_of_too_many_pixels_is_a_damaged_one(tmp_path: Path) -> None:
+    (tmp_path / "images").mkdir()
+    (tmp_path / "images" / "a.ppm").write_bytes(b"P6 20000 20000 255\n" + bytes(100))
+    with pytest.raises(PrepareError, match=r"a\.ppm cannot be decoded .*178956970 pixels"):
+        prepare(ImageFolder(tmp_path / "images", labelled=False), Options(tmp_path / "shards"), quiet=True)
+    assert Image.MAX_IMAGE_PIXELS is not None  # importing changes nothing for others
+
+
 def test_image_folder_by_folders_and_by_table(tmp_path: Path) -> None:
     folder = tmp_path / "images"
     for split, count in (("train", 4), ("val", 2)):
@@ -176,6 +204,29 @@ def test_image_folder_by_folders_and_by_table(tmp_path: Path) -> None:
     table.write_text("path,label\ntrain/dog/none.jpeg,wolf\n")
     said = script("image_folder", "--folder", folder, "--csv", table, "--output", tmp_path / "no", status=2)
     assert "table.csv, line 2: there is no" in said
+    for rows, why in (
+        ("train/dog/x.1.jpeg,wolf\n\ntrain/cat/x.2.jpeg,", r"line 4: train/cat/x\.2\.jpeg has no label, others have"),
+        ("train/cat/x.2.jpeg\ntrain/dog/x.1.jpeg,wolf", r"line 2: train/cat/x\.2\.jpeg has no label, others have"),
+    ):
+        table.write_text(f"path,label\n{rows}\n")
+        with pytest.raises(PrepareError, match=rf"table\.csv, {why}: give each row one, or none"):
+            ImageFolder(folder, table=table).splits()
+    table.write_text("path,label\ntrain/dog/x.1.jpeg,\ntrain/cat/x.2.jpeg,\n")
+    prepare(ImageFolder(folder, table=table), Options(tmp_path / "unlabelled"), quiet=True)
+    assert ShardIndex.load(tmp_path / "unlabelled").split("train").labels is None
+
+
+def test_what_is_written_can_be_read(tmp_path: Path) -> None:
+    """All formats that are taken."""
+    (tmp_path / "images").mkdir()
+    for extension in (*IMAGE_EXTENSIONS, "BMP"):
+        picture_of = Image.fromarray(picture(0)).convert("L" if extension == "pgm" else "RGB")
+        picture_of.save(tmp_path / "images" / f"{extension}_{len(extension)}.{extension}")
+    prepare(ImageFolder(tmp_path / "images", labelled=False), Options(tmp_path / "shards"), quiet=True)
+    dataset = ShardedDataset(ShardIndex.load(tmp_path / "shards"), "train", 3, CentreCrop(32, 32))
+    assert len(dataset) == len(IMAGE_EXTENSIONS) + 1
+    pixels, _ = dataset.read(np.arange(len(dataset)))
+    assert (pixels.float().std(dim=(0, 2, 3, 4)) > 10).all()
 
 
 def test_dry_run_writes_nothing(tmp_path: Path) -> None:
@@ -193,40 +244,59 @@ def many(folder: Path, count: int) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGKILL])
-def test_stopped_it_goes_on_where_it_was(tmp_path: Path, how: signal.Signals) -> None:
+@pytest.mark.parametrize("how,whom", [
+    (signal.SIGINT, os.killpg), (signal.SIGKILL, os.killpg), (signal.SIGKILL, os.kill),
+], ids=["interrupt", "kill", "kill the parent alone"])  # fmt: skip
+def test_stopped_it_goes_on_where_it_was(
+    tmp_path: Path, how: signal.Signals, whom: Callable[[int, signal.Signals], None]
+) -> None:
     folder = many(tmp_path / "images", 60)
-    arguments = ["--folder", folder, "--samples-per-shard", 6, "--processes", 2, "--resize", 180]
-    script("image_folder", *arguments, "--output", tmp_path / "whole")
+    prepare(ImageFolder(folder), Options(tmp_path / "whole", samples_per_shard=6, resize=180), quiet=True)
     output = tmp_path / "cut"
-    command = [
-        sys.executable,
-        str(ROOT / "data_prep" / "image_folder.py"),
-        *map(str, arguments),
-        "--output",
-        str(output),
-    ]
+    arguments = ["--folder", folder, "--samples-per-shard", 6, "--processes", 2, "--resize", 180, "--output", output]
+    command = [sys.executable, str(ROOT / "data_prep" / "image_folder.py"), *map(str, arguments)]
     # where the tests run in the background, a shell may have told them, and so their children, to ignore interrupts
     before = signal.signal(signal.SIGINT, signal.SIG_DFL)
     process = subprocess.Popen(command, start_new_session=True, stderr=subprocess.PIPE, text=True)
     signal.signal(signal.SIGINT, before)
-    end = time.monotonic() + 60
-    while len(list(output.glob("train-*.tar"))) < 4 and time.monotonic() < end:
-        time.sleep(0.002)
-    os.killpg(process.pid, how)
-    said = process.communicate()[1]
+    try:
+        end = time.monotonic() + 60
+        while len(list(output.glob("train-*.tar"))) < 4 and time.monotonic() < end:
+            time.sleep(0.002)
+        whom(process.pid, how)
+        said = process.communicate(timeout=30)[1]  # until no worker is left
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
     assert process.returncode != 0 and not (output / "manifest.json").exists()
     assert how == signal.SIGKILL or ("finished shards are kept" in said and "Traceback" not in said)
     kept = {path.name: path.stat().st_mtime_ns for path in output.glob("train-*.tar")}
     known = {path.name.removesuffix(".json") for path in (output / ".shards").glob("*.json")}
     assert 3 <= len(known) < 20
-    other = script("image_folder", *arguments[:-1], 100, "--output", output, status=2)
-    assert "was begun with other settings (options)" in other
-    script("image_folder", *arguments, "--output", output)
+    with pytest.raises(PrepareError, match=r"was begun with other settings \(options\)"):
+        prepare(ImageFolder(folder), Options(output, samples_per_shard=6, resize=100), quiet=True)
+    script("image_folder", *arguments)
     for path in (tmp_path / "whole").iterdir():
         assert (output / path.name).read_bytes() == path.read_bytes(), path.name
     assert all((output / name).stat().st_mtime_ns == kept[name] for name in known)
     assert sorted(path.name for path in output.iterdir()) == sorted(p.name for p in (tmp_path / "whole").iterdir())
+
+
+def test_two_preparations_do_not_write_to_one_folder(tmp_path: Path) -> None:
+    source, output = ImageFolder(many(tmp_path / "images", 2)), tmp_path / "shards"
+    writing = source.read
+
+    def read(item: Item) -> bytes:
+        with pytest.raises(PrepareError, match=f"another data preparation writes to {output}: let it finish"):
+            prepare(ImageFolder(source.folder), Options(output), quiet=True)
+        return writing(item)
+
+    output.mkdir()
+    (output / ".lock").touch()  # of one that was killed, as the next
+    (output / ".plan.json.tmp").write_text("{")
+    source.read = read  # type: ignore[method-assign]
+    prepare(source, Options(output), quiet=True)
+    assert sorted(p.name for p in output.iterdir()) == ["manifest.json", "train-000000.tar", "train.index.npz"]
 
 
 def test_a_damaged_image_is_named_and_may_be_left_out(tmp_path: Path) -> None:
@@ -239,8 +309,79 @@ def test_a_damaged_image_is_named_and_may_be_left_out(tmp_path: Path) -> None:
     said = script("image_folder", "--folder", folder, "--output", tmp_path / "new", "--skip-corrupt")
     assert "1 damaged images left out" in said
     manifest = json.loads((tmp_path / "new" / "manifest.json").read_text())
-    assert manifest["skipped"] == ["a/1"] and manifest["splits"]["train"]["samples"] == 5
+    assert manifest["skipped"] == {"train": ["a/1"]} and manifest["splits"]["train"]["samples"] == 5
     assert "a/1.png" not in members(tmp_path / "new", "train")
+
+
+def test_an_error_does_not_wait_for_the_archives_hash(tmp_path: Path) -> None:
+    folder = many(tmp_path / "images", 1)
+    (folder / "a" / "0.png").write_bytes(b"?")
+    archive = tmp_path / "large"
+    archive.touch()
+    os.truncate(archive, 1 << 36)  # a minute's work; without room on the disk
+    source = ImageFolder(folder)
+    source.archives = lambda: [archive]  # type: ignore[method-assign]
+    began = time.monotonic()
+    with pytest.raises(PrepareError, match="cannot be decoded"):
+        prepare(source, Options(tmp_path / "shards"), quiet=True)
+    assert time.monotonic() - began < 10
+
+
+def test_what_is_left_out_is_counted_by_split(tmp_path: Path) -> None:
+    """Keys may be the same in two splits."""
+    for split in ("train", "val"):
+        many(tmp_path / "images" / split, 2)
+    damaged = tmp_path / "images" / "train" / "a" / "1.png"
+    damaged.write_bytes(damaged.read_bytes()[:-200])
+    options = Options(tmp_path / "shards", samples_per_shard=1, skip_corrupt=True)
+    prepare(ImageFolder(tmp_path / "images"), options, quiet=True)
+    manifest = json.loads((tmp_path / "shards" / "manifest.json").read_text())
+    assert manifest["skipped"] == {"train": ["a/1"]} and manifest["counts"] == {"train": [1, 2], "val": [2, 2]}
+    assert check(tmp_path / "shards", decode=True, quiet=True) == []
+
+
+def test_a_split_without_a_good_image_is_refused(tmp_path: Path) -> None:
+    for split in ("train", "val"):
+        many(tmp_path / "images" / split, 1)
+    for path in (tmp_path / "images" / "val").rglob("*.png"):
+        path.write_bytes(path.read_bytes()[:-200])
+    for _ in range(2):
+        with pytest.raises(PrepareError, match="split 'val' has no image that can be decoded: fetch image folder"):
+            prepare(ImageFolder(tmp_path / "images"), Options(tmp_path / "shards", skip_corrupt=True), quiet=True)
+        assert not (tmp_path / "shards" / "manifest.json").exists()
+    # as earlier versions wrote it
+    write_manifest(tmp_path / "shards", {"val": Split((), np.array([], "S1"), {})}, source="", tool="")
+    with pytest.raises(ValueError, match=r"val\.index\.npz is of a split without samples"):
+        ShardIndex.load(tmp_path / "shards")
+
+
+@pytest.mark.parametrize("name", ["ILSVRC2012_devkit_t12.tar.gz", "cifar-10-python.tar.gz", "cifar-10-binary.tar.gz"])
+def test_a_damaged_archive_is_to_be_fetched_again(tmp_path: Path, name: str) -> None:
+    """Cut off, or with one bit flipped: in deflated data that may read as another file, or as none."""
+    imagenet(tmp_path)
+    cifar10(tmp_path)
+    content = (tmp_path / name).read_bytes()
+    path = tmp_path / "damaged.tar.gz"
+    for place in np.linspace(50, len(content) - 5, 40).astype(int).tolist():  # gzip's header has the time, and a name
+        flipped = bytearray(content)
+        flipped[place] ^= 8
+        for damaged in (content[:place], flipped):
+            path.write_bytes(damaged)
+            with pytest.raises(PrepareError, match=r"damaged\.tar\.gz is not a readable archive .*: fetch it again"):
+                read_devkit(path) if name.startswith("ILSVRC") else CIFAR10(path).splits()
+
+
+def test_a_cat_damaged_in_its_zip_may_be_left_out(tmp_path: Path) -> None:
+    afhq(tmp_path)
+    content = bytearray((tmp_path / "afhq.zip").read_bytes())
+    with zipfile.ZipFile(tmp_path / "afhq.zip") as archive:
+        start = archive.getinfo("afhq/train/cat/flickr_cat_000002.jpg").header_offset
+    content[start + 30 + len("afhq/train/cat/flickr_cat_000002.jpg")] = 0xFF  # deflate knows no such block
+    (tmp_path / "afhq.zip").write_bytes(content)
+    with pytest.raises(PrepareError, match=r"flickr_cat_000002\.jpg cannot be decoded .* fetch the archive again"):
+        prepare(AFHQCat(tmp_path / "afhq.zip"), Options(tmp_path / "shards"), quiet=True)
+    prepare(AFHQCat(tmp_path / "afhq.zip"), Options(tmp_path / "new", skip_corrupt=True), quiet=True)
+    assert ShardIndex.load(tmp_path / "new").manifest["skipped"] == {"train": ["flickr_cat_000002"]}
 
 
 def test_check_finds_what_changed(tmp_path: Path) -> None:
@@ -255,6 +396,25 @@ def test_check_finds_what_changed(tmp_path: Path) -> None:
     path.write_bytes(content[:-512])
     assert f"{path} has" in script("check", output, status=2)
     assert "has no manifest.json" in script("check", folder, status=2)
+
+
+def test_check_finds_an_index_of_other_shards(tmp_path: Path) -> None:
+    """Shards and index as the manifest says, but not of each other."""
+    output = tmp_path / "shards"
+    prepare(ImageFolder(many(tmp_path / "images", 2)), Options(output), quiet=True)
+    split = ShardIndex.load(output).split("train")
+    told = {"source": "", "tool": ""}
+    write_manifest(output, {"train": split}, **told)
+    assert check(output, quiet=True) == []
+    moved = {**split.offsets, "png": split.offsets["png"] + 512}
+    renamed = np.array([b"other", *split.keys[1:]])
+    without = {extension: table for extension, table in split.offsets.items() if extension != "cls"}
+    for wrong in (
+        Split(split.shards, split.keys, moved), Split(split.shards, renamed, split.offsets),
+        Split(split.shards, split.keys, without),
+    ):  # fmt: skip
+        write_manifest(output, {"train": wrong}, **told)
+        assert check(output, quiet=True) == [f"{output}: the index of split 'train' is not that of its shards"]
 
 
 def test_refusals(tmp_path: Path) -> None:
