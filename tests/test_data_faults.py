@@ -6,6 +6,7 @@ import json
 import shutil
 import subprocess
 import sys
+import tarfile
 import time
 from pathlib import Path
 
@@ -13,13 +14,17 @@ import pytest
 
 sys.path += [str(Path(__file__).parent / "data"), str(Path(__file__).parent / "distributed")]
 from launching import ROOT, accelerate
+from small_run import small_config
 from test_shards import damage
 from test_storage import free_port, start_server
 from test_train import SMALL, rows
 
 from lzn_dist import train
 from lzn_dist.checkpoint import find_checkpoint
-from lzn_dist.data import write_digits
+from lzn_dist.config import ConfigError
+from lzn_dist.data import ShardIndex, write_digits
+from lzn_dist.distributed import Topology
+from lzn_dist.wiring import open_stream
 
 TRAIN = ROOT / "lzn_dist" / "train.py"
 CONFIG = ROOT / "configs" / "digits_joint.yaml"
@@ -58,6 +63,52 @@ def test_damaged_samples_are_replaced_told_and_in_the_end_too_many(
     # mended, it goes on
     assert train.main([*arguments, "max_steps=60", "data.max_bad_samples=1", f"data.shards={whole}"]) == 0
     assert [row["step"] for row in rows(strict)] == list(range(1, 61))
+
+
+UNLABELLED = r"has no labels, which this task needs: use labelled shards, or task=generation"
+OTHER_CLASSES = r"data\.num_classes is {}, but .* has 10 classes: set data\.num_classes=10"
+
+
+@pytest.mark.parametrize(
+    "shards,task,overrides,what",
+    [
+        ("unlabelled", "joint", [], UNLABELLED),
+        ("unlabelled", "generation", ["decoder.class_conditional=true"], UNLABELLED),
+        ("unlabelled", "representation", ["objective=supervised"], UNLABELLED),
+        ("unlabelled", "generation", [], ""),
+        ("unlabelled", "representation", [], ""),
+        ("digits", "joint", ["data.num_classes=5"], OTHER_CLASSES.format(5)),
+        ("digits", "representation", ["objective=supervised", "data.num_classes=11"], OTHER_CLASSES.format(11)),
+        ("digits", "representation", ["data.num_classes=5"], ""),
+    ],
+)
+def test_labels_that_do_not_fit_the_task_are_refused_at_the_start(
+    two_data_sets: Path, shards: str, task: str, overrides: list[str], what: str
+) -> None:
+    config = small_config(f"data.shards={two_data_sets / shards}", "data.embedded=none", *overrides, task=task)
+    if what:
+        with pytest.raises(ConfigError, match=what):
+            open_stream(config, Topology())
+    else:
+        assert open_stream(config, Topology()).batch(0).bad == ()
+
+
+@pytest.fixture(scope="module")
+def two_data_sets(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """digits, and the same unlabelled."""
+    folder = tmp_path_factory.mktemp("shards")
+    shards = ShardIndex.load(write_digits(folder / "digits"))
+    (folder / "unlabelled").mkdir()
+    for split in shards.splits.values():
+        for shard in split.shards:
+            with (
+                tarfile.open(folder / "digits" / shard.name) as old,
+                tarfile.open(folder / "unlabelled" / shard.name, "w") as new,
+            ):
+                for member in old:
+                    if not member.name.endswith(".cls"):
+                        new.addfile(member, old.extractfile(member))
+    return folder
 
 
 def test_a_lost_server_stops_all_ranks_with_a_checkpoint_and_the_run_goes_on_exactly(tmp_path: Path) -> None:

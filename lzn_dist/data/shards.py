@@ -8,6 +8,7 @@ and workers, after any resume, and resuming reads nothing of what went before.
 
 from __future__ import annotations
 
+import re
 from collections import deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -27,6 +28,7 @@ from lzn_dist.keyed_random import make_key
 NO_LABEL = -1
 _PREFETCH = 2  # batches decoded ahead
 _CHUNK = 32  # files in memory at once
+_NUMBER = re.compile(rb"\s*\d{1,18}\s*")  # a label
 _ATTEMPTS = 16  # replacements of a sample that is not there, each by another one
 
 
@@ -48,8 +50,9 @@ class BadSample:
 class ShardedDataset(Dataset[tuple[Tensor, int]]):
     """The samples of a split by their number in the manifest's order: ``dataset[i] -> (uint8 [c, h, w], label)``.
 
-    channels: 1 (grey) or 3 (RGB), to which images are converted. reading: how files become pixels. The label is -1
-    where the split has none. cache_decoded keeps each decoded image, n·c·h·w bytes in all, `shared` with forked loader
+    channels: 1 (grey) or 3 (RGB), to which images are converted. reading: how files become pixels. num_classes: where
+    labels are needed, samples without one below it are bad; 0: they are not needed, and -1 stands for one that is not
+    there or no number. cache_decoded keeps each decoded image, n·c·h·w bytes in all, `shared` with forked loader
     processes; it needs a reading that is the same in all epochs. seed: of the replacements of bad samples.
     """
 
@@ -60,6 +63,7 @@ class ShardedDataset(Dataset[tuple[Tensor, int]]):
         channels: int,
         reading: Reading,
         *,
+        num_classes: int = 0,
         cache_decoded: bool = False,
         shared: bool = False,
         seed: int = 0,
@@ -70,7 +74,8 @@ class ShardedDataset(Dataset[tuple[Tensor, int]]):
             raise ValueError(
                 "images whose views differ from epoch to epoch cannot be kept decoded: cache_decoded=false"
             )
-        self.index, self.split, self.channels, self.reading, self.seed = index, split, channels, reading, seed
+        self.index, self.split, self.channels, self.reading = index, split, channels, reading
+        self.num_classes, self.seed = num_classes, seed
         self.table = index.split(split)
         try:
             self.images = self.table.images
@@ -186,22 +191,20 @@ class ShardedDataset(Dataset[tuple[Tensor, int]]):
         storage.fetch(spans)
         found: list[tuple[bytes, int] | str] = []
         for span, image, label in zip(spans, images, labels, strict=True):
-            if image[0] == ABSENT or (self.labels is not None and label[0] == ABSENT):
+            if image[0] == ABSENT or (self.num_classes and label[0] == ABSENT):
                 found.append("has no image" if image[0] == ABSENT else "has no label")
                 continue
             content = storage.read(*span)
             if len(content) != span[2]:
                 found.append("the shard ends inside it")
                 continue
-            start = image[0] - span[1]
-            number = NO_LABEL
-            if self.labels is not None:
+            start, text = image[0] - span[1], b""
+            if label[0] != ABSENT:
                 text = content[label[0] - span[1] : sum(label) - span[1]]
-                try:
-                    number = int(text)
-                except ValueError:
-                    found.append(f"its label is {text[:20]!r}")
-                    continue
+            number = int(text) if _NUMBER.fullmatch(text) else NO_LABEL
+            if self.num_classes and not 0 <= number < self.num_classes:
+                found.append(f"its label is {text[:20]!r}, not one of 0 to {self.num_classes - 1}")
+                continue
             found.append((content[start : start + image[1]], number))
         return found
 

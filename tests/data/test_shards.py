@@ -276,7 +276,8 @@ def test_a_damaged_sample_is_replaced_by_a_function_of_its_number(
     folder = Path(shutil.copytree(digits, tmp_path / "digits"))
     name = damage(folder, extension, 305)
     whole = stream(ShardIndex.load(digits), global_batch=479)
-    found = stream(ShardIndex.load(folder), global_batch=479, workers=workers, cache_decoded=cache_decoded)
+    options: dict[str, Any] = {"global_batch": 479, "num_classes": 10}
+    found = stream(ShardIndex.load(folder), workers=workers, cache_decoded=cache_decoded, **options)
     replacements = []
     for batch, expected in zip(found.iterate(0, 6), whole.iterate(0, 6), strict=True):  # two epochs
         assert len(batch.index) == 479
@@ -304,19 +305,28 @@ def test_replacements_that_are_damaged_too_are_replaced(tmp_path: Path, digits: 
     for row in range(1437):
         damage(folder, "cls", row)
     with pytest.raises(CorruptSampleError, match="so are 16 others in a row"):
-        make_dataset(ShardIndex.load(folder)).read_or_replace(np.array([7]))
+        make_dataset(ShardIndex.load(folder), num_classes=10).read_or_replace(np.array([7]))
 
 
-def test_missing_members_are_damage(tmp_path: Path) -> None:
+def test_missing_members_and_impossible_labels_are_damage(tmp_path: Path) -> None:
+    labels = {0: b"0", 1: b"1", 3: b"3\n", 4: b"12", 5: b"-1", 6: b"9" * 40, 7: b"10"}  # 2 has none
     with open(tmp_path / "train-000000.tar", "wb") as file, wds.TarWriter(file) as shard:
-        for number in range(4):
+        for number in range(8):
             image = {} if number == 1 else {"png": np.full((8, 8), number, np.uint8)}
-            label = {} if number == 2 else {"cls": number}
+            label = {"cls": labels[number]} if number in labels else {}
             shard.write({"__key__": f"k{number}", **image, **label})
-    pixels, labels, rows, bad = make_dataset(ShardIndex.load(tmp_path)).read_or_replace(np.arange(4))
-    assert [b.why.partition(": sample ")[2] for b in bad[:2]] == ["k1: has no image", "k2: has no label"]
-    assert set(rows[[1, 2]]) <= {0, 3} and rows[[0, 3]].tolist() == [0, 3]
-    assert torch.equal(pixels[0, :, 0, 0, 0].long(), labels) and labels.tolist() == rows.tolist()
+    index = ShardIndex.load(tmp_path)
+    pixels, found, rows, bad = make_dataset(index, num_classes=10).read_or_replace(np.arange(8))
+    assert [b.why.partition(": sample ")[2] for b in bad[:6]] == [
+        "k1: has no image", "k2: has no label", "k4: its label is b'12', not one of 0 to 9",
+        "k5: its label is b'-1', not one of 0 to 9", f"k6: its label is b'{'9' * 20}', not one of 0 to 9",
+        "k7: its label is b'10', not one of 0 to 9",
+    ]  # fmt: skip
+    assert set(rows.tolist()) == {0, 3} and rows[[0, 3]].tolist() == [0, 3]
+    assert torch.equal(pixels[0, :, 0, 0, 0].long(), found) and found.tolist() == rows.tolist()
+    # where labels are not needed, the images are
+    pixels, found = make_dataset(index).read(np.array([0, 2, 3, 4, 5, 6, 7]))
+    assert pixels[0, :, 0, 0, 0].tolist() == [0, 2, 3, 4, 5, 6, 7] and found.tolist() == [0, -1, 3, 12, -1, -1, 10]
 
 
 def test_wrong_image_size_and_no_images(tmp_path: Path) -> None:
