@@ -9,6 +9,7 @@ and workers, after any resume, and resuming reads nothing of what went before.
 from __future__ import annotations
 
 import re
+import sys
 from collections import deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -218,7 +219,9 @@ class ShardedDataset(Dataset[tuple[Tensor, int]]):
 class FixedBatches(Sequence["EvaluationBatch"]):
     """A split in batches of one size, each read when it is asked for.
 
-    The last one is filled up by repeating from the start; ``valid`` [b] says which rows count.
+    The last one is filled up by repeating from the start; ``valid`` [b] says which rows count. A damaged sample does
+    not: another one stands in its row, and it is told once. Raises CorruptSampleError where that does not help (images
+    of another size, say), OSError for a lost server or a full disk.
     """
 
     def __init__(self, dataset: ShardedDataset, batch_size: int) -> None:
@@ -232,15 +235,27 @@ class FixedBatches(Sequence["EvaluationBatch"]):
             raise IndexError(f"batch {number} of {len(self)}")
         position = torch.arange(number * self.batch_size, (number + 1) * self.batch_size)
         index = position % len(self.dataset)
-        pixels, labels = self.dataset.read(index.numpy())
-        return EvaluationBatch(index, to_unit_range(pixels[0]), labels, position < len(self.dataset))
+        try:
+            pixels, labels, rows, bad = self.dataset.read_or_replace(index.numpy())
+        except ValueError as error:
+            raise CorruptSampleError(str(error)) from error
+        for sample in bad:
+            if (where := self.dataset.where(sample.row)) not in _told:
+                _told.add(where)
+                print(f"evaluation leaves out a damaged sample: {sample.why}", file=sys.stderr, flush=True)
+        valid = (position < len(self.dataset)) & torch.eq(torch.from_numpy(rows), index)
+        return EvaluationBatch(index, to_unit_range(pixels[0]), labels, valid)
+
+
+_told: set[str] = set()  # damaged samples of evaluation: once in a process, however often a batch is read
 
 
 @dataclass(frozen=True)
 class EvaluationBatch:
     """index int64 [b], images float32 [b, c, h, w] in [-1, 1], labels int64 [b], valid bool [b].
 
-    Rows that are not valid repeat the split's first samples to fill up the last batch.
+    Rows that are not valid repeat the split's first samples to fill up the last batch, or show another sample where
+    their own, which the index names, is damaged.
     """
 
     index: Tensor

@@ -230,6 +230,28 @@ def test_fixed_batches(index: ShardIndex, cache_decoded: bool) -> None:
     assert more.valid.sum() == 360 and torch.equal(more.images[360:720], more.images[:360])
 
 
+def test_a_damaged_sample_is_left_out_of_evaluation_and_told_once(
+    tmp_path: Path, digits: Path, index: ShardIndex, capfd: pytest.CaptureFixture[str]
+) -> None:
+    folder = Path(shutil.copytree(digits, tmp_path / "digits"))
+    names = [damage(folder, "png", 100, "test"), damage(folder, "cls", 20, "test")]  # rows 0 and 20 of their batches
+    whole = make_dataset(index, "test", num_classes=10).fixed_batches(100)
+    for _ in range(2):
+        batches = make_dataset(ShardIndex.load(folder), "test", num_classes=10).fixed_batches(100)
+        for batch, expected in zip(batches, whole, strict=True):
+            left_out = (expected.valid & ~batch.valid).nonzero()[:, 0]
+            assert torch.equal(batch.index, expected.index)
+            assert batch.index[left_out].tolist() == [row for row in (20, 100) if row in expected.index[expected.valid]]
+            same = ~torch.isin(batch.index, torch.tensor([20, 100]))
+            assert torch.equal(batch.images[same], expected.images[same])
+            assert torch.equal(batch.labels[same], expected.labels[same]) and batch.labels.min() >= 0
+    said = [line for line in capfd.readouterr().err.splitlines() if "leaves out a damaged sample" in line]
+    assert len(said) == 2 and all(any(name in line for line in said) for name in names)
+    wrong = make_dataset(index, "test", size=16).fixed_batches(100)
+    with pytest.raises(CorruptSampleError, match=r"data\.image_size is 16"):
+        wrong[0]
+
+
 # ----------------------------------------------------------------------------------------------------------- errors
 
 
@@ -257,9 +279,9 @@ def test_truncated_shard_and_wrong_hash(tmp_path: Path, digits: Path) -> None:
         make_dataset(index)[400]
 
 
-def damage(folder: Path, extension: str, row: int) -> str:
-    """Overwrite a member of a sample of the second training shard; returns what messages call the sample."""
-    split = ShardIndex.load(folder).split("train")
+def damage(folder: Path, extension: str, row: int, split_name: str = "train") -> str:
+    """Overwrite a member of a sample; returns what messages call the sample."""
+    split = ShardIndex.load(folder).split(split_name)
     offset, size = split.offsets[extension][row].tolist()
     with open(folder / split.shard_of(row).name, "r+b") as file:
         file.seek(offset)
