@@ -143,7 +143,8 @@ class Run:
         """Steps up to max_steps, or to a signal, whose name is returned."""
         config, state, counters, watch = self.config, self.state, self.state.counters, self.state.objective.watch
         watchdog = Watchdog(watch, config.watchdog)
-        batches, bad = self.stream.iterate(counters.batch, 2**62), BadSamples(self.folder)
+        bad = BadSamples(self.folder, counters.batch // self.stream.batches_per_epoch)
+        batches = self.stream.iterate(counters.batch, 2**62)
         lost: Exception | None = None  # why this rank has no data
         try:
             while counters.step < config.max_steps:
@@ -160,7 +161,7 @@ class Run:
                 result = train_step(state, samples, (bool(signals.received), lost is not None, damaged))
                 watchdog.idle()
                 stop, without_data, damaged_everywhere = result.votes
-                bad.report(damaged_everywhere, counters.step)
+                new_damage = bad.report(damaged_everywhere, counters.step)
                 if without_data:
                     counters.batch, counters.nonfinite = counters.batch - 1, counters.nonfinite - 1  # not consumed
                     self._no_more_data("" if lost is None else f"rank {self.topology.rank}: {lost}", UNREADABLE)
@@ -177,7 +178,7 @@ class Run:
                         self.status("running")
                     if last or (config.evaluate_every and step % config.evaluate_every == 0):
                         self._evaluate()
-                if damaged_everywhere > config.data.max_bad_samples:
+                if new_damage and damaged_everywhere > config.data.max_bad_samples:
                     self._no_more_data(
                         f"{damaged_everywhere:.0f} samples of this epoch are damaged, data.max_bad_samples is "
                         f"{config.data.max_bad_samples}: see bad_samples.jsonl, mend the shards or raise it",

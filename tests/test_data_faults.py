@@ -21,7 +21,7 @@ from test_train import SMALL, rows
 
 from lzn_dist import train
 from lzn_dist.checkpoint import find_checkpoint
-from lzn_dist.config import ConfigError
+from lzn_dist.config import ConfigError, load_config
 from lzn_dist.data import ShardIndex, write_digits
 from lzn_dist.distributed import Topology
 from lzn_dist.wiring import open_stream
@@ -40,29 +40,32 @@ def test_damaged_samples_are_replaced_told_and_in_the_end_too_many(
 ) -> None:
     shards = write_digits(tmp_path / "digits")
     whole = Path(shutil.copytree(shards, tmp_path / "whole"))
-    names = [damage(shards, "png", 3), damage(shards, "cls", 700)]
-    run = tmp_path / "run"
-    # an epoch is 59 batches of 24: both are met in it
-    arguments = [str(CONFIG), f"data.shards={shards}", *SMALL, "checkpoint_every=30"]
-    arguments += ["precision=float32", "evaluate_every=0", "data.embedded=none"]
-    assert train.main([*arguments, f"output_dir={run}", "max_steps=60"]) == 0
+    run, strict = tmp_path / "run", tmp_path / "strict"
+    arguments = [*SMALL, "checkpoint_every=30", "precision=float32", "evaluate_every=0", "data.embedded=none"]
+    arguments += ["max_steps=9", "data.global_batch=144"]  # an epoch
+    order = open_stream(load_config(CONFIG, [*arguments, f"data.shards={shards}"]), Topology())
+    names = [damage(shards, kind, int(order.indices(k)[0])) for kind, k in (("png", 1), ("cls", 3), ("png", 5))]
+    arguments = [str(CONFIG), *arguments]
+    damaged = [*arguments, f"data.shards={shards}"]
+    assert train.main([*damaged, f"output_dir={run}"]) == 0
     told = [json.loads(line) for line in (run / "bad_samples.jsonl").read_text().splitlines()]
-    assert sorted(row["sample"].split(": ")[1] for row in told) == sorted(n.split(": ")[1] for n in names)
-    assert all(row["epoch"] == 0 and 1 <= row["step"] <= 59 for row in told)
+    assert [(row["step"], row["epoch"]) for row in told] == [(2, 0), (4, 0), (6, 0)]
+    assert all(row["sample"].startswith(f"{name}: ") for row, name in zip(told, names, strict=True))
     said = capfd.readouterr().err
     assert all(f"replaced a damaged sample: {name}" in said for name in names)
 
-    strict = tmp_path / "strict"
-    arguments.append(f"output_dir={strict}")
-    assert train.main([*arguments, "max_steps=60", "data.max_bad_samples=1"]) == 2
-    second = max(row["step"] for row in told)
-    assert f"stopped at step {second} with a checkpoint: 2 samples of this epoch are damaged" in capfd.readouterr().err
-    assert find_checkpoint(strict).name == f"step_{second:08d}"
-    assert json.loads((strict / "status.json").read_text())["state"] == "failed"
-    assert values(strict) == values(run)[:second]
+    # what was counted before a stop counts after it: the same command does not get a limit of its own
+    settings = [f"output_dir={strict}", "data.max_bad_samples=1"]
+    for step, count in ((4, 2), (6, 3)):
+        assert train.main([*damaged, *settings]) == 2
+        said = f"stopped at step {step} with a checkpoint: {count} samples of this epoch are damaged"
+        assert said in capfd.readouterr().err
+        assert find_checkpoint(strict).name == f"step_{step:08d}"
+        assert json.loads((strict / "status.json").read_text())["state"] == "failed"
+        assert values(strict) == values(run)[:step]
     # mended, it goes on
-    assert train.main([*arguments, "max_steps=60", "data.max_bad_samples=1", f"data.shards={whole}"]) == 0
-    assert [row["step"] for row in rows(strict)] == list(range(1, 61))
+    assert train.main([*arguments, *settings, f"data.shards={whole}"]) == 0
+    assert [row["step"] for row in rows(strict)] == list(range(1, 10))
 
 
 UNLABELLED = r"has no labels, which this task needs: use labelled shards, or task=generation"
@@ -114,6 +117,8 @@ def two_data_sets(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_a_lost_server_stops_all_ranks_with_a_checkpoint_and_the_run_goes_on_exactly(tmp_path: Path) -> None:
     """Two ranks stream over http; the server dies for longer than they wait, and comes back: as if it never had."""
     shards = write_digits(tmp_path / "digits", samples_per_shard=20)
+    for row in (1, 700, 1400):
+        damage(shards, "png", row)
     port, log = free_port(), tmp_path / "requests.log"
     common = [CONFIG, *SMALL, "precision=float32", "data.embedded=none", "max_steps=55", "checkpoint_every=40",
               "data.streams=2", "data.shuffle_window=30", "data.cache_decoded=false"]  # fmt: skip
@@ -148,3 +153,5 @@ def test_a_lost_server_stops_all_ranks_with_a_checkpoint_and_the_run_goes_on_exa
     server.wait()
     assert done.returncode == 0, done.stdout[-3000:]
     assert values(run) == values(reference)
+    told = [[(row["step"], row["row"]) for row in rows(folder, "bad_samples.jsonl")] for folder in (run, reference)]
+    assert told[0] == told[1] and sorted(row for _, row in told[0]) == [1, 700, 1400]  # both ranks' samples
