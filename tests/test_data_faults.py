@@ -2,18 +2,24 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 import shutil
 import subprocess
 import sys
 import tarfile
+import threading
 import time
 from pathlib import Path
+from typing import Any, NoReturn
 
 import pytest
+from torch.distributed.checkpoint import FileSystemWriter
 
 sys.path += [str(Path(__file__).parent / "data"), str(Path(__file__).parent / "distributed")]
 from launching import ROOT, accelerate
+from range_server import serve
 from small_run import small_config
 from test_shards import damage
 from test_storage import free_port, start_server
@@ -24,6 +30,8 @@ from lzn_dist.checkpoint import find_checkpoint
 from lzn_dist.config import ConfigError, load_config
 from lzn_dist.data import ShardIndex, write_digits
 from lzn_dist.distributed import Topology
+from lzn_dist.run_folder import RunFolder
+from lzn_dist.step import StepResult, TrainState
 from lzn_dist.wiring import open_stream
 
 TRAIN = ROOT / "lzn_dist" / "train.py"
@@ -155,3 +163,93 @@ def test_a_lost_server_stops_all_ranks_with_a_checkpoint_and_the_run_goes_on_exa
     assert values(run) == values(reference)
     told = [[(row["step"], row["row"]) for row in rows(folder, "bad_samples.jsonl")] for folder in (run, reference)]
     assert told[0] == told[1] and sorted(row for _, row in told[0]) == [1, 700, 1400]  # both ranks' samples
+
+
+def errors(said: str) -> list[str]:
+    return [line for line in said.splitlines() if line.startswith("error: ")]
+
+
+@pytest.mark.parametrize("full", ["cache", "cache and checkpoints", "run"])
+def test_a_full_disk_stops_the_run_in_one_line_that_names_the_folder(
+    tmp_path: Path, full: str, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """Once there is space again, it goes on."""
+    shards = serve(write_digits(tmp_path / "digits", samples_per_shard=10), 0, None)
+    threading.Thread(target=shards.serve_forever, daemon=True).start()
+    run, cache = tmp_path / "run", tmp_path / "cache"
+    arguments = [*remote_arguments(shards.server_port, run, cache), "max_steps=7", "checkpoint_every=3"]
+    train_step = train.train_step
+
+    def no_space(*_: object, **__: object) -> NoReturn:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    def fill_up(state: TrainState, *rest: Any) -> StepResult:
+        if state.counters.step == 3:
+            while not (run / "checkpoints" / "step_00000003").exists():
+                time.sleep(0.01)
+            if full == "run":
+                patched.setattr(RunFolder, "append", no_space)
+            else:
+                patched.setattr(os, "pwrite", no_space)
+            if full == "cache and checkpoints":
+                patched.setattr(FileSystemWriter, "write_data", no_space)
+        return train_step(state, *rest)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(train, "train_step", fill_up)
+        assert train.main(arguments) == 2
+    (said,) = errors(capfd.readouterr().err)
+    newest = find_checkpoint(run)
+    if full == "run":
+        assert said == f"error: No space left on device: {run}; free some and start again from the newest checkpoint"
+    else:
+        assert f": rank 0: [Errno 28] No space left on device: copies of shards go to {cache}" in said
+        assert ("with a checkpoint: " in said) == (full == "cache")
+        unwritten = f"without a checkpoint, the newest is {newest} (OSError(28, 'No space left on device'))"
+        assert (unwritten in said) == (full != "cache")
+    assert (newest.name == "step_00000003") == (full != "cache")
+    assert json.loads((run / "status.json").read_text())["state"] == "failed"
+    assert train.main(arguments) == 0
+    assert [row["step"] for row in rows(run)] == list(range(1, 8))
+    shards.shutdown()
+
+
+def test_a_server_lost_in_the_evaluation_ends_the_run_as_in_training(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """With a checkpoint of that step, from which it goes on with the evaluation that is missing."""
+    folder, port, log = write_digits(tmp_path / "digits"), free_port(), tmp_path / "requests.log"
+    server = start_server(folder, port, log)
+    run = tmp_path / "run"
+    arguments = remote_arguments(port, run, tmp_path / "cache")
+    arguments += ["max_steps=2", "evaluate_every=1", "checkpoint_every=100", "data.retry_seconds=0.6"]
+    evaluate = train.Run._evaluate
+
+    def lose(self: train.Run) -> None:
+        if self.state.counters.step == lost_at:
+            server.kill()
+            server.wait()
+            shutil.rmtree(tmp_path / "cache")
+        evaluate(self)
+
+    monkeypatch.setattr(train.Run, "_evaluate", lose)
+    for lost_at in (1, 2):
+        assert train.main(arguments) == 74
+        (said,) = errors(capfd.readouterr().err)
+        newest = run / "checkpoints" / f"step_{lost_at:08d}"
+        assert f"stopped in the evaluation at step {lost_at}, the newest is {newest}: rank 0: http" in said
+        assert "could not be read" in said and json.loads((run / "status.json").read_text())["state"] == "failed"
+        server = start_server(folder, port, log)
+    lost_at = 0
+    assert train.main(arguments) == 0
+    assert [row["step"] for row in rows(run)] == [row["step"] for row in rows(run, "eval.jsonl")] == [1, 2]
+    assert train.main(arguments) == 0  # nothing is left to do
+    assert len(rows(run, "eval.jsonl")) == 2
+    server.kill()
+    server.wait()
+
+
+def remote_arguments(port: int, run: Path, cache: Path) -> list[str]:
+    return [str(CONFIG), *SMALL, "precision=float32", "data.embedded=none", "data.streams=2", "data.shuffle_window=10",
+            f"data.shards=http://127.0.0.1:{port}", f"data.cache={cache}", f"output_dir={run}",
+            "data.cache_decoded=false"]  # fmt: skip
