@@ -14,6 +14,7 @@ from collections import deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from functools import cached_property
 from itertools import islice
 
 import numpy as np
@@ -113,7 +114,8 @@ class ShardedDataset(Dataset[tuple[Tensor, int]]):
 
     def read_or_replace(self, rows: Rows, epoch: int = 0) -> tuple[Tensor, Tensor, Rows, list[BadSample]]:
         """Samples, those that cannot be used replaced by others: uint8 [v, b, c, h, w], int64 [b], the rows that were
-        read, and what was bad. The replacement is a function of the seed and the bad sample's number alone.
+        read, and what was bad. The replacement is a function of the seed, the bad sample's key and the split's keys:
+        the same in shards that hold the same samples in another order.
 
         Raises ValueError and OSError for what is no damage of single samples: images of another size, a lost server, a
         full disk.
@@ -131,8 +133,8 @@ class ShardedDataset(Dataset[tuple[Tensor, int]]):
             if len(failed) and attempt == _ATTEMPTS:
                 raise CorruptSampleError(f"{bad[-1].why}; so are {_ATTEMPTS} others in a row")
             for place in failed:
-                key = make_key(self.seed, "replacement", int(originals[place]), attempt)
-                rows[place] = (int(key) & (2**63 - 1)) % len(self)
+                key = make_key(self.seed, f"replacement/{self.table.key(originals[place])}", attempt)
+                rows[place] = self._by_key[(int(key) & (2**63 - 1)) % len(self)]
             wanted, attempt = np.array(failed, dtype=np.int64), attempt + 1
         return pixels, labels, rows, bad
 
@@ -172,6 +174,11 @@ class ShardedDataset(Dataset[tuple[Tensor, int]]):
                     images[rows[place]], known[rows[place]] = image, content[1]
                     present[rows[place]] = True
         return failed
+
+    @cached_property
+    def _by_key(self) -> Rows:
+        """The rows in the order of their keys; sorted where there is something to replace."""
+        return np.argsort(self.table.keys, kind="stable")
 
     def where(self, row: int) -> str:
         """Shard and key of a sample, for messages."""

@@ -292,7 +292,7 @@ def damage(folder: Path, extension: str, row: int, split_name: str = "train") ->
 @pytest.mark.parametrize("workers", [0, 1])
 @pytest.mark.parametrize("extension,what", [("png", "not a whole image"), ("cls", r"its label is b'\?'")])
 @pytest.mark.parametrize("cache_decoded", [False, True])
-def test_a_damaged_sample_is_replaced_by_a_function_of_its_number(
+def test_a_damaged_sample_is_replaced_by_a_function_of_its_key(
     tmp_path: Path, digits: Path, extension: str, what: str, workers: int, cache_decoded: bool
 ) -> None:
     folder = Path(shutil.copytree(digits, tmp_path / "digits"))
@@ -328,6 +328,21 @@ def test_replacements_that_are_damaged_too_are_replaced(tmp_path: Path, digits: 
         damage(folder, "cls", row)
     with pytest.raises(CorruptSampleError, match="so are 16 others in a row"):
         make_dataset(ShardIndex.load(folder), num_classes=10).read_or_replace(np.array([7]))
+
+
+def test_a_replacement_depends_on_keys_and_not_on_the_order_in_the_shards(tmp_path: Path) -> None:
+    found = []
+    for name, order in (("a", range(20)), ("b", reversed(range(20)))):
+        (tmp_path / name).mkdir()
+        with open(tmp_path / name / "train-000000.tar", "wb") as file, wds.TarWriter(file) as shard:
+            for number in order:
+                image = {} if number in (3, 8, 15) else {"png": np.full((8, 8), number, np.uint8)}
+                shard.write({"__key__": f"k{number}", "cls": number, **image})
+        dataset = make_dataset(ShardIndex.load(tmp_path / name), seed=4)
+        keys = dataset.table.keys.tolist()
+        bad = [keys.index(f"k{number}".encode()) for number in (3, 8, 15)]
+        found.append([keys[row] for row in dataset.read_or_replace(np.array(bad))[2]])
+    assert found[0] == found[1] and len(set(found[0])) > 1
 
 
 def test_missing_members_and_impossible_labels_are_damage(tmp_path: Path) -> None:
