@@ -374,27 +374,43 @@ class BatchStream:
 
 
 def check_divisible(order: SampleOrder, world_size: int, what: str) -> None:
-    """ValueError, naming the numbers that work, unless ranks get equal parts of a batch that the split can fill."""
+    """ValueError, naming numbers that work, unless ranks get equal parts of a batch that the split can fill."""
     batch, samples, streams = order.global_batch, order.samples, order.streams
+
+    def good_batch(ranks: int) -> bool:
+        return batch <= samples and batch % ranks == 0
+
+    def good_streams(ranks: int) -> bool:
+        return streams == 1 or streams % ranks == 0
+
+    def multiples(number: int) -> list[int]:
+        """Of the ranks, around a number."""
+        below = number // world_size * world_size
+        return [size for size in (below, below + world_size) if size]
+
+    if good_batch(world_size) and good_streams(world_size):
+        return
     if batch > samples:
-        raise ValueError(f"the global batch of {batch} is larger than {what}, which has {samples} samples: "
-                         f"use at most {samples}")  # fmt: skip
-    if batch % world_size:
-        below = batch // world_size * world_size
-        sizes = [size for size in (below, below + world_size) if 0 < size <= samples]
-        ranks = [n for n in range(1, min(batch, 2 * world_size) + 1) if batch % n == 0]
-        raise ValueError(
-            f"the global batch of {batch} cannot be split evenly over {world_size} ranks: use a global "
-            f"batch of {' or '.join(map(str, sizes)) or 'more samples'}, or {' or '.join(map(str, ranks))} ranks"
-        )
-    if streams > 1 and streams % world_size:
-        below = streams // world_size * world_size
-        counts = [count for count in (below, below + world_size) if count]
-        ranks = [n for n in range(1, min(streams, 2 * world_size) + 1) if streams % n == 0 and batch % n == 0]
-        raise ValueError(
-            f"{streams} streams (data.streams) cannot be shared evenly by {world_size} ranks: set "
-            f"{' or '.join(map(str, counts))} (another order of samples), or use {' or '.join(map(str, ranks))} ranks"
-        )
+        wrong = f"the global batch of {batch} is larger than {what}, which has {samples} samples"
+    elif batch % world_size:
+        wrong = f"the global batch of {batch} cannot be split evenly over {world_size} ranks"
+    else:
+        wrong = f"{streams} streams (data.streams) cannot be shared evenly by {world_size} ranks"
+    changes, ways = [], []
+    if not good_batch(world_size):
+        sizes = [size for size in multiples(min(batch, samples)) if size <= samples]
+        changes.append(f"a global batch of {_either(sizes)}")
+    if not good_streams(world_size):
+        changes.append(f"data.streams={_either(multiples(streams))} (another order of samples)")
+    if world_size <= samples:
+        ways.append(" with ".join(changes))
+    if ranks := [n for n in range(1, 2 * world_size + 1) if good_batch(n) and good_streams(n)]:
+        ways.append(f"{_either(ranks)} rank{'' if ranks == [1] else 's'}")
+    raise ValueError(f"{wrong}: use {', or '.join(ways) or f'1 rank and a global batch of at most {samples}'}")
+
+
+def _either(numbers: Sequence[int]) -> str:
+    return " or ".join(map(str, numbers))
 
 
 class _BatchOrError(Dataset["Batch | Exception"]):

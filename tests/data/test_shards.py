@@ -15,6 +15,8 @@ import numpy as np
 import pytest
 import torch
 import webdataset as wds
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from PIL import Image
 from sklearn.datasets import load_digits
 
@@ -31,6 +33,7 @@ from lzn_dist.data import (
     to_unit_range,
 )
 from lzn_dist.data.prepare import check
+from lzn_dist.data.shards import check_divisible
 
 TRAIN = 1437
 
@@ -401,14 +404,16 @@ def test_random_crops_are_the_same_on_any_ranks_and_workers(
 
 
 def test_impossible_batches(index: ShardIndex) -> None:
-    with pytest.raises(ValueError, match=r"larger than split 'train' .* 1437 samples: use at most 1437"):
+    with pytest.raises(ValueError, match=r"larger than split 'train' .* 1437 samples: use a global batch of 1437$"):
         stream(index, global_batch=1438)
     with pytest.raises(ValueError, match="over 3 ranks: use a global batch of 255 or 258, or 1 or 2 or 4 ranks"):
         stream(index, 0, 3)
     with pytest.raises(ValueError, match="cannot be split evenly over 8 ranks: use a global batch of 8, or 1 or 2 or"):
         stream(index, 0, 8, global_batch=6)
-    with pytest.raises(ValueError, match=r"6 streams .* by 4 ranks: set 4 or 8 .* or use 1 or 2 ranks"):
+    with pytest.raises(ValueError, match=r"6 streams .* by 4 ranks: use data.streams=4 or 8 .*, or 1 or 2 ranks"):
         stream(index, 0, 4, streams=6)
+    with pytest.raises(ValueError, match=r"batch of 10 or 15 with data.streams=5 .*, or 1 or 2 or 4 ranks"):
+        stream(index, 0, 5, streams=4, global_batch=12)
     with pytest.raises(ValueError, match=r"no split 'validation'; it has \['test', 'train'\]"):
         stream(index, split="validation")
     with pytest.raises(ValueError, match="rank 2 is not one of 2"):
@@ -420,6 +425,31 @@ def test_impossible_batches(index: ShardIndex) -> None:
     for options in ({"global_batch": 0}, {"streams": 0}, {"window": -1}):
         with pytest.raises(ValueError, match=f"{next(iter(options))} must be at least"):
             stream(index, **options)  # type: ignore[arg-type]
+
+
+@settings(max_examples=150, deadline=None)
+@given(st.integers(1, 40), st.integers(1, 40), st.integers(1, 8), st.integers(1, 12))
+def test_every_number_that_a_refusal_names_works(samples: int, batch: int, streams: int, ranks: int) -> None:
+    def refusal(batch: int, streams: int, ranks: int) -> str:
+        try:
+            check_divisible(SampleOrder([samples], batch, 0, streams), ranks, "the split")
+        except ValueError as error:
+            return str(error).partition(": use ")[2]
+        return ""
+
+    if not (said := refusal(batch, streams, ranks)):
+        return
+    named = [re.search(rf"{what}((?: or |\d)+)", said) for what in ("batch of ", r"data\.streams=")]
+    others = re.search(r"(?:^|, or )((?: or |\d)+) ranks?$", said)
+    assert any(named) or others or "1 rank and a global batch of at most" in said
+    batches, counts = ([int(n) for n in found[1].split(" or ")] if found else None for found in named)
+    if batches or counts:
+        for size in batches or [batch]:
+            assert all(not refusal(size, count, ranks) for count in counts or [streams]), said
+    for count in others[1].split(" or ") if others else ():
+        assert not refusal(batch, streams, int(count)), said
+    if most := re.search("1 rank and a global batch of at most (.*)", said):
+        assert not refusal(int(most[1]), streams, 1)
 
 
 def test_unreadable_manifest(tmp_path: Path, digits: Path) -> None:
