@@ -153,9 +153,9 @@ class Run:
         bad = BadSamples(self.folder, counters.batch // self.stream.batches_per_epoch)
         batches = self.stream.iterate(counters.batch, 2**62)
         lost: Exception | None = None  # why this rank has no data
-        if counters.step and self._evaluation_due() and not self._evaluated():
-            self._evaluate_or_stop()
         try:
+            if counters.step and self._evaluation_due() and not self._evaluated():
+                self._evaluate_or_stop()
             while counters.step < config.max_steps:
                 watchdog.begin(counters.step)
                 damaged = 0
