@@ -15,10 +15,11 @@ from torch import Tensor
 from tqdm import tqdm
 
 from lzn_dist.config import Config, ConfigError
-from lzn_dist.data import Batch
+from lzn_dist.data import BadSample, Batch
+from lzn_dist.distributed import Topology
 from lzn_dist.distributed.launch import everywhere
 from lzn_dist.flops import peak_flops
-from lzn_dist.run_folder import RunFolder
+from lzn_dist.run_folder import RunFolder, read_lines
 from lzn_dist.step import Counters
 
 
@@ -34,30 +35,40 @@ def wandb_mode(asked: str) -> str:
 
 
 class BadSamples:
-    """Damaged samples that a rank had to replace, counted within an epoch, and told by the main process."""
+    """Damaged samples that a rank had to replace, counted within an epoch, and told by the main process.
 
-    def __init__(self, folder: RunFolder | None) -> None:
-        self.folder = folder
-        self.epoch, self.rows, self.reported, self.new = -1, set[int](), 0.0, list[str]()
+    epoch: in which a resumed run is; what bad_samples.jsonl holds of it counts too. Collective.
+    """
+
+    def __init__(self, folder: RunFolder | None, epoch: int = -1) -> None:
+        self.folder, self.epoch, self.new = folder, epoch, list[BadSample]()
+        lines = [] if folder is None else read_lines(folder.path / "bad_samples.jsonl")
+        self.rows = everywhere({line.get("row", -1) for line in lines if line["epoch"] == epoch})[0]
+        self.reported = float(len(self.rows))
+        self.elsewhere = 0 if Topology.current().is_main else len(self.rows)  # the main process counts those
 
     def count(self, batch: Batch) -> int:
         """Take note of a batch's; returns how many samples of its epoch this rank has found damaged."""
         if batch.epoch != self.epoch:
-            self.epoch, self.rows, self.reported = batch.epoch, set(), 0.0
-        self.new += [bad.why for bad in batch.bad if bad.row not in self.rows]
+            self.epoch, self.rows, self.reported, self.elsewhere = batch.epoch, set(), 0.0, 0
+        self.new += {bad.row: bad for bad in batch.bad if bad.row not in self.rows}.values()
         self.rows |= {bad.row for bad in batch.bad}
-        return len(self.rows)
+        return len(self.rows) - self.elsewhere
 
-    def report(self, total: float, step: int) -> None:
-        """Say which are new. total: the counts' sum over ranks. Collective where it has grown."""
+    def report(self, total: float, step: int) -> bool:
+        """Say which are new; returns whether any are. total: the counts' sum over ranks. Collective where it has
+        grown."""
         if total <= self.reported:
-            return
+            return False
         self.reported = total
         told, self.new = everywhere(self.new), []
-        if self.folder is not None:
-            for why in (why for part in told for why in part):
-                print(f"replaced a damaged sample: {why}", file=sys.stderr)
-                self.folder.append("bad_samples.jsonl", {"step": step, "epoch": self.epoch, "sample": why})
+        for bad in (bad for part in told for bad in part):
+            if Topology.current().is_main:
+                print(f"replaced a damaged sample: {bad.why}", file=sys.stderr)
+            if self.folder is not None:
+                row = {"step": step, "epoch": self.epoch, "row": bad.row, "sample": bad.why}
+                self.folder.append("bad_samples.jsonl", row)
+        return True
 
 
 class Tracker:

@@ -10,16 +10,21 @@ with a checkpoint and exit status 75: run it again to go on.
 from __future__ import annotations
 
 import argparse
+import errno
 import sys
-from contextlib import nullcontext
+from collections.abc import Callable
+from contextlib import nullcontext, suppress
 from pathlib import Path
+from typing import NoReturn
 
 import torch
 from accelerate import Accelerator
+from torch.distributed.checkpoint.api import CheckpointException
 
-from lzn_dist.checkpoint import CheckpointError, CheckpointWriter, average_pieces, set_aside
+from lzn_dist.checkpoint import CheckpointError, CheckpointWriter, average_pieces, find_checkpoint, set_aside
 from lzn_dist.config import Config, ConfigError, load_config, save_config
-from lzn_dist.data import BatchStream
+from lzn_dist.data import BatchStream, CorruptSampleError
+from lzn_dist.data.storage import is_remote
 from lzn_dist.distributed import Topology
 from lzn_dist.distributed.guard import Signals, Watchdog
 from lzn_dist.distributed.launch import Launch, build_accelerator, everywhere, same_everywhere
@@ -29,7 +34,7 @@ from lzn_dist.flops import training_flops_per_image
 from lzn_dist.model import LZN
 from lzn_dist.networks import build_networks
 from lzn_dist.objectives import Samples
-from lzn_dist.run_folder import RunFolder, SupersededError
+from lzn_dist.run_folder import RunFolder, SupersededError, read_lines
 from lzn_dist.step import TrainState, train_step
 from lzn_dist.tracking import BadSamples, Tracker
 from lzn_dist.wiring import (
@@ -134,7 +139,9 @@ class Run:
         except SupersededError:
             raise
         except BaseException as error:
-            self.status("failed", f"{type(error).__name__}: {error}")
+            self.tracker.bar.close()  # what is said next begins a line
+            with suppress(OSError):  # on a full disk: it must not hide the reason
+                self.status("failed", f"{type(error).__name__}: {error}")
             raise
         self.tracker.close()
         return PREEMPTED if ended else FINISHED
@@ -143,9 +150,12 @@ class Run:
         """Steps up to max_steps, or to a signal, whose name is returned."""
         config, state, counters, watch = self.config, self.state, self.state.counters, self.state.objective.watch
         watchdog = Watchdog(watch, config.watchdog)
-        batches, bad = self.stream.iterate(counters.batch, 2**62), BadSamples(self.folder)
+        bad = BadSamples(self.folder, counters.batch // self.stream.batches_per_epoch)
+        batches = self.stream.iterate(counters.batch, 2**62)
         lost: Exception | None = None  # why this rank has no data
         try:
+            if counters.step and self._evaluation_due() and not self._evaluated():
+                self._evaluate_or_stop()
             while counters.step < config.max_steps:
                 watchdog.begin(counters.step)
                 damaged = 0
@@ -160,10 +170,10 @@ class Run:
                 result = train_step(state, samples, (bool(signals.received), lost is not None, damaged))
                 watchdog.idle()
                 stop, without_data, damaged_everywhere = result.votes
-                bad.report(damaged_everywhere, counters.step)
+                new_damage = bad.report(damaged_everywhere, counters.step)
                 if without_data:
                     counters.batch, counters.nonfinite = counters.batch - 1, counters.nonfinite - 1  # not consumed
-                    self._no_more_data("" if lost is None else f"rank {self.topology.rank}: {lost}", UNREADABLE)
+                    self._no_more_data("" if lost is None else f"rank {self.topology.rank}: {lost}", _status(lost))
                 if not result.applied:
                     self._skipped(samples)
                 step, last = counters.step, counters.step == config.max_steps
@@ -172,12 +182,14 @@ class Run:
                     if last or step % config.log_every == 0:
                         rates = {group["name"]: group["lr"] for group in state.engine.groups}
                         self.tracker.log(counters, result.scalars, rates, watch.take())
-                    if last or stop or step % config.checkpoint_every == 0:
+                    # also before an evaluation that may lose its server
+                    unsure = self._evaluation_due() and is_remote(config.data.shards)
+                    if last or stop or unsure or step % config.checkpoint_every == 0:
                         self.writer.save(state)
                         self.status("running")
-                    if last or (config.evaluate_every and step % config.evaluate_every == 0):
-                        self._evaluate()
-                if damaged_everywhere > config.data.max_bad_samples:
+                    if self._evaluation_due():
+                        self._evaluate_or_stop()
+                if new_damage and damaged_everywhere > config.data.max_bad_samples:
                     self._no_more_data(
                         f"{damaged_everywhere:.0f} samples of this epoch are damaged, data.max_bad_samples is "
                         f"{config.data.max_bad_samples}: see bad_samples.jsonl, mend the shards or raise it",
@@ -192,12 +204,49 @@ class Run:
             batches.close()  # type: ignore[attr-defined]
         return ""
 
-    def _no_more_data(self, why: str, status: int) -> None:
-        """All ranks stop here, with a checkpoint to go on from when the data is back. why: as this rank knows it."""
+    def _no_more_data(self, why: str, status: int) -> NoReturn:
+        """All ranks stop here, with a checkpoint to go on from when the data is back. why: as this rank knows it, ""
+        where it knows of nothing; status: what that means."""
+        failed: list[str] = []
+        for write in (self.writer.wait, self._checkpoint):  # a rank whose earlier one failed must not miss this one
+            failed = sorted(set(everywhere(_problem(write))) - {""})
+        kept = f"without a checkpoint, {self._newest()} ({'; '.join(failed)})" if failed else "with a checkpoint"
+        told = {(reason, code) for reason, code in everywhere((why, status)) if reason}
+        reasons = "; ".join(sorted({reason for reason, _ in told}))
+        # what only a person can mend outweighs what may come back by itself
+        code = REFUSED if any(code == REFUSED for _, code in told) else UNREADABLE
+        raise NoDataError(f"stopped at step {self.state.counters.step} {kept}: {reasons}", code)
+
+    def _checkpoint(self) -> None:
         self.writer.save(self.state)
         self.writer.wait()
-        reasons = sorted({reason for reason in everywhere(why) if reason})
-        raise NoDataError(f"stopped at step {self.state.counters.step} with a checkpoint: {'; '.join(reasons)}", status)
+
+    def _newest(self) -> str:
+        try:
+            return f"the newest is {find_checkpoint(self.config.output_dir)}"
+        except CheckpointError:
+            return "there is none"
+
+    def _evaluate_or_stop(self) -> None:
+        """Evaluate; NoDataError where images cannot be read. That may be so on this rank alone, the others being still
+        in the evaluation: nothing here needs them."""
+        try:
+            self._evaluate()
+        except (OSError, CorruptSampleError) as error:
+            _problem(self.writer.wait)  # the checkpoint of this step may be under way
+            step, rank = self.state.counters.step, self.topology.rank
+            raise NoDataError(
+                f"stopped in the evaluation at step {step}, {self._newest()}: rank {rank}: {error}", _status(error)
+            ) from error
+
+    def _evaluation_due(self) -> bool:
+        step, every = self.state.counters.step, self.config.evaluate_every
+        return step == self.config.max_steps or bool(every and step % every == 0)
+
+    def _evaluated(self) -> bool:
+        """Whether this step's evaluation is there: a run may have ended in it. Collective."""
+        lines = [] if self.folder is None else read_lines(self.folder.path / "eval.jsonl")
+        return everywhere(any(line["step"] == self.state.counters.step for line in lines))[0]
 
     def _skipped(self, samples: Samples) -> None:
         """A step's gradients were not finite: count it, and stop the run when it has no end."""
@@ -231,6 +280,35 @@ class Run:
         self.tracker.resume_clock(state.counters.step)
 
 
+def _unwrapped(error: BaseException) -> BaseException:
+    """What is behind the many lines in which torch wraps the errors of writing ranks."""
+    return next(iter(error.failures.values()))[0] if isinstance(error, CheckpointException) else error
+
+
+def _full_disk(error: BaseException | None) -> OSError | None:
+    """The full disk (or quota) that is behind an error, if there is one."""
+    while error is not None:
+        error = _unwrapped(error)
+        if isinstance(error, OSError):
+            return error if error.errno in (errno.ENOSPC, errno.EDQUOT) else None
+        error = error.__cause__ or error.__context__
+    return None
+
+
+def _status(error: Exception | None) -> int:
+    """A server or a disk may come back by itself; a full disk and damaged data do not mend themselves."""
+    return UNREADABLE if isinstance(error, OSError) and not _full_disk(error) else REFUSED
+
+
+def _problem(action: Callable[[], None]) -> str:
+    """What went wrong with writing, in a line; "" if nothing did."""
+    try:
+        action()
+    except (Exception, CheckpointException) as error:  # the latter is no Exception in torch
+        return repr(_full_disk(error) or _unwrapped(error)).splitlines()[0]
+    return ""
+
+
 def main(arguments: list[str] | None = None) -> int:
     """Entry point; returns the exit status: 0, 75 after a signal, 74 where the data is away, 2 for what the user must
     mend; said in one line."""
@@ -247,6 +325,13 @@ def main(arguments: list[str] | None = None) -> int:
     except (ConfigError, CheckpointError, NonfiniteError, NoDataError, SupersededError) as error:
         print(f"error: {error}", file=sys.stderr)
         return error.status if isinstance(error, NoDataError) else REFUSED
+    except (OSError, RuntimeError, CheckpointException) as error:
+        full = _full_disk(error)
+        if full is None:
+            raise
+        where = full.filename or config.output_dir
+        print(f"error: {full.strerror}: {where}; free some and start again from the newest checkpoint", file=sys.stderr)
+        return REFUSED
     return status
 
 

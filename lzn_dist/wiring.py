@@ -8,7 +8,7 @@ import torch
 from accelerate import Accelerator
 
 from lzn_dist.checkpoint import CheckpointError, RunRecord, find_checkpoint, load_weights, resume_state
-from lzn_dist.config import Config
+from lzn_dist.config import Config, ConfigError
 from lzn_dist.data import (
     Batch,
     BatchStream,
@@ -31,21 +31,43 @@ from lzn_dist.objectives import Objective, Samples, build_objective
 from lzn_dist.step import TrainState, make_optimizer
 
 
-def open_stream(config: Config, topology: Topology) -> BatchStream:
-    """A rank's stream of training batches. Raises ValueError or OSError, naming the shards."""
+def open_stream(config: Config, topology: Topology, *, labelled: bool = False) -> BatchStream:
+    """A rank's stream of training batches. labelled: labels are needed whatever the objective.
+
+    Raises ConfigError where they are needed and the shards have none, or another number of classes; ValueError or
+    OSError, naming the shards.
+    """
     data, simclr = config.data, config.task == "representation" and config.data.views == "simclr"
     index = ShardIndex.load(data.shards, data.cache, data.retry_seconds)
+    labelled = labelled or config.labels_decoder or config.objective == "supervised"
+    if labelled:
+        _check_labels(index, data.num_classes)
     dataset = ShardedDataset(
         index, "train", data.image_channels,
         RandomResizedCrops(data.image_size, config.seed, scaled_decoding=data.scaled_decoding)
         if simclr else whole_images(data.image_size, data.resize, data.scaled_decoding),
-        cache_decoded=data.cache_decoded, shared=data.workers > 0, seed=config.seed,
+        num_classes=data.num_classes if labelled else 0, cache_decoded=data.cache_decoded, shared=data.workers > 0,
+        seed=config.seed,
     )  # fmt: skip
     order = SampleOrder(
         [shard.samples for shard in dataset.table.shards], data.global_batch, config.seed, data.streams,
         data.shuffle_window,
     )  # fmt: skip
     return BatchStream(dataset, order, topology.rank, topology.world_size, data.workers)
+
+
+def _check_labels(index: ShardIndex, num_classes: int) -> None:
+    """What the index knows of them; a single label is looked at when it is read."""
+    if index.split("train").labels is None:
+        raise ConfigError(
+            f"{index.folder} has no labels, which this task needs: use labelled shards, or task=generation (without "
+            "decoder.class_conditional) or task=representation (not objective=supervised)"
+        )
+    if index.classes and len(index.classes) != num_classes:
+        raise ConfigError(
+            f"data.num_classes is {num_classes}, but {index.folder} has {len(index.classes)} classes: set "
+            f"data.num_classes={len(index.classes)}"
+        )
 
 
 def make_embedded_data(config: Config, accelerator: Accelerator) -> None:

@@ -2,24 +2,37 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 import shutil
 import subprocess
 import sys
+import tarfile
+import threading
 import time
 from pathlib import Path
+from typing import Any, NoReturn
 
 import pytest
+from torch.distributed.checkpoint import FileSystemWriter
 
 sys.path += [str(Path(__file__).parent / "data"), str(Path(__file__).parent / "distributed")]
 from launching import ROOT, accelerate
+from range_server import serve
+from small_run import small_config
 from test_shards import damage
 from test_storage import free_port, start_server
 from test_train import SMALL, rows
 
 from lzn_dist import train
 from lzn_dist.checkpoint import find_checkpoint
-from lzn_dist.data import write_digits
+from lzn_dist.config import ConfigError, load_config
+from lzn_dist.data import ShardIndex, write_digits
+from lzn_dist.distributed import Topology
+from lzn_dist.run_folder import RunFolder
+from lzn_dist.step import StepResult, TrainState
+from lzn_dist.wiring import open_stream
 
 TRAIN = ROOT / "lzn_dist" / "train.py"
 CONFIG = ROOT / "configs" / "digits_joint.yaml"
@@ -35,34 +48,85 @@ def test_damaged_samples_are_replaced_told_and_in_the_end_too_many(
 ) -> None:
     shards = write_digits(tmp_path / "digits")
     whole = Path(shutil.copytree(shards, tmp_path / "whole"))
-    names = [damage(shards, "png", 3), damage(shards, "cls", 700)]
-    run = tmp_path / "run"
-    # an epoch is 59 batches of 24: both are met in it
-    arguments = [str(CONFIG), f"data.shards={shards}", *SMALL, "checkpoint_every=30"]
-    arguments += ["precision=float32", "evaluate_every=0", "data.embedded=none"]
-    assert train.main([*arguments, f"output_dir={run}", "max_steps=60"]) == 0
+    run, strict = tmp_path / "run", tmp_path / "strict"
+    arguments = [*SMALL, "checkpoint_every=30", "precision=float32", "evaluate_every=0", "data.embedded=none"]
+    arguments += ["max_steps=9", "data.global_batch=144"]  # an epoch
+    order = open_stream(load_config(CONFIG, [*arguments, f"data.shards={shards}"]), Topology())
+    names = [damage(shards, kind, int(order.indices(k)[0])) for kind, k in (("png", 1), ("cls", 3), ("png", 5))]
+    arguments = [str(CONFIG), *arguments]
+    damaged = [*arguments, f"data.shards={shards}"]
+    assert train.main([*damaged, f"output_dir={run}"]) == 0
     told = [json.loads(line) for line in (run / "bad_samples.jsonl").read_text().splitlines()]
-    assert sorted(row["sample"].split(": ")[1] for row in told) == sorted(n.split(": ")[1] for n in names)
-    assert all(row["epoch"] == 0 and 1 <= row["step"] <= 59 for row in told)
+    assert [(row["step"], row["epoch"]) for row in told] == [(2, 0), (4, 0), (6, 0)]
+    assert all(row["sample"].startswith(f"{name}: ") for row, name in zip(told, names, strict=True))
     said = capfd.readouterr().err
     assert all(f"replaced a damaged sample: {name}" in said for name in names)
 
-    strict = tmp_path / "strict"
-    arguments.append(f"output_dir={strict}")
-    assert train.main([*arguments, "max_steps=60", "data.max_bad_samples=1"]) == 2
-    second = max(row["step"] for row in told)
-    assert f"stopped at step {second} with a checkpoint: 2 samples of this epoch are damaged" in capfd.readouterr().err
-    assert find_checkpoint(strict).name == f"step_{second:08d}"
-    assert json.loads((strict / "status.json").read_text())["state"] == "failed"
-    assert values(strict) == values(run)[:second]
+    # what was counted before a stop counts after it: the same command does not get a limit of its own
+    settings = [f"output_dir={strict}", "data.max_bad_samples=1"]
+    for step, count in ((4, 2), (6, 3)):
+        assert train.main([*damaged, *settings]) == 2
+        said = f"stopped at step {step} with a checkpoint: {count} samples of this epoch are damaged"
+        assert said in capfd.readouterr().err
+        assert find_checkpoint(strict).name == f"step_{step:08d}"
+        assert json.loads((strict / "status.json").read_text())["state"] == "failed"
+        assert values(strict) == values(run)[:step]
     # mended, it goes on
-    assert train.main([*arguments, "max_steps=60", "data.max_bad_samples=1", f"data.shards={whole}"]) == 0
-    assert [row["step"] for row in rows(strict)] == list(range(1, 61))
+    assert train.main([*arguments, *settings, f"data.shards={whole}"]) == 0
+    assert [row["step"] for row in rows(strict)] == list(range(1, 10))
+
+
+UNLABELLED = r"has no labels, which this task needs: use labelled shards, or task=generation"
+OTHER_CLASSES = r"data\.num_classes is {}, but .* has 10 classes: set data\.num_classes=10"
+
+
+@pytest.mark.parametrize(
+    "shards,task,overrides,what",
+    [
+        ("unlabelled", "joint", [], UNLABELLED),
+        ("unlabelled", "generation", ["decoder.class_conditional=true"], UNLABELLED),
+        ("unlabelled", "representation", ["objective=supervised"], UNLABELLED),
+        ("unlabelled", "generation", [], ""),
+        ("unlabelled", "representation", [], ""),
+        ("digits", "joint", ["data.num_classes=5"], OTHER_CLASSES.format(5)),
+        ("digits", "representation", ["objective=supervised", "data.num_classes=11"], OTHER_CLASSES.format(11)),
+        ("digits", "representation", ["data.num_classes=5"], ""),
+    ],
+)
+def test_labels_that_do_not_fit_the_task_are_refused_at_the_start(
+    two_data_sets: Path, shards: str, task: str, overrides: list[str], what: str
+) -> None:
+    config = small_config(f"data.shards={two_data_sets / shards}", "data.embedded=none", *overrides, task=task)
+    if what:
+        with pytest.raises(ConfigError, match=what):
+            open_stream(config, Topology())
+    else:
+        assert open_stream(config, Topology()).batch(0).bad == ()
+
+
+@pytest.fixture(scope="module")
+def two_data_sets(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """digits, and the same unlabelled."""
+    folder = tmp_path_factory.mktemp("shards")
+    shards = ShardIndex.load(write_digits(folder / "digits"))
+    (folder / "unlabelled").mkdir()
+    for split in shards.splits.values():
+        for shard in split.shards:
+            with (
+                tarfile.open(folder / "digits" / shard.name) as old,
+                tarfile.open(folder / "unlabelled" / shard.name, "w") as new,
+            ):
+                for member in old:
+                    if not member.name.endswith(".cls"):
+                        new.addfile(member, old.extractfile(member))
+    return folder
 
 
 def test_a_lost_server_stops_all_ranks_with_a_checkpoint_and_the_run_goes_on_exactly(tmp_path: Path) -> None:
     """Two ranks stream over http; the server dies for longer than they wait, and comes back: as if it never had."""
     shards = write_digits(tmp_path / "digits", samples_per_shard=20)
+    for row in (1, 700, 1400):
+        damage(shards, "png", row)
     port, log = free_port(), tmp_path / "requests.log"
     common = [CONFIG, *SMALL, "precision=float32", "data.embedded=none", "max_steps=55", "checkpoint_every=40",
               "data.streams=2", "data.shuffle_window=30", "data.cache_decoded=false"]  # fmt: skip
@@ -97,3 +161,95 @@ def test_a_lost_server_stops_all_ranks_with_a_checkpoint_and_the_run_goes_on_exa
     server.wait()
     assert done.returncode == 0, done.stdout[-3000:]
     assert values(run) == values(reference)
+    told = [[(row["step"], row["row"]) for row in rows(folder, "bad_samples.jsonl")] for folder in (run, reference)]
+    assert told[0] == told[1] and sorted(row for _, row in told[0]) == [1, 700, 1400]  # both ranks' samples
+
+
+def errors(said: str) -> list[str]:
+    return [line for line in said.splitlines() if line.startswith("error: ")]
+
+
+@pytest.mark.parametrize("full", ["cache", "cache and checkpoints", "run"])
+def test_a_full_disk_stops_the_run_in_one_line_that_names_the_folder(
+    tmp_path: Path, full: str, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """Once there is space again, it goes on."""
+    shards = serve(write_digits(tmp_path / "digits", samples_per_shard=10), 0, None)
+    threading.Thread(target=shards.serve_forever, daemon=True).start()
+    run, cache = tmp_path / "run", tmp_path / "cache"
+    arguments = [*remote_arguments(shards.server_port, run, cache), "max_steps=7", "checkpoint_every=3"]
+    train_step = train.train_step
+
+    def no_space(*_: object, **__: object) -> NoReturn:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    def fill_up(state: TrainState, *rest: Any) -> StepResult:
+        if state.counters.step == 3:
+            while not (run / "checkpoints" / "step_00000003").exists():
+                time.sleep(0.01)
+            if full == "run":
+                patched.setattr(RunFolder, "append", no_space)
+            else:
+                patched.setattr(os, "pwrite", no_space)
+            if full == "cache and checkpoints":
+                patched.setattr(FileSystemWriter, "write_data", no_space)
+        return train_step(state, *rest)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(train, "train_step", fill_up)
+        assert train.main(arguments) == 2
+    (said,) = errors(capfd.readouterr().err)
+    newest = find_checkpoint(run)
+    if full == "run":
+        assert said == f"error: No space left on device: {run}; free some and start again from the newest checkpoint"
+    else:
+        assert f": rank 0: [Errno 28] No space left on device: copies of shards go to {cache}" in said
+        assert ("with a checkpoint: " in said) == (full == "cache")
+        unwritten = f"without a checkpoint, the newest is {newest} (OSError(28, 'No space left on device'))"
+        assert (unwritten in said) == (full != "cache")
+    assert (newest.name == "step_00000003") == (full != "cache")
+    assert json.loads((run / "status.json").read_text())["state"] == "failed"
+    assert train.main(arguments) == 0
+    assert [row["step"] for row in rows(run)] == list(range(1, 8))
+    shards.shutdown()
+
+
+def test_a_server_lost_in_the_evaluation_ends_the_run_as_in_training(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """With a checkpoint of that step, from which it goes on with the evaluation that is missing."""
+    folder, port, log = write_digits(tmp_path / "digits"), free_port(), tmp_path / "requests.log"
+    server = start_server(folder, port, log)
+    run = tmp_path / "run"
+    arguments = remote_arguments(port, run, tmp_path / "cache")
+    arguments += ["max_steps=2", "evaluate_every=1", "checkpoint_every=100", "data.retry_seconds=0.6"]
+    evaluate = train.Run._evaluate
+
+    def lose(self: train.Run) -> None:
+        if self.state.counters.step == lost_at:
+            server.kill()
+            server.wait()
+            shutil.rmtree(tmp_path / "cache")
+        evaluate(self)
+
+    monkeypatch.setattr(train.Run, "_evaluate", lose)
+    for lost_at in (1, 2):
+        assert train.main(arguments) == 74
+        (said,) = errors(capfd.readouterr().err)
+        newest = run / "checkpoints" / f"step_{lost_at:08d}"
+        assert f"stopped in the evaluation at step {lost_at}, the newest is {newest}: rank 0: http" in said
+        assert "could not be read" in said and json.loads((run / "status.json").read_text())["state"] == "failed"
+        server = start_server(folder, port, log)
+    lost_at = 0
+    assert train.main(arguments) == 0
+    assert [row["step"] for row in rows(run)] == [row["step"] for row in rows(run, "eval.jsonl")] == [1, 2]
+    assert train.main(arguments) == 0  # nothing is left to do
+    assert len(rows(run, "eval.jsonl")) == 2
+    server.kill()
+    server.wait()
+
+
+def remote_arguments(port: int, run: Path, cache: Path) -> list[str]:
+    return [str(CONFIG), *SMALL, "precision=float32", "data.embedded=none", "data.streams=2", "data.shuffle_window=10",
+            f"data.shards=http://127.0.0.1:{port}", f"data.cache={cache}", f"output_dir={run}",
+            "data.cache_decoded=false"]  # fmt: skip

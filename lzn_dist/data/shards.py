@@ -8,10 +8,13 @@ and workers, after any resume, and resuming reads nothing of what went before.
 
 from __future__ import annotations
 
+import re
+import sys
 from collections import deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from functools import cached_property
 from itertools import islice
 
 import numpy as np
@@ -27,6 +30,7 @@ from lzn_dist.keyed_random import make_key
 NO_LABEL = -1
 _PREFETCH = 2  # batches decoded ahead
 _CHUNK = 32  # files in memory at once
+_NUMBER = re.compile(rb"\s*\d{1,18}\s*")  # a label
 _ATTEMPTS = 16  # replacements of a sample that is not there, each by another one
 
 
@@ -48,8 +52,9 @@ class BadSample:
 class ShardedDataset(Dataset[tuple[Tensor, int]]):
     """The samples of a split by their number in the manifest's order: ``dataset[i] -> (uint8 [c, h, w], label)``.
 
-    channels: 1 (grey) or 3 (RGB), to which images are converted. reading: how files become pixels. The label is -1
-    where the split has none. cache_decoded keeps each decoded image, n·c·h·w bytes in all, `shared` with forked loader
+    channels: 1 (grey) or 3 (RGB), to which images are converted. reading: how files become pixels. num_classes: where
+    labels are needed, samples without one below it are bad; 0: they are not needed, and -1 stands for one that is not
+    there or no number. cache_decoded keeps each decoded image, n·c·h·w bytes in all, `shared` with forked loader
     processes; it needs a reading that is the same in all epochs. seed: of the replacements of bad samples.
     """
 
@@ -60,6 +65,7 @@ class ShardedDataset(Dataset[tuple[Tensor, int]]):
         channels: int,
         reading: Reading,
         *,
+        num_classes: int = 0,
         cache_decoded: bool = False,
         shared: bool = False,
         seed: int = 0,
@@ -70,7 +76,8 @@ class ShardedDataset(Dataset[tuple[Tensor, int]]):
             raise ValueError(
                 "images whose views differ from epoch to epoch cannot be kept decoded: cache_decoded=false"
             )
-        self.index, self.split, self.channels, self.reading, self.seed = index, split, channels, reading, seed
+        self.index, self.split, self.channels, self.reading = index, split, channels, reading
+        self.num_classes, self.seed = num_classes, seed
         self.table = index.split(split)
         try:
             self.images = self.table.images
@@ -107,7 +114,8 @@ class ShardedDataset(Dataset[tuple[Tensor, int]]):
 
     def read_or_replace(self, rows: Rows, epoch: int = 0) -> tuple[Tensor, Tensor, Rows, list[BadSample]]:
         """Samples, those that cannot be used replaced by others: uint8 [v, b, c, h, w], int64 [b], the rows that were
-        read, and what was bad. The replacement is a function of the seed and the bad sample's number alone.
+        read, and what was bad. The replacement is a function of the seed, the bad sample's key and the split's keys:
+        the same in shards that hold the same samples in another order.
 
         Raises ValueError and OSError for what is no damage of single samples: images of another size, a lost server, a
         full disk.
@@ -125,8 +133,8 @@ class ShardedDataset(Dataset[tuple[Tensor, int]]):
             if len(failed) and attempt == _ATTEMPTS:
                 raise CorruptSampleError(f"{bad[-1].why}; so are {_ATTEMPTS} others in a row")
             for place in failed:
-                key = make_key(self.seed, "replacement", int(originals[place]), attempt)
-                rows[place] = (int(key) & (2**63 - 1)) % len(self)
+                key = make_key(self.seed, f"replacement/{self.table.key(originals[place])}", attempt)
+                rows[place] = self._by_key[(int(key) & (2**63 - 1)) % len(self)]
             wanted, attempt = np.array(failed, dtype=np.int64), attempt + 1
         return pixels, labels, rows, bad
 
@@ -167,6 +175,11 @@ class ShardedDataset(Dataset[tuple[Tensor, int]]):
                     present[rows[place]] = True
         return failed
 
+    @cached_property
+    def _by_key(self) -> Rows:
+        """The rows in the order of their keys; sorted where there is something to replace."""
+        return np.argsort(self.table.keys, kind="stable")
+
     def where(self, row: int) -> str:
         """Shard and key of a sample, for messages."""
         return f"{self.index.path(self.table.shard_of(row))}: sample {self.table.key(row)}"
@@ -186,22 +199,20 @@ class ShardedDataset(Dataset[tuple[Tensor, int]]):
         storage.fetch(spans)
         found: list[tuple[bytes, int] | str] = []
         for span, image, label in zip(spans, images, labels, strict=True):
-            if image[0] == ABSENT or (self.labels is not None and label[0] == ABSENT):
+            if image[0] == ABSENT or (self.num_classes and label[0] == ABSENT):
                 found.append("has no image" if image[0] == ABSENT else "has no label")
                 continue
             content = storage.read(*span)
             if len(content) != span[2]:
                 found.append("the shard ends inside it")
                 continue
-            start = image[0] - span[1]
-            number = NO_LABEL
-            if self.labels is not None:
+            start, text = image[0] - span[1], b""
+            if label[0] != ABSENT:
                 text = content[label[0] - span[1] : sum(label) - span[1]]
-                try:
-                    number = int(text)
-                except ValueError:
-                    found.append(f"its label is {text[:20]!r}")
-                    continue
+            number = int(text) if _NUMBER.fullmatch(text) else NO_LABEL
+            if self.num_classes and not 0 <= number < self.num_classes:
+                found.append(f"its label is {text[:20]!r}, not one of 0 to {self.num_classes - 1}")
+                continue
             found.append((content[start : start + image[1]], number))
         return found
 
@@ -215,7 +226,9 @@ class ShardedDataset(Dataset[tuple[Tensor, int]]):
 class FixedBatches(Sequence["EvaluationBatch"]):
     """A split in batches of one size, each read when it is asked for.
 
-    The last one is filled up by repeating from the start; ``valid`` [b] says which rows count.
+    The last one is filled up by repeating from the start; ``valid`` [b] says which rows count. A damaged sample does
+    not: another one stands in its row, and it is told once. Raises CorruptSampleError where that does not help (images
+    of another size, say), OSError for a lost server or a full disk.
     """
 
     def __init__(self, dataset: ShardedDataset, batch_size: int) -> None:
@@ -229,15 +242,27 @@ class FixedBatches(Sequence["EvaluationBatch"]):
             raise IndexError(f"batch {number} of {len(self)}")
         position = torch.arange(number * self.batch_size, (number + 1) * self.batch_size)
         index = position % len(self.dataset)
-        pixels, labels = self.dataset.read(index.numpy())
-        return EvaluationBatch(index, to_unit_range(pixels[0]), labels, position < len(self.dataset))
+        try:
+            pixels, labels, rows, bad = self.dataset.read_or_replace(index.numpy())
+        except ValueError as error:
+            raise CorruptSampleError(str(error)) from error
+        for sample in bad:
+            if (where := self.dataset.where(sample.row)) not in _told:
+                _told.add(where)
+                print(f"evaluation leaves out a damaged sample: {sample.why}", file=sys.stderr, flush=True)
+        valid = (position < len(self.dataset)) & torch.eq(torch.from_numpy(rows), index)
+        return EvaluationBatch(index, to_unit_range(pixels[0]), labels, valid)
+
+
+_told: set[str] = set()  # damaged samples of evaluation: once in a process, however often a batch is read
 
 
 @dataclass(frozen=True)
 class EvaluationBatch:
     """index int64 [b], images float32 [b, c, h, w] in [-1, 1], labels int64 [b], valid bool [b].
 
-    Rows that are not valid repeat the split's first samples to fill up the last batch.
+    Rows that are not valid repeat the split's first samples to fill up the last batch, or show another sample where
+    their own, which the index names, is damaged.
     """
 
     index: Tensor
@@ -349,27 +374,43 @@ class BatchStream:
 
 
 def check_divisible(order: SampleOrder, world_size: int, what: str) -> None:
-    """ValueError, naming the numbers that work, unless ranks get equal parts of a batch that the split can fill."""
+    """ValueError, naming numbers that work, unless ranks get equal parts of a batch that the split can fill."""
     batch, samples, streams = order.global_batch, order.samples, order.streams
+
+    def good_batch(ranks: int) -> bool:
+        return batch <= samples and batch % ranks == 0
+
+    def good_streams(ranks: int) -> bool:
+        return streams == 1 or streams % ranks == 0
+
+    def multiples(number: int) -> list[int]:
+        """Of the ranks, around a number."""
+        below = number // world_size * world_size
+        return [size for size in (below, below + world_size) if size]
+
+    if good_batch(world_size) and good_streams(world_size):
+        return
     if batch > samples:
-        raise ValueError(f"the global batch of {batch} is larger than {what}, which has {samples} samples: "
-                         f"use at most {samples}")  # fmt: skip
-    if batch % world_size:
-        below = batch // world_size * world_size
-        sizes = [size for size in (below, below + world_size) if 0 < size <= samples]
-        ranks = [n for n in range(1, min(batch, 2 * world_size) + 1) if batch % n == 0]
-        raise ValueError(
-            f"the global batch of {batch} cannot be split evenly over {world_size} ranks: use a global "
-            f"batch of {' or '.join(map(str, sizes)) or 'more samples'}, or {' or '.join(map(str, ranks))} ranks"
-        )
-    if streams > 1 and streams % world_size:
-        below = streams // world_size * world_size
-        counts = [count for count in (below, below + world_size) if count]
-        ranks = [n for n in range(1, min(streams, 2 * world_size) + 1) if streams % n == 0 and batch % n == 0]
-        raise ValueError(
-            f"{streams} streams (data.streams) cannot be shared evenly by {world_size} ranks: set "
-            f"{' or '.join(map(str, counts))} (another order of samples), or use {' or '.join(map(str, ranks))} ranks"
-        )
+        wrong = f"the global batch of {batch} is larger than {what}, which has {samples} samples"
+    elif batch % world_size:
+        wrong = f"the global batch of {batch} cannot be split evenly over {world_size} ranks"
+    else:
+        wrong = f"{streams} streams (data.streams) cannot be shared evenly by {world_size} ranks"
+    changes, ways = [], []
+    if not good_batch(world_size):
+        sizes = [size for size in multiples(min(batch, samples)) if size <= samples]
+        changes.append(f"a global batch of {_either(sizes)}")
+    if not good_streams(world_size):
+        changes.append(f"data.streams={_either(multiples(streams))} (another order of samples)")
+    if world_size <= samples:
+        ways.append(" with ".join(changes))
+    if ranks := [n for n in range(1, 2 * world_size + 1) if good_batch(n) and good_streams(n)]:
+        ways.append(f"{_either(ranks)} rank{'' if ranks == [1] else 's'}")
+    raise ValueError(f"{wrong}: use {', or '.join(ways) or f'1 rank and a global batch of at most {samples}'}")
+
+
+def _either(numbers: Sequence[int]) -> str:
+    return " or ".join(map(str, numbers))
 
 
 class _BatchOrError(Dataset["Batch | Exception"]):

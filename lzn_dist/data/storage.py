@@ -249,7 +249,10 @@ class RemoteStorage:
         def get() -> bytes:
             found = self._cat(name, start=start, end=stop)
             if len(found) > stop - start:
-                raise ValueError(f"the server of {self.url} does not answer range requests: use one that does")
+                raise ValueError(
+                    f"the server of {self.url} does not answer range requests: use one that does, or copy the shards "
+                    "to a folder"
+                )
             if len(found) < stop - start:
                 raise ValueError(f"{name} ends at byte {start + len(found)}, its manifest says {self.sizes[name]}")
             return found

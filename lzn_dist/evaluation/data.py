@@ -53,10 +53,14 @@ class EvaluationData:
         self.names = {"train": train, "test": test}
 
     def batches(self, split: str) -> Sequence[EvaluationBatch]:
-        """Batches of exactly `evaluation.batch` images; the last is filled up with rows that are not valid."""
-        data = self.config.data
+        """Batches of exactly `evaluation.batch` images; the last is filled up with rows that are not valid, and damaged
+        samples are not valid either."""
+        data, name = self.config.data, self.names[split]
         reading = whole_images(data.image_size, data.resize, data.scaled_decoding)
-        dataset = ShardedDataset(self.index, self.names[split], data.image_channels, reading)
+        labelled = self.labelled and self.index.split(name).labels is not None
+        # a task that is trained without labels may have another number of classes than its probes find
+        classes = max(data.num_classes, len(self.index.classes)) if labelled else 0
+        dataset = ShardedDataset(self.index, name, data.image_channels, reading, num_classes=classes)
         return dataset.fixed_batches(self.config.evaluation.batch)
 
     def features(self, split: str, function: Callable[[Tensor], Tensor]) -> tuple[np.ndarray, np.ndarray]:

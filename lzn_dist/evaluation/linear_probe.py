@@ -7,7 +7,7 @@ images as they are, each epoch sees new augmentations, so that the encoder runs 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,10 +17,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lzn_dist.config import ConfigError
+from lzn_dist.data import Batch
 from lzn_dist.distributed import Topology
+from lzn_dist.distributed.launch import everywhere
 from lzn_dist.distributed.spread import spread
 from lzn_dist.evaluation.data import EvaluationData
 from lzn_dist.model import LZN
+from lzn_dist.tracking import BadSamples
 from lzn_dist.wiring import open_stream, prepare_samples
 
 TOP = (1, 5, 10)
@@ -43,7 +46,8 @@ def published_probe(
 
     folder/linear_probe.pt holds the last finished epoch: the same call goes on from there, on any number of ranks, and
     ends as it would have without a stop. progress: called after each epoch with its mean loss.
-    Raises ConfigError where the data has no labels, or fewer images than a batch.
+    Raises ConfigError where the data has no labels, fewer images than a batch or too many damaged ones, and on all
+    ranks the OSError (a lost server, say) of any.
     """
     config, topology = model.config, Topology.current()
     if not data.labelled:
@@ -52,14 +56,17 @@ def published_probe(
         update={"task": "representation", "data": config.data.model_copy(update={"global_batch": settings.batch})}
     )
     try:
-        stream = open_stream(views, topology)
+        stream = open_stream(views, topology, labelled=True)
     except ValueError as error:
         raise ConfigError(f"linear probe: {error}") from error
     probe, optimizer, first = _begin(model, settings, folder / "linear_probe.pt")
+    bad = BadSamples(None)
     for epoch in range(first, settings.epochs):
         total = torch.zeros((), device=model.device)
         start = epoch * stream.batches_per_epoch
-        for number, batch in enumerate(stream.iterate(start, start + stream.batches_per_epoch), start):
+        batches = stream.iterate(start, start + stream.batches_per_epoch)
+        for number in range(start, start + stream.batches_per_epoch):
+            batch = _next(batches, bad, number, config.data.max_bad_samples)
             samples = prepare_samples(batch, number, views, model.device, topology)
             loss = F.cross_entropy(probe(model.embed(samples.views[0]).float()), samples.labels)
             optimizer.zero_grad()
@@ -72,6 +79,30 @@ def published_probe(
             _save(folder / "linear_probe.pt", probe, optimizer, epoch + 1, model.step, settings)
         progress(epoch + 1, float(total) / stream.batches_per_epoch)
     return _accuracy(model, probe, data)
+
+
+def _next(batches: Iterator[Batch], bad: BadSamples, number: int, most: int) -> Batch:
+    """The next batch; its damaged samples are told and counted as in training. Collective: what one rank cannot read
+    ends all of them."""
+    batch, damaged = None, 0
+    lost: Exception | None = None
+    try:
+        batch = next(batches)
+        damaged = bad.count(batch)
+    except (OSError, ValueError) as error:
+        lost = error
+    told = everywhere((lost, damaged))
+    total = sum(count for _, count in told)
+    new_damage = bad.report(total, number)
+    for problem in (problem for problem, _ in told if problem is not None):
+        raise problem if isinstance(problem, OSError) else ConfigError(f"linear probe: {problem}")
+    if new_damage and total > most:
+        raise ConfigError(
+            f"linear probe: {total} samples of this epoch are damaged, data.max_bad_samples is {most}: mend the shards "
+            "or raise it"
+        )
+    assert batch is not None
+    return batch
 
 
 def _begin(model: LZN, settings: ProbeSettings, path: Path) -> tuple[nn.Linear, torch.optim.AdamW, int]:

@@ -2,15 +2,25 @@
 
 from __future__ import annotations
 
+import io
 import pickle
-from itertools import pairwise
+import tarfile
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import chain, count, islice, pairwise
+from pathlib import Path
+from typing import Any
+from unittest import mock
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lzn_dist.data import SampleOrder
+from lzn_dist.data import Batch, BatchStream, Exact, SampleOrder, ShardedDataset, ShardIndex
+from lzn_dist.data import shards as shards_module
 
 orders = st.builds(
     dict,
@@ -94,3 +104,88 @@ def test_no_two_windows_mix() -> None:
         part = rows[window * 50 : window * 50 + 50]
         assert sorted(part.tolist()) == list(range(window * 50, window * 50 + 50))
         assert part.tolist() != sorted(part.tolist())
+
+
+# --------------------------------------------------------------------------------------------- the stream of batches
+
+
+@dataclass(frozen=True)
+class Case:
+    """Shards with so many samples; a batch and streams that all of `worlds`, (ranks, workers), can share; two cuts."""
+
+    shards: list[int]
+    batch: int
+    streams: int
+    window: int
+    seed: int
+    worlds: list[tuple[int, int]]
+    cuts: tuple[int, int]
+
+
+@st.composite
+def cases(draw: st.DrawFn) -> Case:
+    shards = draw(st.lists(st.integers(1, 9), min_size=1, max_size=6))
+    batch = draw(st.integers(1, min(12, sum(shards))))
+    streams = draw(st.integers(1, 6))
+    ranks = [n for n in range(1, batch + 1) if batch % n == 0 and (streams == 1 or streams % n == 0)]
+    worlds = draw(st.lists(st.tuples(st.sampled_from(ranks), st.integers(0, 3)), min_size=3, max_size=3))
+    first = draw(st.integers(0, 2 * (sum(shards) // batch)))
+    second = draw(st.integers(first, first + sum(shards) // batch))  # often in the same epoch
+    return Case(shards, batch, streams, draw(st.integers(0, 6)), draw(st.integers(0, 3)), worlds, (first, second))
+
+
+class Workers:
+    """Stands in for torch's loader: as many copies of the stream as it has workers take turns, in this process."""
+
+    def __init__(self, dataset: Any, sampler: range, num_workers: int, **_: object) -> None:
+        self.copies = [pickle.loads(pickle.dumps(dataset)) for _ in range(num_workers)]
+        self.numbers = sampler
+
+    def __iter__(self) -> Iterator[Batch | Exception]:
+        for turn, number in enumerate(self.numbers):
+            yield self.copies[turn % len(self.copies)][number]
+
+
+@settings(max_examples=40, deadline=None)
+@given(case=cases())
+def test_a_stream_is_a_permutation_an_epoch_whatever_ranks_workers_and_cuts(case: Case) -> None:
+    """Samples, as their pixels and labels say which they are, from real shards; 4 batches past the second cut."""
+    with tempfile.TemporaryDirectory() as folder, mock.patch.object(shards_module, "DataLoader", Workers):
+        write_numbered(Path(folder), case.shards)
+        n, index = sum(case.shards), ShardIndex.load(folder)
+        stop = max(2 * (n // case.batch), case.cuts[1] + 4)
+
+        def run(world: tuple[int, int], start: int, stop: int) -> list[list[int]]:
+            """The samples of each global batch, the ranks' parts joined."""
+            ranks, workers = world
+            parts = []
+            for rank in range(ranks):
+                order = SampleOrder(case.shards, case.batch, case.seed, case.streams, case.window)
+                dataset = ShardedDataset(index, "train", 1, Exact(1))
+                found = list(BatchStream(dataset, order, rank, ranks, workers).iterate(start, stop))
+                for batch in found:
+                    assert batch.bad == () and torch.equal(batch.labels, batch.index)
+                    assert torch.equal(batch.pixels.flatten().long(), batch.index)
+                parts.append([batch.index.tolist() for batch in found])
+            return [list(chain(*batches)) for batches in zip(*parts, strict=True)]
+
+        first, second = case.cuts
+        whole = run(case.worlds[0], 0, stop)
+        assert whole[:first] == run(case.worlds[1], 0, first)
+        assert whole[first:second] == run(case.worlds[2], first, second)
+        assert whole[second:] == run(case.worlds[1], second, stop)
+        for epoch in (0, 1):
+            seen = list(chain(*whole[epoch * (n // case.batch) : (epoch + 1) * (n // case.batch)]))
+            assert len(seen) == len(set(seen)) == n - n % case.batch and set(seen) <= set(range(n))
+
+
+def write_numbered(folder: Path, shards: list[int]) -> None:
+    """Shards of images of one pixel; pixel and label are the sample's number."""
+    numbers = count()
+    for shard, samples in enumerate(shards):
+        with tarfile.open(folder / f"train-{shard:06d}.tar", "w") as tar:
+            for number in islice(numbers, samples):
+                for extension, content in (("pgm", b"P5 1 1 255\n" + bytes([number])), ("cls", str(number).encode())):
+                    member = tarfile.TarInfo(f"{number:04d}.{extension}")
+                    member.size = len(content)
+                    tar.addfile(member, io.BytesIO(content))

@@ -15,6 +15,8 @@ import numpy as np
 import pytest
 import torch
 import webdataset as wds
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from PIL import Image
 from sklearn.datasets import load_digits
 
@@ -31,6 +33,7 @@ from lzn_dist.data import (
     to_unit_range,
 )
 from lzn_dist.data.prepare import check
+from lzn_dist.data.shards import check_divisible
 
 TRAIN = 1437
 
@@ -230,6 +233,28 @@ def test_fixed_batches(index: ShardIndex, cache_decoded: bool) -> None:
     assert more.valid.sum() == 360 and torch.equal(more.images[360:720], more.images[:360])
 
 
+def test_a_damaged_sample_is_left_out_of_evaluation_and_told_once(
+    tmp_path: Path, digits: Path, index: ShardIndex, capfd: pytest.CaptureFixture[str]
+) -> None:
+    folder = Path(shutil.copytree(digits, tmp_path / "digits"))
+    names = [damage(folder, "png", 100, "test"), damage(folder, "cls", 20, "test")]  # rows 0 and 20 of their batches
+    whole = make_dataset(index, "test", num_classes=10).fixed_batches(100)
+    for _ in range(2):
+        batches = make_dataset(ShardIndex.load(folder), "test", num_classes=10).fixed_batches(100)
+        for batch, expected in zip(batches, whole, strict=True):
+            left_out = (expected.valid & ~batch.valid).nonzero()[:, 0]
+            assert torch.equal(batch.index, expected.index)
+            assert batch.index[left_out].tolist() == [row for row in (20, 100) if row in expected.index[expected.valid]]
+            same = ~torch.isin(batch.index, torch.tensor([20, 100]))
+            assert torch.equal(batch.images[same], expected.images[same])
+            assert torch.equal(batch.labels[same], expected.labels[same]) and batch.labels.min() >= 0
+    said = [line for line in capfd.readouterr().err.splitlines() if "leaves out a damaged sample" in line]
+    assert len(said) == 2 and all(any(name in line for line in said) for name in names)
+    wrong = make_dataset(index, "test", size=16).fixed_batches(100)
+    with pytest.raises(CorruptSampleError, match=r"data\.image_size is 16"):
+        wrong[0]
+
+
 # ----------------------------------------------------------------------------------------------------------- errors
 
 
@@ -257,9 +282,9 @@ def test_truncated_shard_and_wrong_hash(tmp_path: Path, digits: Path) -> None:
         make_dataset(index)[400]
 
 
-def damage(folder: Path, extension: str, row: int) -> str:
-    """Overwrite a member of a sample of the second training shard; returns what messages call the sample."""
-    split = ShardIndex.load(folder).split("train")
+def damage(folder: Path, extension: str, row: int, split_name: str = "train") -> str:
+    """Overwrite a member of a sample; returns what messages call the sample."""
+    split = ShardIndex.load(folder).split(split_name)
     offset, size = split.offsets[extension][row].tolist()
     with open(folder / split.shard_of(row).name, "r+b") as file:
         file.seek(offset)
@@ -270,13 +295,14 @@ def damage(folder: Path, extension: str, row: int) -> str:
 @pytest.mark.parametrize("workers", [0, 1])
 @pytest.mark.parametrize("extension,what", [("png", "not a whole image"), ("cls", r"its label is b'\?'")])
 @pytest.mark.parametrize("cache_decoded", [False, True])
-def test_a_damaged_sample_is_replaced_by_a_function_of_its_number(
+def test_a_damaged_sample_is_replaced_by_a_function_of_its_key(
     tmp_path: Path, digits: Path, extension: str, what: str, workers: int, cache_decoded: bool
 ) -> None:
     folder = Path(shutil.copytree(digits, tmp_path / "digits"))
     name = damage(folder, extension, 305)
     whole = stream(ShardIndex.load(digits), global_batch=479)
-    found = stream(ShardIndex.load(folder), global_batch=479, workers=workers, cache_decoded=cache_decoded)
+    options: dict[str, Any] = {"global_batch": 479, "num_classes": 10}
+    found = stream(ShardIndex.load(folder), workers=workers, cache_decoded=cache_decoded, **options)
     replacements = []
     for batch, expected in zip(found.iterate(0, 6), whole.iterate(0, 6), strict=True):  # two epochs
         assert len(batch.index) == 479
@@ -304,19 +330,43 @@ def test_replacements_that_are_damaged_too_are_replaced(tmp_path: Path, digits: 
     for row in range(1437):
         damage(folder, "cls", row)
     with pytest.raises(CorruptSampleError, match="so are 16 others in a row"):
-        make_dataset(ShardIndex.load(folder)).read_or_replace(np.array([7]))
+        make_dataset(ShardIndex.load(folder), num_classes=10).read_or_replace(np.array([7]))
 
 
-def test_missing_members_are_damage(tmp_path: Path) -> None:
+def test_a_replacement_depends_on_keys_and_not_on_the_order_in_the_shards(tmp_path: Path) -> None:
+    found = []
+    for name, order in (("a", range(20)), ("b", reversed(range(20)))):
+        (tmp_path / name).mkdir()
+        with open(tmp_path / name / "train-000000.tar", "wb") as file, wds.TarWriter(file) as shard:
+            for number in order:
+                image = {} if number in (3, 8, 15) else {"png": np.full((8, 8), number, np.uint8)}
+                shard.write({"__key__": f"k{number}", "cls": number, **image})
+        dataset = make_dataset(ShardIndex.load(tmp_path / name), seed=4)
+        keys = dataset.table.keys.tolist()
+        bad = [keys.index(f"k{number}".encode()) for number in (3, 8, 15)]
+        found.append([keys[row] for row in dataset.read_or_replace(np.array(bad))[2]])
+    assert found[0] == found[1] and len(set(found[0])) > 1
+
+
+def test_missing_members_and_impossible_labels_are_damage(tmp_path: Path) -> None:
+    labels = {0: b"0", 1: b"1", 3: b"3\n", 4: b"12", 5: b"-1", 6: b"9" * 40, 7: b"10"}  # 2 has none
     with open(tmp_path / "train-000000.tar", "wb") as file, wds.TarWriter(file) as shard:
-        for number in range(4):
+        for number in range(8):
             image = {} if number == 1 else {"png": np.full((8, 8), number, np.uint8)}
-            label = {} if number == 2 else {"cls": number}
+            label = {"cls": labels[number]} if number in labels else {}
             shard.write({"__key__": f"k{number}", **image, **label})
-    pixels, labels, rows, bad = make_dataset(ShardIndex.load(tmp_path)).read_or_replace(np.arange(4))
-    assert [b.why.partition(": sample ")[2] for b in bad[:2]] == ["k1: has no image", "k2: has no label"]
-    assert set(rows[[1, 2]]) <= {0, 3} and rows[[0, 3]].tolist() == [0, 3]
-    assert torch.equal(pixels[0, :, 0, 0, 0].long(), labels) and labels.tolist() == rows.tolist()
+    index = ShardIndex.load(tmp_path)
+    pixels, found, rows, bad = make_dataset(index, num_classes=10).read_or_replace(np.arange(8))
+    assert [b.why.partition(": sample ")[2] for b in bad[:6]] == [
+        "k1: has no image", "k2: has no label", "k4: its label is b'12', not one of 0 to 9",
+        "k5: its label is b'-1', not one of 0 to 9", f"k6: its label is b'{'9' * 20}', not one of 0 to 9",
+        "k7: its label is b'10', not one of 0 to 9",
+    ]  # fmt: skip
+    assert set(rows.tolist()) == {0, 3} and rows[[0, 3]].tolist() == [0, 3]
+    assert torch.equal(pixels[0, :, 0, 0, 0].long(), found) and found.tolist() == rows.tolist()
+    # where labels are not needed, the images are
+    pixels, found = make_dataset(index).read(np.array([0, 2, 3, 4, 5, 6, 7]))
+    assert pixels[0, :, 0, 0, 0].tolist() == [0, 2, 3, 4, 5, 6, 7] and found.tolist() == [0, -1, 3, 12, -1, -1, 10]
 
 
 def test_wrong_image_size_and_no_images(tmp_path: Path) -> None:
@@ -354,14 +404,16 @@ def test_random_crops_are_the_same_on_any_ranks_and_workers(
 
 
 def test_impossible_batches(index: ShardIndex) -> None:
-    with pytest.raises(ValueError, match=r"larger than split 'train' .* 1437 samples: use at most 1437"):
+    with pytest.raises(ValueError, match=r"larger than split 'train' .* 1437 samples: use a global batch of 1437$"):
         stream(index, global_batch=1438)
     with pytest.raises(ValueError, match="over 3 ranks: use a global batch of 255 or 258, or 1 or 2 or 4 ranks"):
         stream(index, 0, 3)
     with pytest.raises(ValueError, match="cannot be split evenly over 8 ranks: use a global batch of 8, or 1 or 2 or"):
         stream(index, 0, 8, global_batch=6)
-    with pytest.raises(ValueError, match=r"6 streams .* by 4 ranks: set 4 or 8 .* or use 1 or 2 ranks"):
+    with pytest.raises(ValueError, match=r"6 streams .* by 4 ranks: use data.streams=4 or 8 .*, or 1 or 2 ranks"):
         stream(index, 0, 4, streams=6)
+    with pytest.raises(ValueError, match=r"batch of 10 or 15 with data.streams=5 .*, or 1 or 2 or 4 ranks"):
+        stream(index, 0, 5, streams=4, global_batch=12)
     with pytest.raises(ValueError, match=r"no split 'validation'; it has \['test', 'train'\]"):
         stream(index, split="validation")
     with pytest.raises(ValueError, match="rank 2 is not one of 2"):
@@ -373,6 +425,31 @@ def test_impossible_batches(index: ShardIndex) -> None:
     for options in ({"global_batch": 0}, {"streams": 0}, {"window": -1}):
         with pytest.raises(ValueError, match=f"{next(iter(options))} must be at least"):
             stream(index, **options)  # type: ignore[arg-type]
+
+
+@settings(max_examples=150, deadline=None)
+@given(st.integers(1, 40), st.integers(1, 40), st.integers(1, 8), st.integers(1, 12))
+def test_every_number_that_a_refusal_names_works(samples: int, batch: int, streams: int, ranks: int) -> None:
+    def refusal(batch: int, streams: int, ranks: int) -> str:
+        try:
+            check_divisible(SampleOrder([samples], batch, 0, streams), ranks, "the split")
+        except ValueError as error:
+            return str(error).partition(": use ")[2]
+        return ""
+
+    if not (said := refusal(batch, streams, ranks)):
+        return
+    named = [re.search(rf"{what}((?: or |\d)+)", said) for what in ("batch of ", r"data\.streams=")]
+    others = re.search(r"(?:^|, or )((?: or |\d)+) ranks?$", said)
+    assert any(named) or others or "1 rank and a global batch of at most" in said
+    batches, counts = ([int(n) for n in found[1].split(" or ")] if found else None for found in named)
+    if batches or counts:
+        for size in batches or [batch]:
+            assert all(not refusal(size, count, ranks) for count in counts or [streams]), said
+    for count in others[1].split(" or ") if others else ():
+        assert not refusal(batch, streams, int(count)), said
+    if most := re.search("1 rank and a global batch of at most (.*)", said):
+        assert not refusal(int(most[1]), streams, 1)
 
 
 def test_unreadable_manifest(tmp_path: Path, digits: Path) -> None:

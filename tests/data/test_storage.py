@@ -167,7 +167,7 @@ def test_what_waiting_does_not_mend_is_refused_at_once(
         ShardIndex.load("gopher://here/there", tmp_path / "cache")
     plain = serve(digits, 0, None, ranges=False)
     threading.Thread(target=plain.serve_forever, daemon=True).start()
-    with pytest.raises(ValueError, match="does not answer range requests"):
+    with pytest.raises(ValueError, match="does not answer range requests: use one that does, or copy"):
         stream(ShardIndex.load(f"http://127.0.0.1:{plain.server_port}", tmp_path / "plain")).batch(0)
     plain.shutdown()
     short = Path(shutil.copytree(digits, tmp_path / "short"))

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
 from test_report import tiny
 
-from lzn_dist.config import ConfigError
-from lzn_dist.evaluation import EvaluationData
+from lzn_dist.config import ConfigError, override
+from lzn_dist.data import ShardIndex
+from lzn_dist.data.storage import RemoteError
+from lzn_dist.evaluation import EvaluationData, linear_probe
 from lzn_dist.evaluation.linear_probe import ProbeSettings, published_probe
 
 
@@ -35,6 +38,28 @@ def test_it_learns_and_a_stopped_probe_goes_on_exactly(digits_folder: Path, tmp_
     assert torch.equal(files[0]["probe"]["weight"], files[1]["probe"]["weight"])
     with pytest.raises(ConfigError, match="of another checkpoint or other settings"):
         published_probe(model, data, ProbeSettings(epochs=4, batch=64), tmp_path / "parts")
+
+
+def test_damage_is_told_and_bounded_and_what_another_rank_cannot_read_ends_this_one(
+    digits_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    folder = Path(shutil.copytree(digits_folder, tmp_path / "digits"))
+    with open(folder / "train-000000.tar", "r+b") as file:
+        for offset, size in ShardIndex.load(folder).split("train").offsets["png"][:3].tolist():
+            file.seek(offset)
+            file.write(bytes(size))
+    model = tiny("representation", folder)
+    settings = ProbeSettings(epochs=1, batch=479)
+    published_probe(model, EvaluationData(model.config), settings, tmp_path / "all")
+    assert capfd.readouterr().err.count(f"replaced a damaged sample: {folder}/train-000000.tar: sample ") == 3
+    model.config = override(model.config, ["data.max_bad_samples=2"])
+    with pytest.raises(ConfigError, match=r"linear probe: 3 samples of this epoch are damaged.* is 2: mend the shards"):
+        published_probe(model, EvaluationData(model.config), settings, tmp_path / "few")
+
+    lost = RemoteError("the other rank's server")
+    monkeypatch.setattr(linear_probe, "everywhere", lambda own: [own, (lost, 0)])
+    with pytest.raises(RemoteError, match="the other rank's server"):
+        published_probe(model, EvaluationData(model.config), settings, tmp_path / "lost")
 
 
 def test_too_large_a_batch_is_refused(digits_folder: Path, tmp_path: Path) -> None:
