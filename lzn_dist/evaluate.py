@@ -10,6 +10,7 @@ and a probe from 10 labels a class, beside raw pixels and an untrained encoder. 
 from __future__ import annotations
 
 import argparse
+import errno
 import os
 import sys
 import time
@@ -20,9 +21,11 @@ from accelerate import PartialState
 
 from lzn_dist.checkpoint import CheckpointError
 from lzn_dist.config import ConfigError, override
+from lzn_dist.data import CorruptSampleError
 from lzn_dist.distributed import Topology
 from lzn_dist.evaluation import EvaluationData, evaluate_model
 from lzn_dist.evaluation.linear_probe import ProbeSettings, published_probe
+from lzn_dist.exit_status import REFUSED, UNREADABLE
 from lzn_dist.model import LZN, MissingCapability, load
 from lzn_dist.run_folder import write_json
 
@@ -74,7 +77,8 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Entry point; returns the exit status: 0, or 2 for what the user can mend, said in one line."""
+    """Entry point; returns the exit status: 0, 74 where the data is away, 2 for what the user must mend; said in one
+    line."""
     options = parse(arguments)
     start = time.perf_counter()
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
@@ -102,10 +106,14 @@ def main(arguments: list[str] | None = None) -> int:
         )  # fmt: skip
         if main_process:
             write_results(output / "evaluation.json", model, values, options.seed)
-    except (CheckpointError, ConfigError, FileNotFoundError, MissingCapability) as error:
+    except (CheckpointError, ConfigError, CorruptSampleError, FileNotFoundError, MissingCapability) as error:
         if main_process:
             print(f"error: {error}", file=sys.stderr)
-        return 2
+        return REFUSED
+    except OSError as error:  # a server that is lost, say
+        if main_process:
+            print(f"error: {error}", file=sys.stderr)
+        return REFUSED if error.errno in (errno.ENOSPC, errno.EDQUOT) else UNREADABLE
     if not main_process:
         return 0
     seconds = time.perf_counter() - start

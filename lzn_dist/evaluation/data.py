@@ -106,7 +106,8 @@ class EvaluationData:
 
     @property
     def labelled(self) -> bool:
-        return self.config.data.num_classes > 0
+        """Whether the images have labels that count."""
+        return self.config.data.num_classes > 0 and self.index.split(self.names["train"]).labels is not None
 
     def class_name(self, label: int) -> str:
         """The manifest's name of a class, or its number."""

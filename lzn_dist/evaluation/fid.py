@@ -101,8 +101,8 @@ def _distances(real: Statistics, fake: Statistics) -> dict[str, float]:
 
 
 def real_statistics(data: EvaluationData, network: Network, weights: str, cache: Path) -> Statistics:
-    """Of all training images; from the cache where they are there. Without a manifest nothing says which images they
-    are: not kept then. Collective."""
+    """Of all training images; from the cache where they are there. Not kept where nothing says which images they are
+    (no manifest), or where some are damaged. Collective."""
     settings = data.config.data
     depends = [data.index.identity, data.names["train"], weights, settings.image_size, settings.resize,
                settings.image_channels, settings.scaled_decoding, MANIFOLD]  # fmt: skip
@@ -116,7 +116,7 @@ def real_statistics(data: EvaluationData, network: Network, weights: str, cache:
         return batch.images[batch.valid]
 
     found = _statistics(len(batches), data.config.evaluation.batch, images, network, keep_probabilities=False)
-    if data.index.identity:
+    if data.index.identity and found.pool.count == data.index.samples(data.names["train"]):
         once(lambda: found.save(path))
     return found
 

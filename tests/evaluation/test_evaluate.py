@@ -1,3 +1,4 @@
+import errno
 import json
 import re
 from pathlib import Path
@@ -6,6 +7,7 @@ import pytest
 from test_report import tiny
 
 from lzn_dist import evaluate
+from lzn_dist.data import CorruptSampleError
 
 
 def test_a_missing_run_is_one_clear_error(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -67,3 +69,24 @@ def test_a_probe_that_cannot_be_is_refused_before_anything_is_measured(
     assert evaluate.main([str(tmp_path), "--probe-epochs", "1", "--probe-batch", str(batch)]) == 2
     error = capsys.readouterr().err
     assert re.search(says, error) and error.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    "error,status",
+    [
+        (CorruptSampleError("images of another size"), 2),
+        (OSError(errno.ENOSPC, "No space left on device"), 2),
+        (ConnectionError("no answer"), 74),
+    ],
+)
+def test_data_that_fails_is_one_line(
+    error: Exception, status: int, tmp_path: Path, digits_folder: Path,
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    def fail(*args: object, **more: object) -> None:
+        raise error
+
+    monkeypatch.setattr(evaluate, "load", lambda path: tiny("joint", digits_folder))
+    monkeypatch.setattr(evaluate, "evaluate_model", fail)
+    assert evaluate.main([str(tmp_path)]) == status
+    assert capsys.readouterr().err == f"error: {error}\n" and not (tmp_path / "evaluation.json").exists()

@@ -1,4 +1,5 @@
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -175,6 +176,19 @@ def test_data_holds_every_image_once(digits_folder: Path) -> None:
     assert len(data.first("test", 7)) == 7 and torch.equal(data.first("test", 7).images, data.test.images[:7])
     features, labels = data.features("test", lambda images: images.flatten(1))
     assert np.array_equal(features, data.test.pixels) and np.array_equal(labels, data.test.labels.numpy())
+
+
+def test_shards_without_labels_are_not_probed(digits_folder: Path) -> None:
+    model = tiny("representation", digits_folder)
+    data = EvaluationData(model.config)
+    assert data.labelled
+    unlabelled = {
+        name: replace(split, offsets={key: table for key, table in split.offsets.items() if key != "cls"})
+        for name, split in data.index.splits.items()
+    }
+    data.index = replace(data.index, splits=unlabelled)
+    assert not data.labelled
+    assert set(evaluate_model(model, None, data=data)) == HEALTH
 
 
 def test_features_of_a_large_split_are_those_of_its_first_images(
