@@ -24,7 +24,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 from lzn_dist.checkpoint import CheckpointError, CheckpointWriter, average_pieces, find_checkpoint, set_aside
 from lzn_dist.config import Config, ConfigError, load_config, save_config
 from lzn_dist.data import BatchStream, CorruptSampleError
-from lzn_dist.data.storage import is_remote
+from lzn_dist.data.storage import RemoteError, is_remote
 from lzn_dist.distributed import Topology
 from lzn_dist.distributed.guard import Signals, Watchdog
 from lzn_dist.distributed.launch import Launch, build_accelerator, everywhere, same_everywhere
@@ -65,7 +65,8 @@ class Run:
     """A training run in progress: the state, and what it reads from and writes to."""
 
     def __init__(self, config: Config, launch: Launch, accelerator: Accelerator) -> None:
-        """Everything that can be refused is refused here, before any long work: raises ConfigError, CheckpointError."""
+        """Everything that can be refused is refused here, before any long work: raises ConfigError, CheckpointError,
+        NoDataError (a server that is away)."""
         self.config, self.accelerator, self.topology = config, accelerator, Topology.current()
         self.folder = RunFolder(Path(config.output_dir)) if self.topology.is_main else None
         if config.evaluation.inception and config.task != "representation":
@@ -83,6 +84,8 @@ class Run:
                 incarnation = same_everywhere(self._take(checkpoint) if self.folder is not None else None)
         except (CheckpointError, ConfigError):
             raise
+        except RemoteError as error:
+            raise NoDataError(str(error), UNREADABLE) from error
         except (ValueError, OSError) as error:
             raise ConfigError(str(error)) from error
         held = nullcontext if self.folder is None else self.folder.held

@@ -16,6 +16,7 @@ from lzn_dist import train
 from lzn_dist.checkpoint import find_checkpoint, load_weights
 from lzn_dist.config import load_config
 from lzn_dist.evaluation import evaluate_model
+from lzn_dist.exit_status import UNREADABLE
 from lzn_dist.networks import build_networks
 from lzn_dist.tracking import wandb_mode
 
@@ -131,6 +132,13 @@ def test_what_a_run_tells(tmp_path: Path, capfd: pytest.CaptureFixture[str], mon
     assert rows(run, "eval.jsonl") == found
     assert train.main([*arguments, "tracking.wandb=disabled"]) == 0
     assert rows(run, "eval.jsonl") == found
+
+
+def test_a_server_that_is_away_at_the_start_may_come_back(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    arguments = [str(ROOT / "configs" / "digits_joint.yaml"), f"output_dir={tmp_path / 'run'}", *SMALL, "max_steps=1"]
+    arguments += ["data.embedded=none", "data.shards=http://127.0.0.1:9/digits", "data.retry_seconds=0.1"]
+    assert train.main(arguments) == UNREADABLE
+    assert "127.0.0.1:9/digits" in refused(capfd.readouterr().err)
 
 
 def test_wandb_is_online_where_it_knows_the_user(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
