@@ -5,9 +5,11 @@
 export WANDB_MODE=offline
 out=runs/quickstart
 python data_prep/digits.py --output data/digits
-for task in joint representation; do
-    accelerate launch --config_file launch/cpu.yaml lzn_dist/train.py "configs/digits_$task.yaml" \
-        "output_dir=$out/$task" "checkpoint_every=1000"
-    python -m lzn_dist.evaluate "$out/$task"
-done
+train() { # TASK STEPS: fewer steps than the configuration's, for minutes
+    accelerate launch --config_file launch/cpu.yaml lzn_dist/train.py "configs/digits_$1.yaml" \
+        "output_dir=$out/$1" "checkpoint_every=1000" "max_steps=$2"
+    python -m lzn_dist.evaluate "$out/$1"
+}
+train joint 500
+train representation 200
 python launch/summary.py "$out"
