@@ -292,8 +292,8 @@ def override(config: Config, overrides: Sequence[str]) -> Config:
 
 
 def _merged(read: Callable[[], Any], overrides: Sequence[str], where: str) -> Config:
-    merged = read()
     try:
+        merged = read()
         for item in overrides:
             if "=" not in item:
                 raise ConfigError(f"override {item!r} is not of the form key=value")
@@ -302,7 +302,7 @@ def _merged(read: Callable[[], Any], overrides: Sequence[str], where: str) -> Co
             except yaml.YAMLError as error:
                 raise ConfigError(f"override {item!r} is not readable YAML: {' '.join(str(error).split())}") from error
         values = OmegaConf.to_container(merged, resolve=True)
-    except OmegaConfBaseException as error:
+    except (OmegaConfBaseException, TypeError) as error:  # TypeError: a list where a section stood
         raise ConfigError(f"{where}: {str(error).splitlines()[0]}") from error
     try:
         return Config.model_validate(_tuples(values))

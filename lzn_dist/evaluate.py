@@ -10,7 +10,6 @@ and a probe from 10 labels a class, beside raw pixels and an untrained encoder. 
 from __future__ import annotations
 
 import argparse
-import errno
 import os
 import sys
 import time
@@ -25,7 +24,7 @@ from lzn_dist.data import CorruptSampleError
 from lzn_dist.distributed import Topology
 from lzn_dist.evaluation import EvaluationData, evaluate_model
 from lzn_dist.evaluation.linear_probe import ProbeSettings, published_probe
-from lzn_dist.exit_status import REFUSED, UNREADABLE
+from lzn_dist.exit_status import REFUSED, status_of
 from lzn_dist.model import LZN, MissingCapability, load
 from lzn_dist.run_folder import write_json
 
@@ -106,14 +105,10 @@ def main(arguments: list[str] | None = None) -> int:
         )  # fmt: skip
         if main_process:
             write_results(output / "evaluation.json", model, values, options.seed)
-    except (CheckpointError, ConfigError, CorruptSampleError, FileNotFoundError, MissingCapability) as error:
+    except (CheckpointError, ConfigError, CorruptSampleError, MissingCapability, OSError) as error:
         if main_process:
             print(f"error: {error}", file=sys.stderr)
-        return REFUSED
-    except OSError as error:  # a server that is lost, say
-        if main_process:
-            print(f"error: {error}", file=sys.stderr)
-        return REFUSED if error.errno in (errno.ENOSPC, errno.EDQUOT) else UNREADABLE
+        return REFUSED if isinstance(error, FileNotFoundError) else status_of(error)
     if not main_process:
         return 0
     seconds = time.perf_counter() - start

@@ -304,13 +304,12 @@ class LZN:
         if len(images) >= len(rows):
             return images[rows % len(images)]
         if self._others is None:
-            from lzn_dist.data import ShardedDataset, ShardIndex, whole_images  # not needed for whole batches
+            from lzn_dist.data import ShardIndex  # not needed for whole batches
+            from lzn_dist.evaluation.data import fixed_batches
 
             data = self.config.data
             index = ShardIndex.load(data.shards, data.cache, data.retry_seconds)
-            reading = whole_images(data.image_size, data.resize, data.scaled_decoding)
-            dataset = ShardedDataset(index, "train", data.image_channels, reading)
-            self._others = dataset.fixed_batches(self.config.evaluation.batch)[0].images
+            self._others = fixed_batches(self.config, index, "train")[0].images
         others = self._others.to(images)
         return torch.cat((images, others[torch.arange(len(rows) - len(images)) % len(others)]))
 

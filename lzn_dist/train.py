@@ -10,7 +10,6 @@ with a checkpoint and exit status 75: run it again to go on.
 from __future__ import annotations
 
 import argparse
-import errno
 import sys
 from collections.abc import Callable
 from contextlib import nullcontext, suppress
@@ -29,7 +28,7 @@ from lzn_dist.distributed import Topology
 from lzn_dist.distributed.guard import Signals, Watchdog
 from lzn_dist.distributed.launch import Launch, build_accelerator, everywhere, same_everywhere
 from lzn_dist.distributed.pieces import gather_pieces
-from lzn_dist.exit_status import FINISHED, PREEMPTED, REFUSED, UNREADABLE
+from lzn_dist.exit_status import FINISHED, PREEMPTED, REFUSED, UNREADABLE, disk_is_full, status_of
 from lzn_dist.flops import training_flops_per_image
 from lzn_dist.model import LZN
 from lzn_dist.networks import build_networks
@@ -176,7 +175,7 @@ class Run:
                 new_damage = bad.report(damaged_everywhere, counters.step)
                 if without_data:
                     counters.batch, counters.nonfinite = counters.batch - 1, counters.nonfinite - 1  # not consumed
-                    self._no_more_data("" if lost is None else f"rank {self.topology.rank}: {lost}", _status(lost))
+                    self._no_more_data("" if lost is None else f"rank {self.topology.rank}: {lost}", status_of(lost))
                 if not result.applied:
                     self._skipped(samples)
                 step, last = counters.step, counters.step == config.max_steps
@@ -239,7 +238,7 @@ class Run:
             _problem(self.writer.wait)  # the checkpoint of this step may be under way
             step, rank = self.state.counters.step, self.topology.rank
             raise NoDataError(
-                f"stopped in the evaluation at step {step}, {self._newest()}: rank {rank}: {error}", _status(error)
+                f"stopped in the evaluation at step {step}, {self._newest()}: rank {rank}: {error}", status_of(error)
             ) from error
 
     def _evaluation_due(self) -> bool:
@@ -293,14 +292,9 @@ def _full_disk(error: BaseException | None) -> OSError | None:
     while error is not None:
         error = _unwrapped(error)
         if isinstance(error, OSError):
-            return error if error.errno in (errno.ENOSPC, errno.EDQUOT) else None
+            return error if disk_is_full(error) else None
         error = error.__cause__ or error.__context__
     return None
-
-
-def _status(error: Exception | None) -> int:
-    """A server or a disk may come back by itself; a full disk and damaged data do not mend themselves."""
-    return UNREADABLE if isinstance(error, OSError) and not _full_disk(error) else REFUSED
 
 
 def _problem(action: Callable[[], None]) -> str:

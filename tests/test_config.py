@@ -65,6 +65,10 @@ def test_missing_files_and_keys_and_circles(tmp_path: Path) -> None:
     (tmp_path / "list.yaml").write_text("- a\n")
     with pytest.raises(ConfigError, match="is a list: a configuration has"):
         load_config(tmp_path / "list.yaml")
+    (tmp_path / "c.yaml").write_text("data: [1]\n")
+    (tmp_path / "d.yaml").write_text("base: c.yaml\ndata: {global_batch: 3}\n")
+    with pytest.raises(ConfigError, match=r"d\.yaml: Cannot merge incompatible container types"):
+        load_config(tmp_path / "d.yaml")
     (tmp_path / "b.yaml").write_text("task: joint\nmax_steps: 3\n")
     with pytest.raises(ConfigError, match="'output_dir' is missing"):
         load_config(tmp_path / "b.yaml")

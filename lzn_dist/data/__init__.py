@@ -11,6 +11,7 @@ from lzn_dist.data.shards import (
     BatchStream,
     CorruptSampleError,
     EvaluationBatch,
+    FixedBatches,
     ShardedDataset,
     to_unit_range,
 )
@@ -24,6 +25,7 @@ __all__ = [
     "DigitsPolicy",
     "EvaluationBatch",
     "Exact",
+    "FixedBatches",
     "Policy",
     "RandomResizedCrops",
     "Reading",

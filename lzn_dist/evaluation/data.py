@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from lzn_dist.config import Config
-from lzn_dist.data import EvaluationBatch, ShardedDataset, ShardIndex, ensure_digits, whole_images
+from lzn_dist.data import FixedBatches, ShardedDataset, ShardIndex, ensure_digits, whole_images
 from lzn_dist.distributed.spread import once, spread
 from lzn_dist.evaluation.frechet import DigitClassifier
 
@@ -35,6 +35,14 @@ class ImageSet:
         return self.images.flatten(1).double().numpy()
 
 
+def fixed_batches(config: Config, index: ShardIndex, split: str, num_classes: int = 0) -> FixedBatches:
+    """A split's whole images, as evaluation resizes and crops them, in batches of exactly `evaluation.batch`."""
+    data = config.data
+    reading = whole_images(data.image_size, data.resize, data.scaled_decoding)
+    dataset = ShardedDataset(index, split, data.image_channels, reading, num_classes=num_classes)
+    return dataset.fixed_batches(config.evaluation.batch)
+
+
 class EvaluationData:
     """A data set's train and test splits as the configuration names them; an embedded one is written if missing.
     Collective.
@@ -52,16 +60,14 @@ class EvaluationData:
             test = "val" if "val" in self.index.splits else train
         self.names = {"train": train, "test": test}
 
-    def batches(self, split: str) -> Sequence[EvaluationBatch]:
+    def batches(self, split: str) -> FixedBatches:
         """Batches of exactly `evaluation.batch` images; the last is filled up with rows that are not valid, and damaged
         samples are not valid either."""
         data, name = self.config.data, self.names[split]
-        reading = whole_images(data.image_size, data.resize, data.scaled_decoding)
         labelled = self.labelled and self.index.split(name).labels is not None
         # a task that is trained without labels may have another number of classes than its probes find
         classes = max(data.num_classes, len(self.index.classes)) if labelled else 0
-        dataset = ShardedDataset(self.index, name, data.image_channels, reading, num_classes=classes)
-        return dataset.fixed_batches(self.config.evaluation.batch)
+        return fixed_batches(self.config, self.index, name, classes)
 
     def features(self, split: str, function: Callable[[Tensor], Tensor]) -> tuple[np.ndarray, np.ndarray]:
         """A function's float64 [n, F] of images [b, c, h, w], and their labels int64 [n]: of the first IN_MEMORY images
