@@ -9,7 +9,7 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).parent))
 from cluster import Cluster, missing
-from runs import Run
+from slurm_run import Run
 
 
 @pytest.fixture(scope="session")

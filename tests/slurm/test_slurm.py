@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 from cluster import Cluster
-from runs import ROOT, STEPS, Run
+from slurm_run import ROOT, STEPS, Run
 
 from lzn_dist.checkpoint import find_checkpoint
 

@@ -23,7 +23,7 @@ from pathlib import Path
 sys.path += [str(Path(__file__).parents[1] / "slurm"), str(Path(__file__).parent)]
 from cluster import Cluster, missing
 from kills import differences
-from runs import SETTINGS, Run
+from slurm_run import SETTINGS, Run
 
 STEPS = 240
 LONG = [*(s for s in SETTINGS if not s.startswith(("max_steps", "checkpoint_every", "log_every"))),
