@@ -176,7 +176,7 @@ def run_job(job: Job, launch: str, threads: int) -> None:
         return [sys.executable, *accelerate, "--config_file", launch, str(Path(__file__).with_name(f"{module}.py"))]
 
     commands = [
-        [*start("train"), str(job.config), *job.overrides],
+        [*start("train"), str(job.config), f"cpu_threads={threads}", *job.overrides],
         [*start("evaluate"), str(job.folder), *job.evaluate],
     ]
     environment = {"OMP_WAIT_POLICY": "passive", "OMP_NUM_THREADS": str(threads), **os.environ}

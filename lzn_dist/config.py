@@ -182,6 +182,9 @@ class Config(_Section):
     )
     tf32: bool = Field(False, description="Allow TF32 products in the networks on CUDA.")
     compile: bool = Field(False, description="Compile the networks with torch.compile.")
+    cpu_threads: NonNegativeInt = Field(
+        0, description="Threads of a process on the CPU; 0: the machine's cores, shared out. Small networks need one."
+    )
     deterministic: bool = Field(False, description="Deterministic algorithms alone: on CUDA, for resuming bit by bit.")
     micro_batch: NonNegativeInt = Field(
         0, description="Samples a rank has in memory at once (gradient caching, equal results); 0: its whole share."

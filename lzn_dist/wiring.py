@@ -163,7 +163,9 @@ def checkpoint_to_resume(config: Config, is_main: bool) -> Path | None:
 
 def changed_keys(before: Config, now: Config) -> list[str]:
     """Keys of a checkpoint's configuration that the present one has changed, as "key: before → now"."""
-    ignored = {"output_dir", "max_steps", "resume", "tracking", "log_every", "checkpoint_every", "keep_last"}
+    ignored = {
+        "output_dir", "max_steps", "resume", "tracking", "log_every", "checkpoint_every", "keep_last", "cpu_threads",
+    }  # fmt: skip
 
     def flat(values: dict[str, object], prefix: str = "") -> dict[str, object]:
         found: dict[str, object] = {}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 from pathlib import Path
 
@@ -81,7 +82,7 @@ def test_a_comparison_from_training_to_table_and_figure(tmp_path: Path, capsys: 
         {"name": "SimCLR", "config": DIGITS, "overrides": {"objective": "simclr", "encoder.blocks": [1]}},
         {"name": "again", "like": "SimCLR", "time_of": "SimCLR"},
     ]
-    more = {"overrides": {"log_every": 2}, "evaluate": ["--no-figures"]}
+    more = {"overrides": {"log_every": 2}, "evaluate": ["--no-figures"], "jobs": 2}
     arguments = [str(written(tmp_path / "c.yaml", rows, **more)), "max_steps=6", f"data.shards={shards}"]
     arguments += ["encoder.channels=8", "data.global_batch=16", "tracking.wandb=disabled"]
     assert compare.main(arguments) == 0
@@ -89,6 +90,7 @@ def test_a_comparison_from_training_to_table_and_figure(tmp_path: Path, capsys: 
     found = json.loads((tmp_path / "out" / "comparison.json").read_text())["tables"]["T"]
     run = tmp_path / "out" / "simclr" / "seed_3"
     assert load_config(run / "config.yaml").seed == 3 and load_config(run / "config.yaml").log_every == 2
+    assert load_config(run / "config.yaml").cpu_threads == max(1, (os.cpu_count() or 1) // 2)  # beside another
     assert not (run / "figures").exists()
     values = json.loads((run / "evaluation.json").read_text())
     assert found["SimCLR"]["knn"] == [values["knn"]] and found["pixels"]["knn"] == [values["pixels.knn"]]

@@ -6,10 +6,12 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
+from accelerate.state import AcceleratorState
 
-from lzn_dist.config import ConfigError
-from lzn_dist.distributed.launch import Launch
+from lzn_dist.config import ConfigError, load_config
+from lzn_dist.distributed.launch import Launch, build_accelerator
 
 ROOT = Path(__file__).parents[2]
 NAMES = ["ACCELERATE_USE_DEEPSPEED", "ACCELERATE_DEEPSPEED_CONFIG_FILE", "ACCELERATE_USE_FSDP", "FSDP_VERSION"]
@@ -58,3 +60,21 @@ def test_deepspeed_configurations_that_cannot_be_used(monkeypatch: pytest.Monkey
     path.write_text(json.dumps({"zero_optimization": {"stage": 2, "offload_optimizer": {"device": "cpu"}}}))
     with pytest.raises(ConfigError, match="offload_optimizer is for ZeRO stage 3"):
         Launch.asked()
+
+
+def test_the_cores_are_shared_among_the_processes_of_the_machine(monkeypatch: pytest.MonkeyPatch) -> None:
+    before = torch.get_num_threads()
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    monkeypatch.setattr("os.sched_getaffinity", lambda _: set(range(12)))
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")  # as launchers do
+    found = []
+    try:
+        for local, asked in (("1", 0), ("4", 0), ("24", 0), ("4", 5)):
+            monkeypatch.setenv("LOCAL_WORLD_SIZE", local)
+            overrides = [f"cpu_threads={asked}", "tracking.wandb=disabled"]
+            build_accelerator(load_config(ROOT / "configs" / "digits_joint.yaml", overrides), Launch("single", 1))
+            found.append(torch.get_num_threads())
+    finally:
+        torch.set_num_threads(before)
+        AcceleratorState._reset_state(reset_partial_state=True)
+    assert found == [12, 3, 1, 5]
