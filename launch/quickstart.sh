@@ -8,7 +8,7 @@ out=runs/quickstart
 log="$out/representation.log"
 python data_prep/digits.py --output data/digits
 train() { # TASK [key=value ...]
-    accelerate launch --config_file launch/cpu.yaml lzn_dist/train.py "configs/digits_$1.yaml" \
+    accelerate launch --quiet --config_file launch/cpu.yaml lzn_dist/train.py "configs/digits_$1.yaml" \
         "output_dir=$out/$1" checkpoint_every=1000 cpu_threads=1 "${@:2}"
     python -m lzn_dist.evaluate "$out/$1"
 }
