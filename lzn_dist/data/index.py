@@ -14,7 +14,7 @@ import json
 import re
 import tarfile
 import threading
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -87,19 +87,29 @@ class Split:
         return self.offsets.get(LABEL_EXTENSION)
 
 
+def tar_members(path: Path, file: io.RawIOBase | None = None) -> Iterator[tarfile.TarInfo]:
+    """The files in a tar without compression; file: where it is read from, if it is not open yet. ValueError, naming
+    path, where it is damaged."""
+    try:
+        with tarfile.open(path, "r:", fileobj=file) as tar:
+            yield from (member for member in tar if member.isfile())
+            # tarfile takes a damaged header for the end of the archive, and the images behind it would be lost unsaid
+            assert tar.fileobj is not None
+            tar.fileobj.seek(tar.offset)
+            if tar.fileobj.read(tarfile.BLOCKSIZE) != tarfile.NUL * tarfile.BLOCKSIZE:
+                raise tarfile.ReadError(f"damaged or cut off at byte {tar.offset:,}")
+    except tarfile.TarError as error:
+        raise ValueError(f"{path}: not a readable tar without compression: {error}") from error
+
+
 def scan_tar(path: Path) -> tuple[list[str], list[dict[str, tuple[int, int]]]]:
     """Keys and members (extension -> offset, size) of a tar's samples, from its headers. ValueError if unreadable."""
     samples: dict[str, dict[str, tuple[int, int]]] = {}
-    try:
-        with tarfile.open(path, "r:") as tar:
-            for member in tar:
-                if member.isfile():
-                    folder, _, file = member.name.rpartition("/")
-                    stem, _, extension = file.partition(".")  # webdataset: the key ends at the first dot
-                    key = f"{folder}/{stem}" if folder else stem
-                    samples.setdefault(key, {})[extension.lower()] = (member.offset_data, member.size)
-    except tarfile.TarError as error:
-        raise ValueError(f"{path}: not a readable tar without compression: {error}") from error
+    for member in tar_members(path):
+        folder, _, file = member.name.rpartition("/")
+        stem, _, extension = file.partition(".")  # webdataset: the key ends at the first dot
+        key = f"{folder}/{stem}" if folder else stem
+        samples.setdefault(key, {})[extension.lower()] = (member.offset_data, member.size)
     return list(samples), list(samples.values())
 
 

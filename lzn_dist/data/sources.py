@@ -20,7 +20,7 @@ import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
-from lzn_dist.data.index import IMAGE_EXTENSIONS
+from lzn_dist.data.index import IMAGE_EXTENSIONS, tar_members
 from lzn_dist.data.prepare import Item, PrepareError
 
 NO_LABEL = -1
@@ -61,13 +61,12 @@ def _pread(path: Path, offset: int, size: int) -> bytes:
     return content
 
 
-def _members(path: Path) -> Iterable[tarfile.TarInfo]:
-    """The files in a plain tar. Raises PrepareError where it is damaged."""
+def _members(path: Path, file: io.RawIOBase | None = None) -> Iterable[tarfile.TarInfo]:
+    """The files in a plain tar; file: as in `tar_members`. Raises PrepareError where it is damaged."""
     try:
-        with tarfile.open(path, "r:") as tar:
-            yield from (member for member in tar if member.isfile())
-    except tarfile.TarError as error:
-        raise PrepareError(f"{path} is not a readable tar ({error}): fetch it again") from error
+        yield from tar_members(path, file)
+    except ValueError as error:
+        raise PrepareError(f"{error}; fetch it again") from error
 
 
 def _unpack(path: Path) -> dict[str, bytes]:
@@ -142,15 +141,11 @@ class ImageNet:
                     raise PrepareError(f"{self.train} holds {outer.name}, which is no class of {self.devkit}")
                 seen.add(wnid)
                 inner_file = _Window(file, outer.offset_data, outer.size)
-                try:
-                    with tarfile.open(fileobj=inner_file, mode="r:") as inner:
-                        for member in inner:
-                            if member.isfile() and extension_of(member.name):
-                                where = ("train", outer.offset_data + member.offset_data, member.size)
-                                key = key_of(PurePosixPath(member.name).name)
-                                items.append(Item(key, "jpg", number[wnid], where, member.size))
-                except tarfile.TarError as error:
-                    raise PrepareError(f"{self.train}: {outer.name} is damaged ({error}): fetch it again") from error
+                for member in _members(self.train / outer.name, inner_file):
+                    if extension_of(member.name):
+                        where = ("train", outer.offset_data + member.offset_data, member.size)
+                        key = key_of(PurePosixPath(member.name).name)
+                        items.append(Item(key, "jpg", number[wnid], where, member.size))
         if missing := sorted(number.keys() - seen):
             raise PrepareError(f"{self.train} lacks {len(missing)} classes of {self.devkit}, the first is {missing[0]}")
         return items

@@ -437,6 +437,18 @@ def test_refusals(tmp_path: Path) -> None:
     truncated.write_bytes(source.train.read_bytes()[:30_000])
     with pytest.raises(PrepareError, match=r"truncated\.tar"):
         ImageNet(truncated, source.val, source.devkit).splits()
+    content = bytearray(source.train.read_bytes())
+    damaged = tmp_path / "damaged.tar"
+    with tarfile.open(source.train) as outer:  # tarfile by itself ends an archive at a damaged header, and says nothing
+        first, last = outer.getmembers()[0], outer.getmembers()[-1]
+        with tarfile.open(fileobj=outer.extractfile(first)) as inner:
+            places = last.offset, first.offset_data + inner.getmembers()[-1].offset
+    for place in places:
+        content[place] ^= 1
+        damaged.write_bytes(content)
+        content[place] ^= 1
+        with pytest.raises(PrepareError, match=r"damaged\.tar.*damaged or cut off at byte [\d,]+; fetch it again"):
+            ImageNet(damaged, source.val, source.devkit).splits()
     with pytest.raises(PrepareError, match="is no folder"):
         ImageFolder(tmp_path / "nowhere")
     with pytest.raises(PrepareError, match="neither cifar-10-python"):

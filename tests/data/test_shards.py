@@ -6,6 +6,7 @@ import multiprocessing
 import pickle
 import re
 import shutil
+import tarfile
 import threading
 import time
 from pathlib import Path
@@ -280,6 +281,23 @@ def test_truncated_shard_and_wrong_hash(tmp_path: Path, digits: Path) -> None:
         ShardIndex.load(folder)
     with pytest.raises(CorruptSampleError, match=r"train-000001.tar: sample .*: the shard ends inside"):
         make_dataset(index)[400]
+
+
+@pytest.mark.parametrize("header", [0, 3, -1])
+def test_a_damaged_header_is_not_the_end_of_a_shard(header: int, tmp_path: Path, digits: Path) -> None:
+    folder = tmp_path / "foreign"
+    folder.mkdir()
+    path = Path(shutil.copy(digits / "train-000001.tar", folder))
+    with tarfile.open(path) as tar:
+        place = tar.getmembers()[header].offset
+    content = bytearray(path.read_bytes())
+    content[place] ^= 1
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match=r"train-000001\.tar: not a readable tar"):
+        ShardIndex.load(folder)
+    path.write_bytes(content[:place])  # cut off where a header was to follow
+    with pytest.raises(ValueError, match=r"train-000001\.tar: not a readable tar"):
+        ShardIndex.load(folder)
 
 
 def damage(folder: Path, extension: str, row: int, split_name: str = "train") -> str:
