@@ -21,6 +21,6 @@ trap 'kill -- "-$beside" 2> /dev/null || true' EXIT
 echo "the representation task trains beside the joint one; what it says is in $log"
 train joint max_steps=500 # fewer than the configuration's, for minutes
 echo "waiting for the representation task"
-wait "$beside" || { cat "$log" && exit 1; }
+wait "$beside" || { cat "$log"; exit 1; }
 sed -n "\\|^$out/representation · |,\$p" "$log"
 python launch/summary.py "$out"

@@ -183,7 +183,7 @@ class Config(_Section):
     tf32: bool = Field(False, description="Allow TF32 products in the networks on CUDA.")
     compile: bool = Field(False, description="Compile the networks with torch.compile.")
     cpu_threads: NonNegativeInt = Field(
-        0, description="Threads of a process on the CPU; 0: the machine's cores, shared out. Small networks need one."
+        0, description="Threads on the CPU, shared out among a machine's processes; 0: one a core. Small networks: 1."
     )
     deterministic: bool = Field(False, description="Deterministic algorithms alone: on CUDA, for resuming bit by bit.")
     micro_batch: NonNegativeInt = Field(

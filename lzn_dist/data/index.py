@@ -88,8 +88,8 @@ class Split:
 
 
 def tar_members(path: Path, file: io.RawIOBase | None = None) -> Iterator[tarfile.TarInfo]:
-    """The files in a tar without compression; file: where it is read from, if it is not open yet. ValueError, naming
-    path, where it is damaged."""
+    """The files in a tar without compression. file: the tar's own bytes, where it is not a file of its own but lies
+    inside another; path then only names it. ValueError, naming path, where it is damaged."""
     try:
         with tarfile.open(path, "r:", fileobj=file) as tar:
             yield from (member for member in tar if member.isfile())

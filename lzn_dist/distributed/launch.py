@@ -90,9 +90,9 @@ def build_accelerator(config: Config, launch: Launch) -> Accelerator:
         raise ConfigError("precision=float64 is for DDP and FSDP (launch/ddp.yaml, launch/fsdp.yaml), not DeepSpeed")
     on_cpu = not torch.cuda.is_available()
     if on_cpu:
-        # the launchers set OMP_NUM_THREADS to one, whoever wants more: it does not say what the user asks for
+        # a key of ours: launchers set OMP_NUM_THREADS to one unasked, so that it does not say what the user wants
         local = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-        torch.set_num_threads(config.cpu_threads or max(1, len(os.sched_getaffinity(0)) // local))
+        torch.set_num_threads(max(1, (config.cpu_threads or len(os.sched_getaffinity(0))) // local))
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
     else:
         torch.backends.cuda.matmul.allow_tf32 = config.tf32

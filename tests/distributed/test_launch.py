@@ -69,7 +69,7 @@ def test_the_cores_are_shared_among_the_processes_of_the_machine(monkeypatch: py
     monkeypatch.setenv("OMP_NUM_THREADS", "1")  # as launchers do
     found = []
     try:
-        for local, asked in (("1", 0), ("4", 0), ("24", 0), ("4", 5)):
+        for local, asked in (("1", 0), ("4", 0), ("24", 0), ("1", 5), ("2", 5), ("4", 1)):
             monkeypatch.setenv("LOCAL_WORLD_SIZE", local)
             overrides = [f"cpu_threads={asked}", "tracking.wandb=disabled"]
             build_accelerator(load_config(ROOT / "configs" / "digits_joint.yaml", overrides), Launch("single", 1))
@@ -77,4 +77,4 @@ def test_the_cores_are_shared_among_the_processes_of_the_machine(monkeypatch: py
     finally:
         torch.set_num_threads(before)
         AcceleratorState._reset_state(reset_partial_state=True)
-    assert found == [12, 3, 1, 5]
+    assert found == [12, 3, 1, 5, 2, 1]
