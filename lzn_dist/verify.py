@@ -165,7 +165,7 @@ def verify(config: Config, launch: Launch, accelerator: Accelerator, reference_m
     """The rows on the main process, an empty list on the others. Collective."""
     topology = Topology.current()
     precision = "float32" if launch.deepspeed is not None else "float64"
-    config = config.model_copy(update={"precision": precision, "tf32": False})
+    config = config.model_copy(update={"precision": precision})
     make_embedded_data(config, accelerator)
     state = build_state(config, launch, accelerator, checkpoint=None)
     accelerator.print(f"verify: {describe(state)}, {precision}")
@@ -192,6 +192,7 @@ def main(arguments: list[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     try:
         config = load_config(options.config, [*options.overrides, "tracking.wandb=disabled"])
+        config = config.model_copy(update={"tf32": False})  # before it is switched on for the process
         launch = Launch.asked()
         accelerator = build_accelerator(config, launch)
         rows = verify(config, launch, accelerator, options.micro_batch)

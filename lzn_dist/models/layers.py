@@ -6,7 +6,9 @@ state dicts of arXiv 2509.15591.
 
 from __future__ import annotations
 
+import functools
 import math
+import warnings
 from collections.abc import Sequence
 from contextlib import suppress
 from importlib import import_module
@@ -23,6 +25,12 @@ with suppress(ImportError, OSError):  # not installed, or built for another torc
     memory_efficient_attention = import_module("xformers.ops").memory_efficient_attention
 
 
+@functools.cache
+def _tell_of_torch(why: str) -> None:
+    """Once a process and reason: xformers has no kernel."""
+    warnings.warn(f"attention by torch instead of xformers: {why}", stacklevel=3)
+
+
 def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """softmax(q kᵀ / √dim) v over the tokens, each sample and head by itself.
 
@@ -35,8 +43,11 @@ def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         and q.dtype in (torch.float32, torch.float16, torch.bfloat16)
         and q.shape[-1] % 8 == 0
     ):
-        attended: Tensor = memory_efficient_attention(q, k, v)
-        return attended
+        try:
+            attended: Tensor = memory_efficient_attention(q, k, v)
+            return attended
+        except NotImplementedError as error:
+            _tell_of_torch(str(error).strip().splitlines()[0])
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))  # torch has the heads before the tokens
     return F.scaled_dot_product_attention(q, k, v).transpose(1, 2)
 

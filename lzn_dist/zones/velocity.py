@@ -32,8 +32,15 @@ from torch import Tensor
 from lzn_dist.zones.pairs import Pairs, PairScores
 from lzn_dist.zones.partial import Cotangent, Moments, Partial, Posterior
 
-# Elements of one tile of scores: the only memory that grows with rows times anchors.
+# Elements of one tile of scores, on a CPU and on a GPU: the only memory that grows with rows times anchors. A GPU waits
+# for launches where tiles are small (tests/benchmarks/gpu.py); 2²⁴ are 128 MB of float64 scores.
 TILE_ELEMENTS = 1 << 18
+GPU_TILE_ELEMENTS = 1 << 24
+
+
+def tile_elements(device: torch.device) -> int:
+    """Elements of a tile on this device."""
+    return GPU_TILE_ELEMENTS if device.type == "cuda" else TILE_ELEMENTS
 
 
 def posterior_mean(
@@ -85,7 +92,7 @@ class Block:
         return 0.5 * self.anchors64.square().sum(1)
 
     def tiles(self, rows: int) -> Iterator[slice]:
-        height = max(1, TILE_ELEMENTS // len(self))
+        height = max(1, tile_elements(self.raw.device) // len(self))
         return (slice(start, min(start + height, rows)) for start in range(0, rows, height))
 
     def _at_references(self, matrix: Tensor, index: Tensor, value: float) -> None:
@@ -323,7 +330,7 @@ class AnchorField:
     def _near(self, block: Block, e: Tensor, references: Tensor, index: Tensor, r: float) -> PairScores:
         # cancellation blurs the roots of tiny distances; a factor two covers it and the pairs are exact anyway
         pairs = block.near(e, references - self.centre, index, self.threshold, 0.5 * r)
-        return PairScores(block.raw, e, references, pairs, r, TILE_ELEMENTS)
+        return PairScores(block.raw, e, references, pairs, r, tile_elements(e.device))
 
     def near_posterior(self, e: Tensor, references: Tensor, index: Tensor, r: float) -> Posterior:
         parts = (self._near(block, e, references, index, r).part() for block in self.blocks() if len(block))
