@@ -12,16 +12,20 @@ time. A rank that dies meanwhile leaves a folder that is never taken for a check
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
+import re
 import shutil
+import sys
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import asdict, dataclass, field
+from itertools import count
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import torch
 import torch.distributed as dist
@@ -49,26 +53,108 @@ class CheckpointError(ValueError):
 
 # ── finding ─────────────────────────────────────────────────────────────────────────────────────────────────────────
 
+_NAME = re.compile(r"step_(\d{8,})")
+
 
 def is_complete(path: Path) -> bool:
     """Whether a folder is a checkpoint: its parts are renamed into place together, so these two speak for all."""
     return (path / "run.json").is_file() and (path / ".metadata").is_file()
 
 
+def _why_not_counted(path: Path) -> str:
+    """Why something in a run's ``checkpoints`` is none that the run wrote there; "" where it is one."""
+    name = _NAME.fullmatch(path.name)
+    if name is None or path.name != _name(int(name[1])):
+        return "its name is none that a run gives"
+    if path.is_symlink():
+        return "it is a link"
+    if not is_complete(path):
+        return "it is not complete"
+    with suppress(CheckpointError):  # a record that cannot be read is damage, of which resuming must hear
+        step = RunRecord.read(path).counters.step
+        if step != int(name[1]):
+            return f"it is a copy of step {step}"
+    return ""
+
+
+def _name(step: int) -> str:
+    return f"step_{step:08d}"
+
+
+def _step(path: Path) -> int:
+    return int(path.name.removeprefix("step_"))
+
+
 def complete_checkpoints(folder: Path) -> list[Path]:
-    """The complete checkpoints in a run's ``checkpoints``, oldest first."""
-    return sorted(path for path in folder.glob("step_*") if is_complete(path))
+    """The complete checkpoints that a run wrote to its ``checkpoints``, oldest first; not what a person put there."""
+    return sorted((path for path in folder.glob("step_*") if not _why_not_counted(path)), key=_step)
+
+
+def not_counted(folder: Path) -> list[str]:
+    """What looks like a checkpoint in a run's ``checkpoints`` and is none of its own, each with the reason."""
+    reasons = ((path.name, _why_not_counted(path)) for path in sorted(folder.glob("step_*")))
+    return [f"{name} ({why})" for name, why in reasons if why]
 
 
 def find_checkpoint(run_or_checkpoint: str | Path) -> Path:
-    """The checkpoint itself, or a run folder's newest complete one. Raises CheckpointError."""
+    """The checkpoint itself, whatever its name, or a run folder's newest complete one. Raises CheckpointError."""
     path = Path(run_or_checkpoint)
     if is_complete(path):
         return path
-    found = complete_checkpoints(path / "checkpoints")
+    found = complete_checkpoints(path / "checkpoints") or complete_checkpoints(path)
     if not found:
-        raise CheckpointError(f"no complete checkpoint in {path}: train a run there first, or name another folder")
+        others = not_counted(path / "checkpoints")
+        aside = f" (not counted: {', '.join(others)}; such a one can be named itself)" if others else ""
+        raise CheckpointError(
+            f"no complete checkpoint in {path}{aside}: train a run there first, or name another folder"
+        )
     return found[-1]
+
+
+@contextmanager
+def held_checkpoint(run_or_checkpoint: str | Path) -> Iterator[Path]:
+    """As `find_checkpoint`, of a checkpoint that its run does not remove within this context.
+
+    A shared lock on its run.json says so to the run, which may be writing newer ones meanwhile; where one goes before
+    it is locked, the next is taken. File systems without locks are read without.
+    """
+    while True:
+        path = find_checkpoint(run_or_checkpoint)
+        try:
+            record = (path / "run.json").open()
+        except OSError as error:
+            if path.exists():
+                raise CheckpointError(f"{path}/run.json cannot be read ({error.strerror})") from error
+            continue  # removed since: the run has a newer one, or the next look says that there is none
+        with record:
+            with suppress(OSError):
+                fcntl.flock(record, fcntl.LOCK_SH)
+            if _is_still(path, record):
+                yield path
+                return
+
+
+def _is_still(path: Path, record: IO[str]) -> bool:
+    """Whether an open run.json is (still) that of this path."""
+    try:
+        return os.path.samestat((path / "run.json").stat(), os.fstat(record.fileno()))
+    except OSError:
+        return False
+
+
+def _remove(path: Path, incarnation: int) -> None:
+    """Remove a checkpoint, unless somebody reads it: then a later call will."""
+    with (path / "run.json").open() as record:
+        try:
+            fcntl.flock(record, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return
+        except OSError:  # no locks here
+            pass
+        # out of sight first: half a folder must not look like a checkpoint
+        doomed = path.with_name(f".{path.name}.{incarnation}.tmp")
+        path.rename(doomed)
+    shutil.rmtree(doomed)
 
 
 def set_aside(folder: Path, resumed: Path | None, incarnation: int) -> Path | None:
@@ -78,17 +164,18 @@ def set_aside(folder: Path, resumed: Path | None, incarnation: int) -> Path | No
     must always be the run's own. folder: the run's ``checkpoints``; resumed: what it goes on from, which may be of
     another run. Returns where they are now, None where there was nothing to move.
     """
-    own = resumed is not None and resumed.parent.resolve() == folder.resolve()
-    past = resumed.name if own and resumed is not None else ""
-    moved = [path for path in complete_checkpoints(folder) if path.name > past]
+    past = -1
+    if resumed is not None and resumed.parent.resolve() == folder.resolve():
+        past = RunRecord.read(resumed).counters.step
+    moved = [path for path in complete_checkpoints(folder) if _step(path) > past]
     if not moved:
         return None
     aside = folder / "superseded" / str(incarnation)
     aside.mkdir(parents=True, exist_ok=True)
     for path in moved:
         path.rename(aside / path.name)
-    if own:
-        _write_text(folder / "latest", past)
+    if left := complete_checkpoints(folder):
+        _write_text(folder / "latest", left[-1].name)
     else:
         (folder / "latest").unlink(missing_ok=True)
     return aside
@@ -114,7 +201,9 @@ class RunRecord:
             if content["format"] != FORMAT:
                 raise CheckpointError(f"{path} has format {content['format']}, this version of lzn_dist reads {FORMAT}")
             return RunRecord(**{**content, "counters": Counters(**content["counters"])})
-        except (OSError, KeyError, TypeError, json.JSONDecodeError) as error:
+        except (OSError, KeyError, TypeError, AttributeError, ValueError) as error:
+            if isinstance(error, CheckpointError):
+                raise
             raise CheckpointError(f"{path}/run.json cannot be read ({error!r}); name an older checkpoint") from error
 
 
@@ -132,7 +221,23 @@ def _read_into(pieces: Mapping[str, Piece], path: Path) -> None:
     except CheckpointError:
         raise
     except (Exception, CheckpointException) as error:  # the latter is no Exception in torch
-        raise CheckpointError(f"{path} cannot be read ({error}); name an older checkpoint") from error
+        raise CheckpointError(_unreadable(path, unwrapped(error))) from error
+
+
+def unwrapped(error: BaseException) -> BaseException:
+    """What is behind the many lines in which torch wraps the errors of ranks that write or read."""
+    return next(iter(error.failures.values()))[0] if isinstance(error, CheckpointException) else error
+
+
+def _unreadable(path: Path, error: BaseException) -> str:
+    """One line: which file, why, and which checkpoints there are beside it."""
+    if isinstance(error, FileNotFoundError) and error.filename:
+        why = f"{Path(error.filename).name} is missing"
+    else:
+        why = f"{type(error).__name__}: {error}".splitlines()[0]
+    others = [str(other) for other in complete_checkpoints(path.parent) if other != path]
+    advice = f"resume=PATH or load(PATH) takes another: {', '.join(others[-3:])}" if others else "there is no other"
+    return f"{path} is damaged ({why}); {advice}"
 
 
 def check_model(shapes: Mapping[str, list[int]], record: RunRecord, path: Path) -> None:
@@ -204,10 +309,10 @@ def load_networks(run_or_checkpoint: str | Path) -> tuple[Networks, Config, int]
 
     Raises CheckpointError for a folder without a complete checkpoint or one of another model.
     """
-    path = find_checkpoint(run_or_checkpoint)
-    config = load_config(path / "config.yaml")
-    networks = build_networks(config)
-    record = load_weights(networks, path, averaged=True)
+    with held_checkpoint(run_or_checkpoint) as path:
+        config = load_config(path / "config.yaml")
+        networks = build_networks(config)
+        record = load_weights(networks, path, averaged=True)
     return networks.eval(), config, record.counters.step
 
 
@@ -274,7 +379,7 @@ class CheckpointWriter:
         self.thread.shutdown()
 
     def _write(self, pieces: dict[str, Piece], record: RunRecord, step: int) -> None:
-        final = self.folder / f"step_{step:08d}"
+        final = self.folder / _name(step)
         temporary = self.folder / f".{final.name}.{self.incarnation}.tmp"
         writer = dcp.FileSystemWriter(temporary, sync_files=True)
         dcp.save(
@@ -288,21 +393,33 @@ class CheckpointWriter:
         _sync(temporary / "config.yaml")
         _sync(temporary)
         with self.held():
-            if final.exists():
-                shutil.rmtree(final)
+            before = self._make_room(final)
             temporary.rename(final)
             _sync(self.folder)
             _write_text(self.folder / "latest", final.name)
-            self._prune()
+            if before is not None:
+                shutil.rmtree(before)
+            self._prune(final)
 
-    def _prune(self) -> None:
+    def _make_room(self, final: Path) -> Path | None:
+        """Move what stands where a checkpoint is to go: the run's own of this step out of sight, to be removed;
+        whatever else to another name, for its owner."""
+        if not os.path.lexists(final):
+            return None
+        if _why_not_counted(final):
+            free = (final.with_name(f"{final.name}.moved{n}") for n in count())
+            aside = next(path for path in free if not os.path.lexists(path))
+            final.rename(aside)
+            print(f"{final} was no checkpoint of this run: it is {aside.name} now", file=sys.stderr, flush=True)
+            return None
+        return final.rename(final.with_name(f".{final.name}.{self.incarnation}.before.tmp"))
+
+    def _prune(self, newest: Path) -> None:
+        """Of the run's own: never the one just written, which `latest` names, nor one that is being read."""
         every = self.config.keep_every
         for old in complete_checkpoints(self.folder)[: -self.config.keep_last]:
-            if not every or int(old.name.removeprefix("step_")) % every:
-                # out of sight first: half a folder must not look like a checkpoint
-                doomed = old.with_name(f".{old.name}.{self.incarnation}.tmp")
-                old.rename(doomed)
-                shutil.rmtree(doomed)
+            if old != newest and not (every and _step(old) % every == 0):
+                _remove(old, self.incarnation)
 
 
 def _record_shapes(engine: Engine) -> dict[str, list[int]]:

@@ -12,7 +12,7 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Callable
-from contextlib import nullcontext, suppress
+from contextlib import ExitStack, nullcontext, suppress
 from pathlib import Path
 from typing import NoReturn
 
@@ -20,7 +20,15 @@ import torch
 from accelerate import Accelerator
 from torch.distributed.checkpoint.api import CheckpointException
 
-from lzn_dist.checkpoint import CheckpointError, CheckpointWriter, average_pieces, find_checkpoint, set_aside
+from lzn_dist.checkpoint import (
+    CheckpointError,
+    CheckpointWriter,
+    average_pieces,
+    find_checkpoint,
+    not_counted,
+    set_aside,
+    unwrapped,
+)
 from lzn_dist.config import Config, ConfigError, load_config, save_config
 from lzn_dist.data import BatchStream, CorruptSampleError
 from lzn_dist.data.storage import RemoteError, is_remote
@@ -74,21 +82,23 @@ class Run:
             inception_network(config, accelerator.device)
         try:
             # from choosing the checkpoint to taking the folder nobody else may remove it
-            with nullcontext() if self.folder is None else self.folder.unchanging():
-                checkpoint = checkpoint_to_resume(config, self.topology.is_main)
+            with ExitStack() as held:
+                if self.folder is not None:
+                    held.enter_context(self.folder.unchanging())
+                checkpoint = checkpoint_to_resume(config, None if self.folder is None else held)
                 make_embedded_data(config, accelerator)
                 self.stream: BatchStream = open_stream(config, self.topology)
                 self.state: TrainState = build_state(config, launch, accelerator, checkpoint)
                 # taken last: a start that is refused must not stop a run that works
-                incarnation = same_everywhere(self._take(checkpoint) if self.folder is not None else None)
+                incarnation = everywhere(self._take(checkpoint) if self.folder is not None else None)[0]
         except (CheckpointError, ConfigError):
             raise
         except RemoteError as error:
             raise NoDataError(str(error), UNREADABLE) from error
         except (ValueError, OSError) as error:
             raise ConfigError(str(error)) from error
-        held = nullcontext if self.folder is None else self.folder.held
-        self.writer = CheckpointWriter(Path(config.output_dir) / "checkpoints", config, int(incarnation or 0), held)
+        writing = nullcontext if self.folder is None else self.folder.held
+        self.writer = CheckpointWriter(Path(config.output_dir) / "checkpoints", config, int(incarnation or 0), writing)
         self._announce(checkpoint)
         flops = training_flops_per_image(build_networks(config), config) if torch.cuda.is_available() else 0.0
         self.tracker = Tracker(config, accelerator, self.folder, self.state.counters.step, flops)
@@ -111,6 +121,8 @@ class Run:
             for change in changed_keys(load_config(checkpoint / "config.yaml"), self.config):
                 say(f"changed since that checkpoint: {change}")
         if self.folder is not None:
+            for other in not_counted(self.folder.path / "checkpoints"):
+                say(f"no checkpoint of this run, left as it is: {other}")
             with self.folder.held():
                 save_config(self.config, self.folder.path / "config.yaml")
         say(self.stream)
@@ -212,7 +224,7 @@ class Run:
         failed: list[str] = []
         for write in (self.writer.wait, self._checkpoint):  # a rank whose earlier one failed must not miss this one
             failed = sorted(set(everywhere(_problem(write))) - {""})
-        kept = f"without a checkpoint, {self._newest()} ({'; '.join(failed)})" if failed else "with a checkpoint"
+        kept = f"without a new checkpoint, {self._newest()} ({'; '.join(failed)})" if failed else "with a checkpoint"
         told = {(reason, code) for reason, code in everywhere((why, status)) if reason}
         reasons = "; ".join(sorted({reason for reason, _ in told}))
         # what only a person can mend outweighs what may come back by itself
@@ -225,9 +237,9 @@ class Run:
 
     def _newest(self) -> str:
         try:
-            return f"the newest is {find_checkpoint(self.config.output_dir)}"
+            return f"the newest checkpoint is {find_checkpoint(self.config.output_dir)}"
         except CheckpointError:
-            return "there is none"
+            return "there is no checkpoint"
 
     def _evaluate_or_stop(self) -> None:
         """Evaluate; NoDataError where images cannot be read. That may be so on this rank alone, the others being still
@@ -261,9 +273,10 @@ class Run:
             folder = Path(self.config.output_dir) / "nonfinite"
             folder.mkdir(exist_ok=True)
             torch.save(vars(samples), folder / f"batch_{samples.batch}_rank_{self.topology.rank}.pt")
+            _problem(self.writer.wait)  # one may be under way
             raise NonfiniteError(
-                f"{count} steps in a row had gradients that are not finite; the last batch is in {folder}, the weights "
-                "of the last good step in the newest checkpoint: lower the learning rate or look at the data"
+                f"{count} steps in a row had gradients that are not finite; the last batch is in {folder}, "
+                f"{self._newest()}: lower the learning rate or look at the data"
             )
 
     def _evaluate(self) -> None:
@@ -282,15 +295,10 @@ class Run:
         self.tracker.resume_clock(state.counters.step)
 
 
-def _unwrapped(error: BaseException) -> BaseException:
-    """What is behind the many lines in which torch wraps the errors of writing ranks."""
-    return next(iter(error.failures.values()))[0] if isinstance(error, CheckpointException) else error
-
-
 def _full_disk(error: BaseException | None) -> OSError | None:
     """The full disk (or quota) that is behind an error, if there is one."""
     while error is not None:
-        error = _unwrapped(error)
+        error = unwrapped(error)
         if isinstance(error, OSError):
             return error if disk_is_full(error) else None
         error = error.__cause__ or error.__context__
@@ -302,7 +310,7 @@ def _problem(action: Callable[[], None]) -> str:
     try:
         action()
     except (Exception, CheckpointException) as error:  # the latter is no Exception in torch
-        return repr(_full_disk(error) or _unwrapped(error)).splitlines()[0]
+        return repr(_full_disk(error) or unwrapped(error)).splitlines()[0]
     return ""
 
 

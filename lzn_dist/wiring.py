@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from contextlib import ExitStack
 from pathlib import Path
 
 import torch
 from accelerate import Accelerator
 
-from lzn_dist.checkpoint import CheckpointError, RunRecord, find_checkpoint, load_weights, resume_state
+from lzn_dist.checkpoint import CheckpointError, RunRecord, held_checkpoint, load_weights, resume_state
 from lzn_dist.config import Config, ConfigError
 from lzn_dist.data import (
     Batch,
@@ -146,12 +147,16 @@ def _averages(engine: Engine, config: Config) -> EMA:
     return EMA({name: piece.data for name, piece in engine.weights().items()}, config.optimizer.ema_decay)
 
 
-def checkpoint_to_resume(config: Config, is_main: bool) -> Path | None:
-    """The checkpoint that `resume` names, the same on every rank; None for a fresh start. Raises CheckpointError."""
+def checkpoint_to_resume(config: Config, held: ExitStack | None) -> Path | None:
+    """The checkpoint that `resume` names, the same on every rank; None for a fresh start. Raises CheckpointError.
+
+    held: on the main process, keeps it from being removed for as long as it is open; None on the others.
+    """
     found = error = None
-    if is_main and config.resume != "none":
+    if held is not None and config.resume != "none":
         try:
-            found = str(find_checkpoint(config.output_dir if config.resume == "auto" else config.resume))
+            named = config.output_dir if config.resume == "auto" else config.resume
+            found = str(held.enter_context(held_checkpoint(named)))
             RunRecord.read(Path(found))
         except CheckpointError as problem:
             error = None if config.resume == "auto" and found is None else str(problem)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import shutil
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
@@ -16,7 +18,10 @@ from lzn_dist.checkpoint import (
     CheckpointWriter,
     complete_checkpoints,
     find_checkpoint,
+    held_checkpoint,
+    load_networks,
     load_weights,
+    not_counted,
     resume_state,
     set_aside,
 )
@@ -178,9 +183,128 @@ def test_refusals_name_what_is_wrong(tmp_path: Path) -> None:
         load_weights(build_networks(small_config()), path)
 
 
-def test_a_truncated_file_is_refused(tmp_path: Path) -> None:
+def test_a_damaged_file_is_refused_in_one_line(tmp_path: Path) -> None:
     path = saved(tmp_path)
     for part in path.glob("*.distcp"):
         part.write_bytes(part.read_bytes()[: part.stat().st_size // 2])
-    with pytest.raises(CheckpointError, match="cannot be read"):
+    with pytest.raises(CheckpointError, match=r"is damaged \(.*\); there is no other$") as refused:
         resumed(small_config(), path)
+    assert "\n" not in str(refused.value)
+    shutil.copytree(path, path.with_name("step_00000003"))
+    record_step(path.with_name("step_00000003"), 3)
+    for part in path.glob("*.distcp"):
+        part.unlink()
+    wanted = rf"\.distcp is missing\); resume=PATH or load\(PATH\) takes another: {path.parent}/step_00000003$"
+    with pytest.raises(CheckpointError, match=wanted):
+        resumed(small_config(), path)
+
+
+# ── what a person puts beside them ──────────────────────────────────────────────────────────────────────────────────
+
+
+def record_step(path: Path, step: int) -> None:
+    record = json.loads((path / "run.json").read_text())
+    record["counters"]["step"] = step
+    (path / "run.json").write_text(json.dumps(record))
+
+
+def written(folder: Path, steps: list[int], *overrides: str) -> list[str]:
+    """Write checkpoints of these steps; the names of those that are there then."""
+    config = small_config(*overrides)
+    state = small_state(config)
+    saver = writer(folder, config)
+    for step in steps:
+        state.counters.step = step
+        saver.save(state)
+    saver.close()
+    return [path.name for path in complete_checkpoints(folder / "checkpoints")]
+
+
+NAMES = ["step_best", "step_00000004.bak", "step_9", "step_000000009", "step_00000099", "step_zz", "Step_00000010"]
+
+
+def test_copies_are_neither_the_newest_nor_pruned(tmp_path: Path) -> None:
+    """step_00000099, a copy of step 2, has a run's name but not its step."""
+    folder = tmp_path / "checkpoints"
+    written(tmp_path, [2, 4], "keep_last=9")
+    for name in NAMES:
+        shutil.copytree(folder / "step_00000002", folder / name)
+        assert find_checkpoint(tmp_path).name == "step_00000004", name
+        assert find_checkpoint(folder / name) == folder / name  # named itself, it is one
+    assert [line.split(" ")[0] for line in not_counted(folder)] == sorted(set(NAMES) - {"Step_00000010"})
+    assert written(tmp_path, [6, 8], "keep_last=1", "keep_every=4") == ["step_00000004", "step_00000008"]
+    assert set_aside(folder, folder / "step_00000004", 7) is not None
+    assert find_checkpoint(tmp_path).name == (folder / "latest").read_text() == "step_00000004"
+    assert all((folder / name / "run.json").is_file() for name in NAMES)
+
+
+def test_links_and_files_are_left_alone(tmp_path: Path) -> None:
+    folder = tmp_path / "checkpoints"
+    written(tmp_path, [2, 4], "keep_last=9")
+    (folder / "step_00000009").symlink_to(folder / "step_00000002")
+    (folder / "step_00000010").write_text("my notes")
+    (folder / "step_00000011").symlink_to(folder / "nowhere")
+    assert find_checkpoint(tmp_path).name == "step_00000004"
+    # and what stands in the way of a checkpoint gets out of it, whole
+    assert written(tmp_path, [9, 10, 11], "keep_last=9")[-3:] == ["step_00000009", "step_00000010", "step_00000011"]
+    assert (folder / "step_00000010.moved0").read_text() == "my notes"
+    assert (folder / "step_00000009.moved0").is_symlink() and (folder / "step_00000011.moved0").is_symlink()
+
+
+def test_steps_are_ordered_as_numbers(tmp_path: Path) -> None:
+    assert written(tmp_path, [99_999_999, 100_000_000], "keep_last=9")[-1] == "step_100000000"
+    assert written(tmp_path, [100_000_001], "keep_last=2") == ["step_100000000", "step_100000001"]
+
+
+def test_the_checkpoint_just_written_stays_whatever_else_is_there(tmp_path: Path) -> None:
+    """A later one of another course, put there by hand as it was written, is the newest: but not the only one."""
+    folder = tmp_path / "checkpoints"
+    written(tmp_path / "other", [50])
+    folder.mkdir()
+    shutil.copytree(tmp_path / "other" / "checkpoints" / "step_00000050", folder / "step_00000050")
+    assert written(tmp_path, [2], "keep_last=1") == ["step_00000002", "step_00000050"]
+    assert (folder / "latest").read_text() == "step_00000002"
+
+
+def test_what_is_being_read_stays_and_goes_later(tmp_path: Path) -> None:
+    written(tmp_path, [2], "keep_last=1")
+    with held_checkpoint(tmp_path) as path:
+        assert written(tmp_path, [4], "keep_last=1") == ["step_00000002", "step_00000004"]
+        assert load_networks(path)[2] == 2
+    assert written(tmp_path, [6], "keep_last=1") == ["step_00000006"]
+
+
+def test_a_reader_takes_the_newer_one_where_its_own_goes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Between finding a checkpoint and locking it, it may be gone."""
+    written(tmp_path, [2], "keep_last=1")
+    found = iter([lambda: written(tmp_path, [4], "keep_last=1"), lambda: None])
+
+    def find(run: Path) -> Path:
+        path = find_checkpoint(run)
+        next(found)()
+        return path
+
+    monkeypatch.setattr("lzn_dist.checkpoint.find_checkpoint", find)
+    assert load_networks(tmp_path)[2] == 4
+
+
+def test_loading_beside_a_writer_that_keeps_one(tmp_path: Path) -> None:
+    written(tmp_path, [1], "keep_last=1")
+    ended = threading.Event()
+
+    def write() -> None:
+        config = small_config("keep_last=1")
+        state, saver = small_state(config), writer(tmp_path, config)
+        while not ended.is_set():
+            state.counters.step += 1
+            saver.save(state)
+        saver.close()
+
+    thread = threading.Thread(target=write)
+    thread.start()
+    try:
+        steps = [load_networks(tmp_path)[2] for _ in range(15)]
+    finally:
+        ended.set()
+        thread.join()
+    assert sorted(steps) == steps and steps[-1] > steps[0]
