@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 from lzn_dist.data.prepare import check
+from lzn_dist.terminal import command
 
 
 def main() -> int:
@@ -28,4 +29,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(command(main))

@@ -17,6 +17,7 @@ import argparse
 import json
 import os
 import re
+import signal
 import statistics
 import subprocess
 import sys
@@ -32,6 +33,7 @@ from tqdm import tqdm
 
 from lzn_dist.config import ConfigError, load_config
 from lzn_dist.run_folder import read_lines, write_json
+from lzn_dist.terminal import command
 from lzn_dist.wiring import changed_keys
 
 
@@ -163,6 +165,9 @@ def _cost(run: Path) -> Cost:
     return Cost(config.max_steps, config.data.global_batch / statistics.median(rates[1:] or rates))
 
 
+_running: set[subprocess.Popen[bytes]] = set()
+
+
 def run_job(job: Job, launch: str, threads: int) -> None:
     """Train and evaluate; the output goes to the run's log.txt. Raises RuntimeError with its last lines."""
     if job.finished():
@@ -182,7 +187,11 @@ def run_job(job: Job, launch: str, threads: int) -> None:
     environment = {"OMP_WAIT_POLICY": "passive", "OMP_NUM_THREADS": str(threads), **os.environ}
     with (job.folder / "log.txt").open("w") as log:
         for command in commands:
-            if subprocess.run(command, stdout=log, stderr=log, env=environment).returncode:
+            with subprocess.Popen(command, stdout=log, stderr=log, env=environment) as process:
+                _running.add(process)
+                status = process.wait()
+                _running.discard(process)
+            if status:
                 last = (job.folder / "log.txt").read_text().strip().splitlines()[-3:]
                 raise RuntimeError(f"{job.row.name}, seed {job.seed}, failed: {' '.join(last)} ({job.folder}/log.txt)")
 
@@ -198,6 +207,8 @@ def run_all(jobs: list[Job], launch: str, at_once: int, bar: tqdm[Any]) -> None:
                 bar.set_postfix_str(f"{job.row.name}, seed {job.seed}")
                 bar.update()
         except BaseException:
+            for process in tuple(_running):  # training leaves a checkpoint: the same command goes on from it
+                process.terminate()
             pool.shutdown(cancel_futures=True)
             raise
 
@@ -257,6 +268,9 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--jobs", type=int, default=0, metavar="N", help="runs at once (default: the file's, or 1)")
     parser.add_argument("--launch", default="", metavar="FILE", help="a launch configuration, as launch/ddp.yaml")
     options = parser.parse_intermixed_args(arguments)
+    for number in (signal.SIGTERM, signal.SIGHUP):  # as Ctrl-C: its jobs must not run on without it
+        if signal.getsignal(number) is signal.SIG_DFL:
+            signal.signal(number, signal.default_int_handler)
     try:
         given = {"output_dir": options.output, "seeds": options.seeds, "jobs": options.jobs}
         given = {key: value for key, value in given.items() if value}
@@ -295,4 +309,4 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(command(main))

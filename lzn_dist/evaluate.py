@@ -27,6 +27,7 @@ from lzn_dist.evaluation.linear_probe import ProbeSettings, published_probe
 from lzn_dist.exit_status import REFUSED, status_of
 from lzn_dist.model import LZN, MissingCapability, load
 from lzn_dist.run_folder import write_json
+from lzn_dist.terminal import command
 
 
 def table(values: dict[str, float], title: str) -> str:
@@ -118,4 +119,4 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(command(main))

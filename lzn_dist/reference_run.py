@@ -18,6 +18,7 @@ from lzn_dist.config import ConfigError, load_config, save_config
 from lzn_dist.models.reference_checkpoint import CASES, ReferenceNetworks, load_reference_checkpoint
 from lzn_dist.run_folder import RunFolder
 from lzn_dist.step import Counters
+from lzn_dist.terminal import command
 from lzn_dist.wiring import single_state
 
 CONFIGS = Path(__file__).parents[1] / "configs"
@@ -79,4 +80,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(command(main))

@@ -22,6 +22,8 @@ from lzn_dist.flops import peak_flops
 from lzn_dist.run_folder import RunFolder, read_lines
 from lzn_dist.step import Counters
 
+WANDB_SECONDS = 15.0  # for its service to answer, and its server where it is online
+
 
 def wandb_mode(asked: str) -> str:
     """What tracking.wandb=auto is: WANDB_MODE where it is set, else online where wandb knows a key of the user's."""
@@ -29,9 +31,12 @@ def wandb_mode(asked: str) -> str:
         return asked
     if mode := os.environ.get("WANDB_MODE"):
         return mode
-    import wandb  # a second: not for runs without it
+    try:
+        import wandb  # a second: not for runs without it
 
-    return "online" if wandb.login(prompt=False, verify=False) else "offline"
+        return "online" if wandb.login(prompt=False, verify=False) else "offline"
+    except Exception:  # it looks for the user's files, and there may be no user, home or wandb; starting it tells
+        return "offline"
 
 
 class BadSamples:
@@ -92,19 +97,37 @@ class Tracker:
             desc=config.task, file=sys.stderr, mininterval=1.0,
         )  # fmt: skip
         self.last_time, self.last_step = perf_counter(), step
-        mode = "disabled" if folder is None else wandb_mode(config.tracking.wandb)
-        self.tracks = mode != "disabled"
-        if self.tracks:
-            os.environ.setdefault("WANDB_SILENT", "true")
-            output = Path(config.output_dir)
-            settings = {"dir": str(output), "mode": mode, "name": output.name}
-            try:
-                accelerator.init_trackers(config.tracking.project, config.model_dump(mode="json"), {"wandb": settings})
-            except Exception as error:
-                raise ConfigError(
-                    f"wandb does not start ({' '.join(str(error).split())}): log in (wandb login), or set "
-                    "tracking.wandb=offline or disabled"
-                ) from error
+        asked = config.tracking.wandb
+        mode = "disabled" if folder is None else wandb_mode(asked)
+        self.tracks = False
+        if mode == "disabled":
+            return
+        os.environ.setdefault("WANDB_SILENT", "true")
+        why = self._start(mode)
+        if why and asked != "auto":
+            raise ConfigError(
+                f"wandb does not start ({why}): log in (wandb login), or set tracking.wandb=offline or disabled"
+            )
+        if why and mode == "online":
+            print(f"wandb does not start online ({why}): going on offline", file=sys.stderr)
+            why = self._start("offline")
+        if why:
+            print(f"wandb does not start ({why}): going on without it", file=sys.stderr)
+
+    def _start(self, mode: str) -> str:
+        """Start wandb; returns why it does not, in a line."""
+        output = Path(self.config.output_dir)
+        settings: dict[str, Any] = {"dir": str(output), "mode": mode, "name": output.name}
+        try:
+            import wandb
+
+            settings["settings"] = wandb.Settings(init_timeout=WANDB_SECONDS)
+            values = self.config.model_dump(mode="json")
+            self.accelerator.init_trackers(self.config.tracking.project, values, {"wandb": settings})
+        except Exception as error:
+            return " ".join(f"{type(error).__name__}: {error}".split())[:300]
+        self.tracks = True
+        return ""
 
     def log(
         self, counters: Counters, scalars: dict[str, Tensor], lr: dict[str, float], seconds: dict[str, float]
@@ -145,8 +168,13 @@ class Tracker:
     def _write(self, name: str, row: dict[str, Any], prefix: str = "") -> None:
         assert self.folder is not None
         self.folder.append(name, row)
-        if self.tracks:
+        if not self.tracks:
+            return
+        try:
             self.accelerator.log({prefix + k: v for k, v in row.items() if k != "step"}, step=row["step"])
+        except Exception as error:  # it must not cost the run
+            self.tracks = False
+            print(f"wandb takes no more ({type(error).__name__}: {error}): going on without it", file=sys.stderr)
 
     def close(self) -> None:
         self.bar.close()

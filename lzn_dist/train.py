@@ -3,13 +3,15 @@
 Every task, on one process or many, goes through this loop. CONFIG is a YAML file of configs/; key=value overrides
 any of its keys (max_steps=100 optimizer.encoder_lr=1e-4). The engine (DDP, ZeRO, FSDP2) is the one of the launch
 configuration (--config_file launch/zero2.yaml). Results, metrics and checkpoints go to output_dir; running the same
-command again resumes from the newest complete checkpoint. SIGTERM, SIGUSR1 and SIGUSR2 end the run at the next step
-with a checkpoint and exit status 75: run it again to go on.
+command again resumes from the newest complete checkpoint. Ctrl-C, a closed terminal (SIGHUP), SIGTERM, SIGUSR1 and
+SIGUSR2 end the run at the next step with a checkpoint and exit status 75: run it again to go on. A second Ctrl-C ends
+it at once, without one (130). Launchers have an exit status of their own, 1 for any of these.
 """
 
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from collections.abc import Callable
 from contextlib import ExitStack, nullcontext, suppress
@@ -33,7 +35,7 @@ from lzn_dist.config import Config, ConfigError, load_config, save_config
 from lzn_dist.data import BatchStream, CorruptSampleError
 from lzn_dist.data.storage import RemoteError, is_remote
 from lzn_dist.distributed import Topology
-from lzn_dist.distributed.guard import Signals, Watchdog
+from lzn_dist.distributed.guard import Signals, Watchdog, end_with_launcher
 from lzn_dist.distributed.launch import Launch, build_accelerator, everywhere, same_everywhere
 from lzn_dist.distributed.pieces import gather_pieces
 from lzn_dist.exit_status import FINISHED, PREEMPTED, REFUSED, UNREADABLE, disk_is_full, status_of
@@ -43,6 +45,7 @@ from lzn_dist.networks import build_networks
 from lzn_dist.objectives import Samples
 from lzn_dist.run_folder import RunFolder, SupersededError, read_lines
 from lzn_dist.step import TrainState, train_step
+from lzn_dist.terminal import command
 from lzn_dist.tracking import BadSamples, Tracker
 from lzn_dist.wiring import (
     build_state,
@@ -54,6 +57,8 @@ from lzn_dist.wiring import (
     open_stream,
     prepare_samples,
 )
+
+SLOW_TO_SAVE = 2.0  # GB a process: what a slow disk may not take within the launcher's patience
 
 
 class NonfiniteError(RuntimeError):
@@ -131,6 +136,12 @@ class Run:
             f"{self.config.task}: {sum(shapes):,} parameters, {describe(state)}, "
             f"step {state.counters.step} to {self.config.max_steps}"
         )
+        size = 16 * sum(shapes) / self.topology.world_size / 1e9  # weights, averages and two moments in float32
+        if "TORCHELASTIC_RUN_ID" in os.environ and size > SLOW_TO_SAVE:
+            say(
+                f"a checkpoint is {size:.0f} GB a process: ended by Ctrl-C or SIGTERM, the launcher kills what has not "
+                "saved within 30 s; SIGUSR1 to any of the processes gives them the time that they need"
+            )
 
     def status(self, status: str, why: str = "") -> None:
         if self.folder is not None:
@@ -139,9 +150,9 @@ class Run:
 
     def train(self) -> int:
         """Run to the end; returns the exit status."""
-        self.status("running")
         try:
-            with Signals() as signals:
+            with Signals(self._stopped_at_once) as signals:
+                self.status("running")
                 ended = self._loop(signals)
                 self.writer.close()
                 if ended:
@@ -153,12 +164,17 @@ class Run:
         except SupersededError:
             raise
         except BaseException as error:
-            self.tracker.bar.close()  # what is said next begins a line
             with suppress(OSError):  # on a full disk: it must not hide the reason
                 self.status("failed", f"{type(error).__name__}: {error}")
+            self.tracker.bar.close()  # what is said next begins a line
             raise
         self.tracker.close()
         return PREEMPTED if ended else FINISHED
+
+    def _stopped_at_once(self) -> None:
+        """A second Ctrl-C: the last words."""
+        print(f"\nstopped at once: {self._newest()}", file=sys.stderr, flush=True)
+        self.status("failed", f"ended at once by a second Ctrl-C; {self._newest()}")
 
     def _loop(self, signals: Signals) -> str:
         """Steps up to max_steps, or to a signal, whose name is returned."""
@@ -321,6 +337,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("config", help="a YAML file, for example configs/digits_joint.yaml")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="overrides of its keys")
     options = parser.parse_args(arguments)
+    end_with_launcher()
     try:
         config = load_config(options.config, options.overrides)
         launch = Launch.asked()
@@ -341,4 +358,4 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(command(main))

@@ -34,6 +34,7 @@ from lzn_dist.distributed.launch import Launch, build_accelerator, same_everywhe
 from lzn_dist.distributed.pieces import gather_pieces
 from lzn_dist.networks import Networks
 from lzn_dist.step import TrainState, apply_gradients, compute_gradients
+from lzn_dist.terminal import command
 from lzn_dist.wiring import (
     build_state,
     describe,
@@ -209,4 +210,4 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(command(main))

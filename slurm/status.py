@@ -12,6 +12,7 @@ import time
 from pathlib import Path
 
 from lzn_dist.cluster.watch import look_at, table
+from lzn_dist.terminal import command
 
 
 def main() -> int:
@@ -39,4 +40,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(command(main))

@@ -23,6 +23,7 @@ from lzn_dist.cluster.submission import (
     submit,
 )
 from lzn_dist.config import ConfigError
+from lzn_dist.terminal import command
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -68,4 +69,4 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(command(main))

@@ -26,6 +26,7 @@ from torch import Tensor
 
 from lzn_dist import __version__
 from lzn_dist.config import ConfigError, load_config
+from lzn_dist.terminal import command
 
 MEGABYTES = 32  # of a message between nodes
 ROUNDS = 8  # pairs that each node is measured in, at most
@@ -182,4 +183,4 @@ def report(
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(command(main))

@@ -24,6 +24,7 @@ from lzn_dist.data.index import ABSENT, ShardIndex, Split
 from lzn_dist.data.pixels import RandomResizedCrops, decode, resize
 from lzn_dist.data.shards import to_unit_range
 from lzn_dist.keyed_random import make_key, permutation
+from lzn_dist.terminal import command
 
 LOOKED_AT = 500  # images whose sizes are measured
 
@@ -178,4 +179,4 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(command(main))

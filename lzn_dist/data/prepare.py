@@ -39,6 +39,7 @@ from lzn_dist import __version__
 from lzn_dist.data.index import MANIFEST, Shard, ShardIndex, Split, hash_file, make_split, scan_tar, write_manifest
 from lzn_dist.data.pixels import convert, load_with_pillow
 from lzn_dist.keyed_random import make_key, permutation
+from lzn_dist.terminal import INTERRUPTED, steady_output
 
 PLAN = ".plan.json"  # what a folder is being filled with
 LOCK = ".lock"  # whoever fills the folder, and its workers, hold a lock on this file
@@ -433,6 +434,7 @@ def parser(description: str | None, default_output: str = "") -> argparse.Argume
 
 def run(make_source: Callable[[argparse.Namespace], Source], arguments: argparse.Namespace) -> int:
     """What a script does; returns the exit status: 0, or 2 for what the user can mend, said in one line."""
+    steady_output()
     try:
         options = Options(**{key: getattr(arguments, key) for key in Options.__dataclass_fields__})
         prepare(make_source(arguments), options, dry_run=arguments.dry_run)
@@ -444,7 +446,7 @@ def run(make_source: Callable[[argparse.Namespace], Source], arguments: argparse
         return 2
     except KeyboardInterrupt:
         print("stopped; finished shards are kept: repeat the command to go on", file=sys.stderr)
-        return 130
+        return INTERRUPTED
     return 0
 
 

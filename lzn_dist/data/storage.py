@@ -5,7 +5,6 @@ from __future__ import annotations
 import errno
 import fcntl
 import functools
-import getpass
 import hashlib
 import os
 import random
@@ -59,7 +58,7 @@ def open_storage(folder: str, cache: str | Path, retry_seconds: float) -> Storag
     """The storage of a path or a URL. cache: folder for remote bytes, by default one of the system's for such files."""
     if not is_remote(folder):
         return LocalStorage(Path(folder))
-    default = Path(tempfile.gettempdir()) / f"lzn_dist-{getpass.getuser()}"
+    default = Path(tempfile.gettempdir()) / f"lzn_dist-{os.getuid()}"
     return RemoteStorage(folder.rstrip("/"), Path(cache or default).expanduser(), retry_seconds)
 
 

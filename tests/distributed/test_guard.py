@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from lzn_dist.distributed.guard import Signals, Watchdog
+from lzn_dist.distributed.guard import SIGNALS, Signals, Watchdog
 from lzn_dist.stopwatch import Stopwatch
 
 WORKER = Path(__file__).with_name("watchdog_worker.py")
@@ -24,6 +24,65 @@ def test_signals_are_remembered_and_handlers_put_back() -> None:
         os.kill(os.getpid(), signal.SIGUSR1)
         assert signals.received == "SIGUSR1"
     assert signal.getsignal(signal.SIGUSR1) is before
+
+
+@pytest.mark.parametrize("number", SIGNALS)
+def test_every_signal_that_asks_to_end_is_heard(number: signal.Signals) -> None:
+    with Signals() as signals:
+        os.kill(os.getpid(), number)
+        assert signals.received == number.name
+
+
+@pytest.mark.parametrize("number", [signal.SIGHUP, signal.SIGINT], ids=["nohup", "background"])
+def test_what_is_ignored_at_the_start_stays_ignored(number: signal.Signals) -> None:
+    before = signal.signal(number, signal.SIG_IGN)
+    try:
+        with Signals() as signals:
+            for _ in range(2):
+                os.kill(os.getpid(), number)
+            assert signals.received == ""
+        assert signal.getsignal(number) is signal.SIG_IGN
+    finally:
+        signal.signal(number, before)
+
+
+def test_a_second_interrupt_ends_a_process_that_hears_nothing(tmp_path: Path) -> None:
+    """It waits in C with the signals' Python handlers held back, as in a collective; not so the launcher's own repeat
+    of the first. The last words may hang, too."""
+    program = (
+        "import ctypes, sys, threading; from lzn_dist.distributed.guard import Signals\n"
+        "def last(): print('last words', flush=True); threading.Event().wait()\n"
+        "with Signals(last): print('ready', flush=True); ctypes.CDLL(None).sleep(0); "
+        "[ctypes.PyDLL(None).poll(0, 0, 0) or ctypes.CDLL(None).pause() for _ in range(9)]"
+    )
+    with subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None and process.stdout.readline() == "ready\n"
+        for _ in range(2):
+            process.send_signal(signal.SIGINT)
+            time.sleep(0.2)
+        assert process.poll() is None
+        time.sleep(1.0)
+        process.send_signal(signal.SIGINT)
+        assert process.wait(timeout=30) == 130
+        assert process.stdout.read() == "last words\n"
+
+
+def test_a_process_ends_with_its_launcher(tmp_path: Path) -> None:
+    """A launcher that is killed, or ends without a word to its process: SIGTERM, as from one that passes it on."""
+    program = (
+        "import os, subprocess, sys\n"
+        "child = 'import time; from lzn_dist.distributed.guard import *; end_with_launcher()\\n"
+        'with Signals() as s:\\n  print("ready", flush=True)\\n  while not s.received: time.sleep(0.01)\\n'
+        "  print(s.received, flush=True)'\n"
+        "subprocess.Popen([sys.executable, '-c', child]); sys.stdin.read(1); os.kill(os.getpid(), 9)"
+    )
+    environment = {**os.environ, "ACCELERATE_MIXED_PRECISION": "no"}
+    with subprocess.Popen(
+        [sys.executable, "-c", program], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment
+    ) as launcher:
+        assert launcher.stdout is not None and launcher.stdout.readline() == "ready\n"
+        said, _ = launcher.communicate("x", timeout=60)
+        assert said == "SIGTERM\n"
 
 
 def test_a_long_step_is_reported_once_and_time_between_steps_is_not(capfd: pytest.CaptureFixture[str]) -> None:
