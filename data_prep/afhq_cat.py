@@ -6,12 +6,12 @@ python data_prep/afhq_cat.py --archive afhq.zip --output data/afhq_cat --resize 
 from __future__ import annotations
 
 import sys
-from pathlib import Path
 
 from lzn_dist.data.prepare import parser, run
 from lzn_dist.data.sources import AFHQCat
+from lzn_dist.paths import path_argument
 
 if __name__ == "__main__":
     options = parser(__doc__)
-    options.add_argument("--archive", type=Path, required=True, metavar="ZIP", help="afhq.zip or afhq_v2.zip")
+    options.add_argument("--archive", type=path_argument, required=True, metavar="ZIP", help="afhq.zip or afhq_v2.zip")
     sys.exit(run(lambda given: AFHQCat(given.archive), options.parse_args()))

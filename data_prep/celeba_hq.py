@@ -6,12 +6,14 @@ python data_prep/celeba_hq.py --folder celeba_hq_images --output data/celeba_hq 
 from __future__ import annotations
 
 import sys
-from pathlib import Path
 
 from lzn_dist.data.prepare import parser, run
 from lzn_dist.data.sources import ImageFolder
+from lzn_dist.paths import path_argument
 
 if __name__ == "__main__":
     options = parser(__doc__)
-    options.add_argument("--folder", type=Path, required=True, metavar="DIR", help="images, also in folders below it")
+    options.add_argument(
+        "--folder", type=path_argument, required=True, metavar="DIR", help="images, also in folders below it"
+    )
     sys.exit(run(lambda given: ImageFolder(given.folder, labelled=False, name="CelebA-HQ"), options.parse_args()))

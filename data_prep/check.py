@@ -5,15 +5,15 @@ from __future__ import annotations
 import argparse
 import os
 import sys
-from pathlib import Path
 
 from lzn_dist.data.prepare import check
+from lzn_dist.paths import path_argument
 from lzn_dist.terminal import command
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("folder", type=Path, metavar="DIR", help="folder of the shards")
+    parser.add_argument("folder", type=path_argument, metavar="DIR", help="folder of the shards")
     parser.add_argument("--decode", action="store_true", help="decode every image too")
     parser.add_argument("--processes", type=int, default=os.cpu_count() or 1, metavar="N", help="default: all cores")
     options = parser.parse_args()

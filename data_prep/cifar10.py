@@ -6,14 +6,18 @@ python data_prep/cifar10.py --archive cifar-10-python.tar.gz --output data/cifar
 from __future__ import annotations
 
 import sys
-from pathlib import Path
 
 from lzn_dist.data.prepare import parser, run
 from lzn_dist.data.sources import CIFAR10
+from lzn_dist.paths import path_argument
 
 if __name__ == "__main__":
     options = parser(__doc__)
     options.add_argument(
-        "--archive", type=Path, required=True, metavar="TGZ", help="cifar-10-python.tar.gz or cifar-10-binary.tar.gz"
+        "--archive",
+        type=path_argument,
+        required=True,
+        metavar="TGZ",
+        help="cifar-10-python.tar.gz or cifar-10-binary.tar.gz",
     )
     sys.exit(run(lambda given: CIFAR10(given.archive), options.parse_args()))

@@ -9,15 +9,15 @@ a header and the columns path (from FOLDER on), label and, if wanted, split. Or 
 from __future__ import annotations
 
 import sys
-from pathlib import Path
 
 from lzn_dist.data.prepare import parser, run
 from lzn_dist.data.sources import ImageFolder
+from lzn_dist.paths import path_argument
 
 if __name__ == "__main__":
     options = parser(__doc__)
-    options.add_argument("--folder", type=Path, required=True, metavar="DIR", help="folder of the images")
+    options.add_argument("--folder", type=path_argument, required=True, metavar="DIR", help="folder of the images")
     how = options.add_mutually_exclusive_group()
-    how.add_argument("--csv", type=Path, metavar="FILE", help="columns path, label and perhaps split")
+    how.add_argument("--csv", type=path_argument, metavar="FILE", help="columns path, label and perhaps split")
     how.add_argument("--unlabelled", action="store_true", help="images without classes")
     sys.exit(run(lambda given: ImageFolder(given.folder, not given.unlabelled, given.csv), options.parse_args()))

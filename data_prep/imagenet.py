@@ -9,14 +9,16 @@ Splits train and val; classes 0 to 999 in the order of their sorted WNIDs. The p
 from __future__ import annotations
 
 import sys
-from pathlib import Path
 
 from lzn_dist.data.prepare import parser, run
 from lzn_dist.data.sources import ImageNet
+from lzn_dist.paths import path_argument
 
 if __name__ == "__main__":
     options = parser(__doc__)
-    options.add_argument("--train", type=Path, required=True, metavar="TAR", help="ILSVRC2012_img_train.tar")
-    options.add_argument("--val", type=Path, required=True, metavar="TAR", help="ILSVRC2012_img_val.tar")
-    options.add_argument("--devkit", type=Path, required=True, metavar="TGZ", help="ILSVRC2012_devkit_t12.tar.gz")
+    options.add_argument("--train", type=path_argument, required=True, metavar="TAR", help="ILSVRC2012_img_train.tar")
+    options.add_argument("--val", type=path_argument, required=True, metavar="TAR", help="ILSVRC2012_img_val.tar")
+    options.add_argument(
+        "--devkit", type=path_argument, required=True, metavar="TGZ", help="ILSVRC2012_devkit_t12.tar.gz"
+    )
     sys.exit(run(lambda given: ImageNet(given.train, given.val, given.devkit), options.parse_args()))

@@ -40,6 +40,7 @@ from lzn_dist.distributed.pieces import Piece, PieceLoader, PieceSaver, share, w
 from lzn_dist.distributed.topology import Topology
 from lzn_dist.models.ema import EMA
 from lzn_dist.networks import Networks, build_networks
+from lzn_dist.paths import expand_path
 from lzn_dist.step import Counters, TrainState
 
 FORMAT = 2
@@ -98,7 +99,10 @@ def not_counted(folder: Path) -> list[str]:
 
 def find_checkpoint(run_or_checkpoint: str | Path) -> Path:
     """The checkpoint itself, whatever its name, or a run folder's newest complete one. Raises CheckpointError."""
-    path = Path(run_or_checkpoint)
+    try:
+        path = Path(expand_path(str(run_or_checkpoint)))
+    except ValueError as error:
+        raise CheckpointError(str(error)) from None
     if is_complete(path):
         return path
     found = complete_checkpoints(path / "checkpoints") or complete_checkpoints(path)

@@ -25,16 +25,17 @@ from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Annotated, Any, NamedTuple
 
-import yaml
-from pydantic import BaseModel, ConfigDict, Field, PositiveInt, ValidationError, field_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, PositiveInt, ValidationError, field_validator
 from tqdm import tqdm
 
 from lzn_dist.config import ConfigError, load_config
+from lzn_dist.paths import expand_path, folder_or_url, path_argument
 from lzn_dist.run_folder import read_lines, write_json
 from lzn_dist.terminal import command
 from lzn_dist.wiring import changed_keys
+from lzn_dist.yaml_core import read_yaml
 
 
 class _Part(BaseModel):
@@ -59,7 +60,7 @@ class Table(_Part):
 
 
 class Comparison(_Part):
-    output_dir: str
+    output_dir: Annotated[str, AfterValidator(expand_path)]
     seeds: list[int] = Field(min_length=1)
     tables: list[Table] = Field(min_length=1)
     jobs: PositiveInt = 1
@@ -102,12 +103,12 @@ def read_comparison(path: Path, given: dict[str, Any] | None = None) -> Comparis
     """Read a comparison and check that its rows fit together. given: values instead of the file's. Raises ConfigError,
     naming file and row."""
     try:
-        found = Comparison.model_validate({**yaml.safe_load(path.read_text()), **(given or {})})
-    except (OSError, TypeError, yaml.YAMLError) as error:
-        raise ConfigError(f"{path} cannot be read: {error}") from error
+        found = Comparison.model_validate({**read_yaml(path), **(given or {})})
     except ValidationError as error:
         problems = (f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors())
         raise ConfigError("\n".join(f"{path}: {problem}" for problem in problems)) from None
+    except (OSError, TypeError, ValueError) as error:
+        raise ConfigError(f"{path} cannot be read: {error}") from error
     rows = [row for table in found.tables for row in table.rows]
     trained = {row.name for row in rows if row.config}
     if len({_slug(row.name) for row in rows}) != len(rows):
@@ -261,12 +262,14 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="lzn_dist.compare", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("comparison", type=Path, help="a YAML file, for example configs/compare/digits.yaml")
+    parser.add_argument("comparison", type=path_argument, help="a YAML file, for example configs/compare/digits.yaml")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="overrides of all rows' configurations")
-    parser.add_argument("--output", metavar="DIR", help="instead of the file's output_dir")
+    parser.add_argument("--output", type=folder_or_url, metavar="DIR", help="instead of the file's output_dir")
     parser.add_argument("--seeds", type=int, nargs="+", metavar="N", help="instead of the file's seeds")
     parser.add_argument("--jobs", type=int, default=0, metavar="N", help="runs at once (default: the file's, or 1)")
-    parser.add_argument("--launch", default="", metavar="FILE", help="a launch configuration, as launch/ddp.yaml")
+    parser.add_argument(
+        "--launch", type=folder_or_url, default="", metavar="FILE", help="a launch configuration, as launch/ddp.yaml"
+    )
     options = parser.parse_intermixed_args(arguments)
     for number in (signal.SIGTERM, signal.SIGHUP):  # as Ctrl-C: its jobs must not run on without it
         if signal.getsignal(number) is signal.SIG_DFL:

@@ -7,14 +7,12 @@ before any work begins.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal, get_args, get_origin
 
-import yaml
-from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import OmegaConfBaseException
 from pydantic import (
+    AfterValidator,
     BaseModel,
     ConfigDict,
     Field,
@@ -25,6 +23,10 @@ from pydantic import (
     model_validator,
 )
 
+from lzn_dist.paths import expand_path
+from lzn_dist.yaml_core import dump_yaml, parse_yaml, read_yaml
+
+UserPath = Annotated[str, AfterValidator(expand_path)]
 Task = Literal["generation", "representation", "joint"]
 ObjectiveName = Literal["lzn", "rectified_flow", "simclr", "moco", "supervised"]
 
@@ -34,11 +36,11 @@ class ConfigError(ValueError):
 
 
 class _Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False, validate_default=True)
 
 
 class DataConfig(_Section):
-    shards: str = Field("data/digits", description="Folder or URL of WebDataset shards and their manifest.")
+    shards: UserPath = Field("data/digits", description="Folder or URL of WebDataset shards and their manifest.")
     embedded: Literal["none", "digits"] = Field(
         "none", description="An embedded data set to write to `shards` where it is missing."
     )
@@ -66,7 +68,9 @@ class DataConfig(_Section):
     max_bad_samples: NonNegativeInt = Field(
         100, description="Samples an epoch that may be replaced because they are damaged before the run stops."
     )
-    cache: str = Field("", description="Folder for local copies of remote shards; default: one in the system's /tmp.")
+    cache: UserPath = Field(
+        "", description="Folder for local copies of remote shards; default: one in the system's /tmp."
+    )
     retry_seconds: PositiveFloat = Field(600.0, description="Seconds for which a lost server is tried again.")
     flip: bool = Field(False, description="Mirror images horizontally with probability 1/2 (generation).")
 
@@ -143,7 +147,7 @@ class EvaluationConfig(_Section):
     noise_scales: tuple[float, ...] = Field((0.0, 0.25, 0.5, 0.75, 1.0), description="Noise scales of accuracy.")
     alignment_steps: PositiveInt = Field(100, description="Steps of alignment with labels in evaluation.")
     samples_per_class: PositiveInt = Field(50, description="Conditional samples drawn a class.")
-    inception: str = Field(
+    inception: UserPath = Field(
         "",
         description="Weights of the Inception network, for FID and the like at each evaluation: a file, or hub.",
     )
@@ -151,7 +155,7 @@ class EvaluationConfig(_Section):
     fid_seeds: PositiveInt = Field(
         3, description="Seeds over which FID and the like are averaged; during training it is one."
     )
-    cache: str = Field("~/.cache/lzn_dist", description="Folder for the statistics of real images.")
+    cache: UserPath = Field("~/.cache/lzn_dist", description="Folder for the statistics of real images.")
 
 
 class TrackingConfig(_Section):
@@ -168,7 +172,7 @@ class Config(_Section):
     objective: ObjectiveName = Field(
         "lzn", description="What is optimised: LZN's, or a baseline's (rectified_flow; simclr, moco, supervised)."
     )
-    output_dir: str = Field(description="Folder of the run.")
+    output_dir: UserPath = Field(description="Folder of the run.")
     max_steps: PositiveInt = Field(description="Total optimiser steps, also after resuming.")
     log_every: PositiveInt = Field(10, description="Steps between lines of metrics.jsonl.")
     checkpoint_every: PositiveInt = Field(1000, description="Steps between checkpoints.")
@@ -176,7 +180,7 @@ class Config(_Section):
     keep_every: NonNegativeInt = Field(0, description="Also keep the checkpoints at multiples of this step; 0: none.")
     evaluate_every: NonNegativeInt = Field(0, description="Steps between evaluations on EMA weights; 0: at the end.")
     seed: int = Field(0, description="Seed of every random number of the run.")
-    resume: str = Field("auto", description="auto: the newest complete checkpoint; none; or a checkpoint's path.")
+    resume: UserPath = Field("auto", description="auto: the newest complete checkpoint; none; or a checkpoint's path.")
     precision: Literal["float32", "float64", "bf16"] = Field(
         "float32", description="Arithmetic of the networks; zones and label anchors stay in float32 at least."
     )
@@ -264,53 +268,87 @@ class Config(_Section):
         return 0 if self.objective == "rectified_flow" else self.latent.dim
 
 
-def _read(path: Path, seen: tuple[Path, ...] = ()) -> Any:
+def _read(path: Path, seen: tuple[Path, ...] = ()) -> dict[str, Any]:
     if not path.is_file():
         raise ConfigError(f"no configuration file {path}")
     if path.resolve() in seen:
         raise ConfigError(f"{path}: `base` goes round in a circle")
     try:
-        own = OmegaConf.load(path)
-    except Exception as error:
-        raise ConfigError(f"{path} is not readable YAML: {' '.join(str(error).split())}") from error
-    if not isinstance(own, DictConfig):
-        raise ConfigError(f"{path} is a list: a configuration has a line `key: value` for each key")
+        own = read_yaml(path)
+    except (OSError, ValueError) as error:
+        raise ConfigError(str(error)) from error
+    if own is None:
+        own = {}
+    if not isinstance(own, dict):
+        kind = "list" if isinstance(own, list) else "single value"
+        raise ConfigError(f"{path} is a {kind}: a configuration has a line `key: value` for each key")
     base = own.pop("base", None)
     if base is None:
         return own
-    return OmegaConf.merge(_read(path.parent / str(base), (*seen, path.resolve())), own)
+    return _merge(_read(path.parent / _path(str(base), path), (*seen, path.resolve())), own, str(path))
 
 
-def load_config(path: str | Path, overrides: list[str] | None = None) -> Config:
+def _path(text: str, where: str | Path) -> str:
+    try:
+        return expand_path(text)
+    except ValueError as error:
+        raise ConfigError(f"{where}: {error}") from error
+
+
+def _merge(below: dict[str, Any], above: dict[str, Any], where: str, prefix: str = "") -> dict[str, Any]:
+    """Sections key by key, everything else as a whole."""
+    merged = dict(below)
+    for key, value in above.items():
+        old = merged.get(key)
+        if key in merged and isinstance(old, dict) != isinstance(value, dict):
+            raise ConfigError(f"{where}: {prefix}{key}: a section of keys in one place, a value in another")
+        merged[key] = _merge(old, value, where, f"{prefix}{key}.") if isinstance(old, dict) else value
+    return merged
+
+
+def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     """Read a configuration file, apply ``key=value`` overrides, check everything.
 
+    The value of a key of text (a path, a name) is the text after the first ``=`` as it stands; all others are YAML 1.2.
     Raises ConfigError, one line a problem: a missing file, an unknown key, a wrong type, an impossible combination.
     """
-    return _merged(lambda: _read(Path(path)), overrides or [], str(path))
+    return _merged(_read(Path(_path(str(path), "configuration"))), overrides, str(path))
 
 
 def override(config: Config, overrides: Sequence[str]) -> Config:
     """A configuration with ``key=value`` overrides. Raises ConfigError as `load_config` does."""
-    return _merged(lambda: OmegaConf.create(config.model_dump(mode="json")), overrides, "configuration")
+    return _merged(config.model_dump(mode="json"), overrides, "configuration")
 
 
-def _merged(read: Callable[[], Any], overrides: Sequence[str], where: str) -> Config:
-    try:
-        merged = read()
-        for item in overrides:
-            if "=" not in item:
-                raise ConfigError(f"override {item!r} is not of the form key=value")
-            try:
-                merged = OmegaConf.merge(merged, OmegaConf.from_dotlist([item]))
-            except yaml.YAMLError as error:
-                raise ConfigError(f"override {item!r} is not readable YAML: {' '.join(str(error).split())}") from error
-        values = OmegaConf.to_container(merged, resolve=True)
-    except (OmegaConfBaseException, TypeError) as error:  # TypeError: a list where a section stood
-        raise ConfigError(f"{where}: {str(error).splitlines()[0]}") from error
+def _merged(values: dict[str, Any], overrides: Sequence[str], where: str) -> Config:
+    for item in overrides:
+        key, equals, text = item.partition("=")
+        if not equals or not key.strip():
+            raise ConfigError(f"override {item!r} is not of the form key=value")
+        *sections, name = key.strip().split(".")
+        try:
+            value = text if _is_text(sections, name) else parse_yaml(text)
+        except ValueError as error:
+            raise ConfigError(f"override {item!r} is not readable YAML: {error}") from error
+        nested: dict[str, Any] = {name: value}
+        for section in reversed(sections):
+            nested = {section: nested}
+        values = _merge(values, nested, f"override {item!r}")
     try:
         return Config.model_validate(_tuples(values))
     except ValidationError as error:
         raise ConfigError("\n".join(_explain(where, e) for e in error.errors())) from None
+
+
+def _is_text(sections: Sequence[str], name: str) -> bool:
+    """Whether a key's values are text alone; False for a key that there is not."""
+    model: Any = Config
+    for section in sections:
+        model = model.model_fields[section].annotation if section in model.model_fields else None
+        if not (isinstance(model, type) and issubclass(model, BaseModel)):
+            return False
+    kind = model.model_fields[name].annotation if name in model.model_fields else None
+    return kind is str or (get_origin(kind) is Literal and all(isinstance(value, str) for value in get_args(kind)))
 
 
 def _tuples(value: Any) -> Any:
@@ -330,9 +368,11 @@ def _explain(path: str | Path, error: Any) -> str:
     if error["type"] == "missing":
         return f"{path}: key {key!r} is missing"
     message = error["msg"].removeprefix("Value error, ")
+    if error["type"] == "bool_type":
+        message += ": true or false"
     return f"{path}: {key + ': ' if key else ''}{message}" + (f" (got {error['input']!r})" if key else "")
 
 
 def save_config(config: Config, path: Path) -> None:
     """Write the resolved configuration as YAML that load_config reads back to an equal one."""
-    path.write_text(OmegaConf.to_yaml(OmegaConf.create(config.model_dump(mode="json"))))
+    path.write_text(dump_yaml(config.model_dump(mode="json")), encoding="utf-8")

@@ -26,6 +26,7 @@ from lzn_dist.evaluation import EvaluationData, evaluate_model
 from lzn_dist.evaluation.linear_probe import ProbeSettings, published_probe
 from lzn_dist.exit_status import REFUSED, status_of
 from lzn_dist.model import LZN, MissingCapability, load
+from lzn_dist.paths import path_argument
 from lzn_dist.run_folder import write_json
 from lzn_dist.terminal import command
 
@@ -56,12 +57,14 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="lzn_dist.evaluate", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("run", type=Path, metavar="RUN", help="folder of a run, as output_dir names it")
+    parser.add_argument("run", type=path_argument, metavar="RUN", help="folder of a run, as output_dir names it")
     parser.add_argument(
         "overrides", nargs="*", metavar="key=value", help="of evaluation., flow. or data., as evaluation.inception=hub"
     )
-    parser.add_argument("--checkpoint", type=Path, metavar="PATH", help="one checkpoint instead of RUN's newest")
-    parser.add_argument("--output", type=Path, metavar="DIR", help="where results go (default: RUN)")
+    parser.add_argument(
+        "--checkpoint", type=path_argument, metavar="PATH", help="one checkpoint instead of RUN's newest"
+    )
+    parser.add_argument("--output", type=path_argument, metavar="DIR", help="where results go (default: RUN)")
     parser.add_argument("--quick", action="store_true", help="fewer samples, no sweep, no comparisons: seconds")
     parser.add_argument("--no-figures", action="store_true", help="numbers only")
     parser.add_argument("--seed", type=int, default=0, help="seed of the evaluation's random numbers (default: 0)")

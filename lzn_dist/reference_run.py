@@ -16,6 +16,7 @@ import torch
 from lzn_dist.checkpoint import CheckpointWriter
 from lzn_dist.config import ConfigError, load_config, save_config
 from lzn_dist.models.reference_checkpoint import CASES, ReferenceNetworks, load_reference_checkpoint
+from lzn_dist.paths import path_argument
 from lzn_dist.run_folder import RunFolder
 from lzn_dist.step import Counters
 from lzn_dist.terminal import command
@@ -65,9 +66,9 @@ def write_run(path: Path, case: str, folder: Path, overrides: list[str]) -> None
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("file", type=Path, metavar="FILE", help="the authors' file")
+    parser.add_argument("file", type=path_argument, metavar="FILE", help="the authors' file")
     parser.add_argument("--case", choices=CASES, required=True)
-    parser.add_argument("--out", type=Path, required=True, metavar="RUN_DIR", help="a new folder")
+    parser.add_argument("--out", type=path_argument, required=True, metavar="RUN_DIR", help="a new folder")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="overrides of the case's configuration")
     given = parser.parse_intermixed_args()
     try:

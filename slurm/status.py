@@ -12,12 +12,15 @@ import time
 from pathlib import Path
 
 from lzn_dist.cluster.watch import look_at, table
+from lzn_dist.paths import path_argument
 from lzn_dist.terminal import command
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("runs", nargs="*", type=Path, metavar="RUN", help="folders of runs (default: all in runs/)")
+    parser.add_argument(
+        "runs", nargs="*", type=path_argument, metavar="RUN", help="folders of runs (default: all in runs/)"
+    )
     parser.add_argument("--watch", action="store_true", help="again every few seconds, until Ctrl-C")
     parser.add_argument("--seconds", type=float, default=5.0, metavar="S", help="between looks (default: 5)")
     given = parser.parse_args()

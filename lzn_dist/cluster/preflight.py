@@ -26,6 +26,7 @@ from torch import Tensor
 
 from lzn_dist import __version__
 from lzn_dist.config import ConfigError, load_config
+from lzn_dist.paths import path_argument
 from lzn_dist.terminal import command
 
 MEGABYTES = 32  # of a message between nodes
@@ -131,7 +132,7 @@ def problems(nodes: list[dict[str, Any]]) -> list[str]:
 
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("config", type=Path)
+    parser.add_argument("config", type=path_argument)
     given = parser.parse_args(arguments)
     try:
         config = load_config(given.config)

@@ -5,8 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-import yaml
 from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, PositiveFloat, PositiveInt, ValidationError
+
+from lzn_dist.paths import expand_path
+from lzn_dist.yaml_core import read_yaml
 
 FOLDER = Path(__file__).parents[2] / "slurm" / "profiles"
 
@@ -42,16 +44,16 @@ def load_profile(name: str | None) -> Profile:
     """slurm/profiles/NAME.yaml, or the file of that path; without a name, SLURM's defaults. Raises ProfileError."""
     if name is None:
         return Profile()
-    path = Path(name) if name.endswith((".yaml", ".yml")) else FOLDER / f"{name}.yaml"
+    path = Path(expand_path(name)) if name.endswith((".yaml", ".yml")) else FOLDER / f"{name}.yaml"
     if not path.is_file():
         known = ", ".join(sorted(found.stem for found in FOLDER.glob("*.yaml")))
         raise ProfileError(f"no profile {path}; known: {known}. Copy slurm/profiles/example.yaml and adapt it")
     try:
-        return Profile.model_validate(yaml.safe_load(path.read_text()) or {})
-    except yaml.YAMLError as error:
-        raise ProfileError(f"{path} is not readable YAML: {error}") from error
+        return Profile.model_validate(read_yaml(path) or {})
     except ValidationError as error:
         problems = [f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors()]
         raise ProfileError(
             f"{path}: {'; '.join(problems)}. Known keys: {', '.join(sorted(Profile.model_fields))}"
         ) from None
+    except ValueError as error:
+        raise ProfileError(str(error)) from error

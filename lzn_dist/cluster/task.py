@@ -20,18 +20,17 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-import yaml
-
 from lzn_dist.cluster.job import Job, note, read_status, wall_seconds
 from lzn_dist.cluster.watch import MARKER
 from lzn_dist.exit_status import PREEMPTED
+from lzn_dist.yaml_core import read_yaml
 
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
 
 
 def launch_environment(launch: Path, engine: str) -> dict[str, str]:
     """What `accelerate launch --config_file launch/ENGINE.yaml` would set for each rank."""
-    settings = yaml.safe_load((launch / f"{engine}.yaml").read_text())
+    settings = read_yaml(launch / f"{engine}.yaml")
     found = {"ACCELERATE_MIXED_PRECISION": "no", "OMP_WAIT_POLICY": os.environ.get("OMP_WAIT_POLICY", "passive")}
     kind = settings["distributed_type"]
     if kind == "DEEPSPEED":

@@ -24,6 +24,7 @@ from lzn_dist.data.index import ABSENT, ShardIndex, Split
 from lzn_dist.data.pixels import RandomResizedCrops, decode, resize
 from lzn_dist.data.shards import to_unit_range
 from lzn_dist.keyed_random import make_key, permutation
+from lzn_dist.paths import folder_or_url, path_argument
 from lzn_dist.terminal import command
 
 LOOKED_AT = 500  # images whose sizes are measured
@@ -151,13 +152,13 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="lzn_dist.data.inspect", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("folder", metavar="DIR", help="folder or URL of the shards")
+    parser.add_argument("folder", type=folder_or_url, metavar="DIR", help="folder or URL of the shards")
     parser.add_argument("--split", default="train", help="of the contact sheet (default: train)")
     parser.add_argument("--samples", type=int, default=24, metavar="N", help="on the contact sheet (default: 24)")
     parser.add_argument("--views", choices=("simclr", "digits"), default="simclr", help="default: simclr")
     parser.add_argument("--size", type=int, default=224, metavar="N", help="pixels of a view (default: 224)")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--output", type=Path, default=Path("contact_sheet.png"), metavar="FILE")
+    parser.add_argument("--output", type=path_argument, default=Path("contact_sheet.png"), metavar="FILE")
     options = parser.parse_args(arguments)
     try:
         if options.samples < 0 or options.size < 1:

@@ -39,6 +39,7 @@ from lzn_dist import __version__
 from lzn_dist.data.index import MANIFEST, Shard, ShardIndex, Split, hash_file, make_split, scan_tar, write_manifest
 from lzn_dist.data.pixels import convert, load_with_pillow
 from lzn_dist.keyed_random import make_key, permutation
+from lzn_dist.paths import path_argument
 from lzn_dist.terminal import INTERRUPTED, steady_output
 
 PLAN = ".plan.json"  # what a folder is being filled with
@@ -416,7 +417,11 @@ def parser(description: str | None, default_output: str = "") -> argparse.Argume
     """The options that all scripts have."""
     result = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     result.add_argument(
-        "--output", type=Path, required=not default_output, default=default_output or None, help="folder of the shards"
+        "--output",
+        type=path_argument,
+        required=not default_output,
+        default=default_output or None,
+        help="folder of the shards",
     )
     result.add_argument("--samples-per-shard", type=int, default=0, metavar="N", help="at most N samples a shard")
     result.add_argument(

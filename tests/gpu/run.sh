@@ -12,7 +12,7 @@ import sys
 
 needed = {
     "torch": "torch", "accelerate": "accelerate", "deepspeed": "deepspeed", "transformers": "transformers",
-    "webdataset": "webdataset", "torchdiffeq": "torchdiffeq", "submitit": "submitit", "omegaconf": "omegaconf",
+    "webdataset": "webdataset", "torchdiffeq": "torchdiffeq", "submitit": "submitit",
     "pydantic": "pydantic", "yaml": "pyyaml", "simplejpeg": "simplejpeg", "cv2": "opencv-python-headless",
     "fsspec": "fsspec", "sklearn": "scikit-learn", "scipy": "scipy", "matplotlib": "matplotlib", "tqdm": "tqdm",
     "pytest": "pytest", "pytest_timeout": "pytest-timeout", "xdist": "pytest-xdist",
