@@ -22,6 +22,7 @@ from lzn_dist.checkpoint import CheckpointError
 from lzn_dist.config import ConfigError, override
 from lzn_dist.data import CorruptSampleError
 from lzn_dist.distributed import Topology
+from lzn_dist.distributed.start import check_world, meeting
 from lzn_dist.evaluation import EvaluationData, evaluate_model
 from lzn_dist.evaluation.linear_probe import ProbeSettings, published_probe
 from lzn_dist.exit_status import REFUSED, status_of
@@ -84,10 +85,12 @@ def main(arguments: list[str] | None = None) -> int:
     line."""
     options = parse(arguments)
     start = time.perf_counter()
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        PartialState(cpu=not torch.cuda.is_available())
-    main_process = Topology.current().is_main
+    main_process = True
     try:
+        if check_world() > 1:
+            with meeting():
+                PartialState(cpu=not torch.cuda.is_available())
+        main_process = Topology.current().is_main
         if not options.run.is_dir():
             raise FileNotFoundError(f"no run in {options.run}: give the output_dir of a training run")
         model = load(options.checkpoint or options.run)

@@ -35,9 +35,11 @@ from lzn_dist.config import Config, ConfigError, load_config, save_config
 from lzn_dist.data import BatchStream, CorruptSampleError
 from lzn_dist.data.storage import RemoteError, is_remote
 from lzn_dist.distributed import Topology
+from lzn_dist.distributed.flags import obey
 from lzn_dist.distributed.guard import Signals, Watchdog, end_with_launcher
 from lzn_dist.distributed.launch import Launch, build_accelerator, everywhere, same_everywhere
 from lzn_dist.distributed.pieces import gather_pieces
+from lzn_dist.distributed.start import spoken
 from lzn_dist.exit_status import FINISHED, PREEMPTED, REFUSED, UNREADABLE, disk_is_full, status_of
 from lzn_dist.flops import training_flops_per_image
 from lzn_dist.model import LZN
@@ -88,12 +90,17 @@ class Run:
         try:
             # from choosing the checkpoint to taking the folder nobody else may remove it
             with ExitStack() as held:
+                held.enter_context(spoken(lambda: f"rank {self.topology.rank} is still {doing}"))
+                doing = f"waiting for {config.output_dir}"
                 if self.folder is not None:
                     held.enter_context(self.folder.unchanging())
                 checkpoint = checkpoint_to_resume(config, None if self.folder is None else held)
+                doing = f"reading what {config.data.shards} holds"
                 make_embedded_data(config, accelerator)
                 self.stream: BatchStream = open_stream(config, self.topology)
+                doing = "building networks and engine" + (f", from {checkpoint}" if checkpoint else "")
                 self.state: TrainState = build_state(config, launch, accelerator, checkpoint)
+                doing = "waiting for the other ranks to be ready"
                 # taken last: a start that is refused must not stop a run that works
                 incarnation = everywhere(self._take(checkpoint) if self.folder is not None else None)[0]
         except (CheckpointError, ConfigError):
@@ -341,6 +348,7 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         config = load_config(options.config, options.overrides)
         launch = Launch.asked()
+        config = obey(config, launch.deepspeed)
         accelerator = build_accelerator(config, launch)
         status = Run(config, launch, accelerator).train()
         accelerator.end_training()

@@ -30,6 +30,7 @@ from torch import Tensor
 from lzn_dist.checkpoint import CheckpointError
 from lzn_dist.config import Config, ConfigError, load_config
 from lzn_dist.distributed import Topology
+from lzn_dist.distributed.flags import obey
 from lzn_dist.distributed.launch import Launch, build_accelerator, same_everywhere
 from lzn_dist.distributed.pieces import gather_pieces
 from lzn_dist.networks import Networks
@@ -195,6 +196,7 @@ def main(arguments: list[str] | None = None) -> int:
         config = load_config(options.config, [*options.overrides, "tracking.wandb=disabled"])
         config = config.model_copy(update={"tf32": False})  # before it is switched on for the process
         launch = Launch.asked()
+        config = obey(config, launch.deepspeed)
         accelerator = build_accelerator(config, launch)
         rows = verify(config, launch, accelerator, options.micro_batch)
     except (ConfigError, CheckpointError, FileNotFoundError) as error:

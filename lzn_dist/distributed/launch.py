@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import os
+from contextlib import nullcontext
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -21,6 +22,7 @@ from accelerate import Accelerator
 from accelerate.utils import DeepSpeedPlugin, InitProcessGroupKwargs
 
 from lzn_dist.config import Config, ConfigError
+from lzn_dist.distributed.start import check_world, meeting, prepare_extension
 from lzn_dist.distributed.topology import Topology
 
 EngineName = Literal["single", "ddp", "zero1", "zero2", "zero3", "zero3_offload", "fsdp"]
@@ -49,7 +51,7 @@ class Launch:
                 "accelerate was asked for several processes but started one; "
                 "use `accelerate launch --config_file launch/ddp.yaml` (two processes, with or without GPUs)"
             )
-        world_size = int(os.environ.get("WORLD_SIZE", "1"))
+        world_size = check_world()
         if _flag("ACCELERATE_USE_DEEPSPEED"):
             deepspeed = _read_deepspeed()
             zero = deepspeed.get("zero_optimization", {})
@@ -108,13 +110,19 @@ def build_accelerator(config: Config, launch: Launch) -> Accelerator:
         backend="gloo" if on_cpu else "nccl", timeout=timedelta(seconds=config.collective_timeout)
     )
     os.environ.pop("ACCELERATE_USE_FSDP", None)  # ours to apply
-    accelerator = Accelerator(
-        cpu=on_cpu and plugin is None,
-        deepspeed_plugin=plugin,
-        log_with=None if config.tracking.wandb == "disabled" else "wandb",
-        step_scheduler_with_optimizer=False,
-        kwargs_handlers=[group] if launch.world_size > 1 or plugin is not None else [],
-    )
+    if on_cpu and plugin is not None:
+        prepare_extension("deepspeed_shm_comm")
+    try:
+        with meeting() if launch.world_size > 1 else nullcontext():
+            accelerator = Accelerator(
+                cpu=on_cpu and plugin is None,
+                deepspeed_plugin=plugin,
+                log_with=None if config.tracking.wandb == "disabled" else "wandb",
+                step_scheduler_with_optimizer=False,
+                kwargs_handlers=[group] if launch.world_size > 1 or plugin is not None else [],
+            )
+    except dist.DistError as error:  # a port that is taken, a host that answers nobody
+        raise ConfigError(f"the {launch.world_size} processes do not meet: {str(error).splitlines()[0]}") from error
     started = Topology.current().world_size
     if started != launch.world_size or accelerator.num_processes != launch.world_size:
         raise ConfigError(f"the launcher asked for {launch.world_size} processes but the world has {started}")
