@@ -11,7 +11,9 @@ from __future__ import annotations
 import hashlib
 import io
 import json
+import os
 import re
+import sys
 import tarfile
 import threading
 from collections.abc import Iterable, Iterator
@@ -27,7 +29,9 @@ from lzn_dist.data.storage import LocalStorage, Storage, is_remote, open_storage
 
 MANIFEST = "manifest.json"
 FORMAT = 2
-IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp", "ppm", "pgm", "bmp")
+IMAGE_EXTENSIONS = (
+    "jpg", "jpeg", "png", "webp", "ppm", "pgm", "bmp", "jfif", "jpe", "tif", "tiff", "gif", "avif",
+)  # fmt: skip
 LABEL_EXTENSION = "cls"
 ABSENT = -1  # the offset of a member that a sample lacks
 _SHARD_NAME = re.compile(r"(?P<split>.+)-\d+\.tar")
@@ -67,7 +71,7 @@ class Split:
         return self.shards[int(np.searchsorted(self.ends, row, side="right"))]
 
     def key(self, row: int) -> str:
-        return self.keys[row].decode()
+        return self.keys[row].decode("utf-8", "surrogateescape")
 
     @cached_property
     def images(self) -> NDArray[np.int64]:
@@ -102,14 +106,34 @@ def tar_members(path: Path, file: io.RawIOBase | None = None) -> Iterator[tarfil
         raise ValueError(f"{path}: not a readable tar without compression: {error}") from error
 
 
-def scan_tar(path: Path) -> tuple[list[str], list[dict[str, tuple[int, int]]]]:
-    """Keys and members (extension -> offset, size) of a tar's samples, from its headers. ValueError if unreadable."""
+def sample_of(name: str) -> tuple[str, str] | None:
+    """A member's key and extension: the key ends at the first dot of the file's name, as webdataset has it.
+
+    None where the member is no part of a sample: without a key or an extension, or hidden, as what a Mac adds to each
+    file (``._x.jpg``, ``.DS_Store``, ``__MACOSX/``; webdataset takes files of hidden folders). ``./`` means nothing.
+    """
+    *folders, file = (part for part in name.split("/") if part not in ("", "."))
+    stem, dot, extension = file.partition(".")
+    if not stem or not dot or any(folder.startswith(".") or folder == "__MACOSX" for folder in folders):
+        return None
+    return "/".join([*folders, stem]), extension.lower()
+
+
+def scan_tar(path: Path, passed_over: list[str] | None = None) -> tuple[list[str], list[dict[str, tuple[int, int]]]]:
+    """Keys and members (extension -> offset, size) of a tar's samples, from its headers. passed_over: takes the names
+    of members that are none. ValueError if unreadable, or where two members would be the same part of a sample."""
     samples: dict[str, dict[str, tuple[int, int]]] = {}
     for member in tar_members(path):
-        folder, _, file = member.name.rpartition("/")
-        stem, _, extension = file.partition(".")  # webdataset: the key ends at the first dot
-        key = f"{folder}/{stem}" if folder else stem
-        samples.setdefault(key, {})[extension.lower()] = (member.offset_data, member.size)
+        found = sample_of(member.name)
+        if found is None:
+            if passed_over is not None:
+                passed_over.append(member.name)
+            continue
+        key, extension = found
+        sample = samples.setdefault(key, {})
+        if extension in sample:
+            raise ValueError(f"{path}: two members are {key}.{extension}: give each sample a name of its own")
+        sample[extension] = (member.offset_data, member.size)
     return list(samples), list(samples.values())
 
 
@@ -120,7 +144,7 @@ def make_split(parts: Iterable[tuple[Shard, list[str], list[dict[str, tuple[int,
     members: list[dict[str, tuple[int, int]]] = []
     for shard, names, found in parts:
         shards.append(shard)
-        keys += [name.encode() for name in names]
+        keys += [name.encode("utf-8", "surrogateescape") for name in names]
         members += found
     extensions = sorted({extension for sample in members for extension in sample})
     offsets = {
@@ -220,12 +244,18 @@ class ShardIndex:
                 found.setdefault(match["split"], []).append(path)
         if not found:
             raise FileNotFoundError(f"no shards (SPLIT-000000.tar …) in {folder}: {_how_to_write(str(folder))}")
-        splits = {}
+        splits: dict[str, Split] = {}
+        passed_over: list[str] = []
         for name, paths in found.items():
-            scanned = [(path, *scan_tar(path)) for path in paths]
+            scanned = [(path, *scan_tar(path, passed_over)) for path in paths]
             splits[name] = make_split(
                 (Shard(path.name, len(keys), path.stat().st_size), keys, members) for path, keys, members in scanned
             )
+        if passed_over and os.environ.get("RANK", "0") == "0":
+            print(
+                f"{folder}: {len(passed_over):,} members are hidden or have no extension, and are passed over "
+                f"(the first: {passed_over[0]})", file=sys.stderr,
+            )  # fmt: skip
         return ShardIndex(str(folder), LocalStorage(Path(folder)), splits)
 
     def split(self, name: str) -> Split:

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import io
 import math
+import re
 import struct
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -23,7 +24,7 @@ import simplejpeg
 import torch
 import torch.nn.functional as F
 from numpy.typing import NDArray
-from PIL import Image
+from PIL import ExifTags, Image
 from torch import Tensor
 
 from lzn_dist.keyed_random import fold, make_key, uniform
@@ -35,6 +36,7 @@ cv2.setNumThreads(0)  # the loader's processes are the parallelism
 _GREY = cv2.IMREAD_GRAYSCALE | cv2.IMREAD_IGNORE_ORIENTATION
 _COLOUR = cv2.IMREAD_COLOR_RGB | cv2.IMREAD_IGNORE_ORIENTATION
 _PNG = b"\x89PNG\r\n\x1a\n"
+_TIFF = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
 MAX_PIXELS = 178_956_970  # of an image, as Pillow has it: a header that says more is damaged, or a bomb
 # all that Pillow raises for files that are damaged or of no format that it knows
 _UNREADABLE = (
@@ -45,16 +47,22 @@ _UNREADABLE = (
 def decode(content: bytes, channels: int, smallest: tuple[int, int] | None = None) -> Pixels:
     """An image file's pixels: uint8 [h, w, channels], 1 for grey or 3 for RGB. ValueError where it is no image.
 
-    smallest: height and width; a JPEG may be decoded at 1/2, 1/4 or 1/8 of its size as long as it is no smaller.
+    Upright: as its EXIF orientation says. smallest: height and width; a JPEG may be decoded at 1/2, 1/4 or 1/8 of its
+    size as long as it is no smaller.
     """
+    if content.startswith(_TIFF):  # OpenCV and Pillow do not agree on who turns it
+        return _decode_with_pillow(content, channels)
+    orientation = exif_orientation(content)
     if simplejpeg.is_jpeg(content):
         height, width = smallest or (0, 0)
+        if orientation in LYING:
+            height, width = width, height
         try:
             _check_size(*simplejpeg.decode_jpeg_header(content)[:2])
             found: Pixels = simplejpeg.decode_jpeg(
                 content, "GRAY" if channels == 1 else "RGB", min_height=height, min_width=width
             )
-            return found
+            return _upright(found, orientation)
         except ValueError:
             return _decode_with_pillow(content, channels)
     try:
@@ -64,7 +72,50 @@ def decode(content: bytes, channels: int, smallest: tuple[int, int] | None = Non
         array = None
     if array is None:
         return _decode_with_pillow(content, channels)
-    return np.asarray(array, dtype=np.uint8).reshape(*array.shape[:2], channels)
+    return _upright(np.asarray(array, dtype=np.uint8).reshape(*array.shape[:2], channels), orientation)
+
+
+# ── EXIF's orientation (tag 0x0112): where the first row and column of the file are in the picture ──────────────────
+
+LYING = (5, 6, 7, 8)  # height and width change places
+_TURNED = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT, 3: Image.Transpose.ROTATE_180, 4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE, 6: Image.Transpose.ROTATE_270, 7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}  # fmt: skip
+# without one of these there is none: a search of the bytes is far cheaper than Pillow's reading of the header
+_MARKS = (b"Exif", b"eXIf", b"EXIF", b"tiff:Orientation", b"Raw profile type exif")
+
+
+def exif_orientation(content: bytes) -> int:
+    """1 (as it lies in the file) to 8. What is damaged, or means nothing, counts as 1."""
+    if not any(mark in content for mark in _MARKS):
+        return 1
+    try:
+        with Image.open(io.BytesIO(content)) as image:
+            return _orientation_of(image)
+    except _UNREADABLE:
+        return 1
+
+
+def _orientation_of(image: Image.Image) -> int:
+    try:
+        found = image.getexif().get(ExifTags.Base.Orientation, 1)
+        return found if isinstance(found, int) and found in _TURNED else 1
+    except Exception:  # Pillow meets damaged EXIF with errors of many kinds
+        return 1
+
+
+def _upright(pixels: Pixels, orientation: int) -> Pixels:
+    if orientation == 1:
+        return pixels
+    if orientation in LYING:
+        pixels = pixels.swapaxes(0, 1)
+    if orientation in (3, 4, 7, 8):
+        pixels = pixels[::-1]
+    if orientation in (2, 3, 6, 7):
+        pixels = pixels[:, ::-1]
+    return np.ascontiguousarray(pixels)
 
 
 def _size(content: bytes) -> tuple[int, int]:
@@ -83,14 +134,17 @@ def _check_size(height: int, width: int) -> None:
 
 
 def load_with_pillow(content: bytes) -> Image.Image:
-    """An image file, read to its end. ValueError where it is no image."""
+    """An image file, read to its end and upright. ValueError where it is no image."""
     try:
-        image = Image.open(io.BytesIO(content))
+        image: Image.Image = Image.open(io.BytesIO(content))
         _check_size(image.height, image.width)
         image.load()
     except _UNREADABLE as error:
-        raise ValueError(f"not a whole image: {error}") from error
-    return image
+        # Pillow names what it was given: a buffer's address, of which nobody knows what file it is
+        why = re.sub(r"\s*<_io\.BytesIO[^>]*>", "", str(error))
+        raise ValueError(f"not a whole image: {why}") from error
+    orientation = _orientation_of(image)
+    return image if orientation == 1 else image.transpose(_TURNED[orientation])
 
 
 def convert(image: Image.Image, grey: bool) -> Image.Image:
@@ -106,14 +160,15 @@ def _decode_with_pillow(content: bytes, channels: int) -> Pixels:
 
 
 def jpeg_size(content: bytes) -> tuple[int, int] | None:
-    """Height and width from the header of a JPEG, None for anything else."""
+    """Height and width, upright, from the header of a JPEG; None for anything else."""
     if not simplejpeg.is_jpeg(content):
         return None
     try:
         height, width, *_ = simplejpeg.decode_jpeg_header(content)
     except ValueError:
         return None
-    return int(height), int(width)
+    size = int(height), int(width)
+    return size[::-1] if exif_orientation(content) in LYING else size
 
 
 def resize(pixels: Pixels, size: tuple[int, int], box: Box | None = None) -> Tensor:

@@ -30,7 +30,7 @@ from lzn_dist.keyed_random import make_key
 NO_LABEL = -1
 _PREFETCH = 2  # batches decoded ahead
 _CHUNK = 32  # files in memory at once
-_NUMBER = re.compile(rb"\s*\d{1,18}\s*")  # a label
+_NUMBER = re.compile(rb"(?:\xef\xbb\xbf)?\s*(\d{1,18})\s*")  # a label; editors on Windows put a mark before it
 _ATTEMPTS = 16  # replacements of a sample that is not there, each by another one
 
 
@@ -209,7 +209,8 @@ class ShardedDataset(Dataset[tuple[Tensor, int]]):
             start, text = image[0] - span[1], b""
             if label[0] != ABSENT:
                 text = content[label[0] - span[1] : sum(label) - span[1]]
-            number = int(text) if _NUMBER.fullmatch(text) else NO_LABEL
+            match = _NUMBER.fullmatch(text)
+            number = int(match[1]) if match else NO_LABEL
             if self.num_classes and not 0 <= number < self.num_classes:
                 found.append(f"its label is {text[:20]!r}, not one of 0 to {self.num_classes - 1}")
                 continue

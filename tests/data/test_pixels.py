@@ -11,10 +11,10 @@ import zlib
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 
 from lzn_dist.data import CentreCrop, RandomResizedCrops
-from lzn_dist.data.pixels import TRIES, crop_box, decode, jpeg_size, resize
+from lzn_dist.data.pixels import TRIES, crop_box, decode, exif_orientation, jpeg_size, load_with_pillow, resize
 
 
 def picture(height: int, width: int, seed: int = 0, coarse: tuple[int, int] = (6, 7)) -> np.ndarray:
@@ -47,14 +47,69 @@ def test_pixels_are_pillows(kind: str, mode: str, channels: int) -> None:
     assert difference.max() <= (0 if kind in ("PNG", "PPM", "BMP") and channels == 3 else 3)
 
 
-def test_turned_by_its_exif_it_stays_as_it_is() -> None:
-    image = Image.fromarray(picture(20, 30))
+def lying(kind: str, orientation: object, mode: str = "RGB", height: int = 40, width: int = 64) -> bytes:
+    """A picture that says how it lies, as phones write it."""
+    image = Image.fromarray(picture(height, width)).convert(mode)
     exif = image.getexif()
-    exif[0x0112] = 6
-    for kind in ("JPEG", "PNG", "WEBP"):
-        buffer = io.BytesIO()
-        image.save(buffer, kind, exif=exif)
-        assert decode(buffer.getvalue(), 3).shape == (20, 30, 3)
+    exif[0x0112] = orientation
+    buffer = io.BytesIO()
+    image.save(buffer, kind, exif=exif, **({"lossless": True} if kind == "WEBP" else {}))
+    return buffer.getvalue()
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+@pytest.mark.parametrize("kind,mode", [
+    ("JPEG", "RGB"), ("JPEG", "L"), ("JPEG", "CMYK"), ("PNG", "RGB"), ("PNG", "L"), ("WEBP", "RGB"), ("TIFF", "RGB"),
+])  # fmt: skip
+def test_pictures_are_upright_once(kind: str, mode: str, orientation: int) -> None:
+    """As Pillow shows them; also decoded at a fraction of their size, and cut into views."""
+    content = lying(kind, orientation, mode)
+    expected = np.asarray(ImageOps.exif_transpose(Image.open(io.BytesIO(content))).convert("RGB")).astype(int)
+    assert expected.shape == ((64, 40, 3) if orientation > 4 else (40, 64, 3))
+    found = decode(content, 3).astype(int)
+    assert found.shape == expected.shape and np.abs(found - expected).max() <= (3 if kind == "JPEG" else 0)
+    assert exif_orientation(content) in (orientation, 1 if kind == "TIFF" else orientation)
+    loaded = load_with_pillow(content)
+    assert np.abs(np.asarray(loaded.convert("RGB")).astype(int) - expected).max() <= 3
+    buffer = io.BytesIO()
+    loaded.convert("RGB").save(buffer, "PNG")  # what preparation writes has nothing left to turn
+    assert decode(buffer.getvalue(), 3).shape == expected.shape
+    if kind == "JPEG":
+        assert jpeg_size(content) == expected.shape[:2]
+        half = decode(content, 3, (expected.shape[0] // 2, expected.shape[1] // 2)).astype(int)
+        assert half.shape == (expected.shape[0] // 2, expected.shape[1] // 2, 3)
+        smaller = np.asarray(Image.fromarray(expected.astype(np.uint8)).reduce(2)).astype(int)
+        assert np.abs(half - smaller).mean() < 4
+    rows, upright = torch.tensor([3]), encoded(expected.astype(np.uint8), "PNG")
+    for scaled in (False, True):
+        views = RandomResizedCrops(16, 0, scaled_decoding=scaled)
+        ours, theirs = (views([c], 3, rows, 0)[0] for c in (content, upright))
+        # lossy, and decoded at a fraction: some 4 of 255; lying otherwise, some 60
+        assert (ours.int() - theirs.int()).abs().float().mean() < (8 if kind == "JPEG" else 0.5)  # type: ignore[union-attr]
+
+
+@pytest.mark.parametrize("orientation", [0, 9, 65535])
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP"])
+def test_an_orientation_that_means_nothing_is_none(kind: str, orientation: int) -> None:
+    assert decode(lying(kind, orientation), 3).shape == (40, 64, 3)
+
+
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP"])
+def test_damaged_exif_does_not_damage_the_picture(kind: str) -> None:
+    content = lying(kind, 6)
+    place = max(content.find(mark) for mark in (b"II*\0", b"MM\0*"))
+    for cut in (4, 8, 10, 14, 18):
+        broken = bytearray(content)
+        broken[place + cut - 4 : place + cut] = b"\xff\xfe\xff\xfe"
+        with contextlib.suppress(ValueError):  # a PNG's checksum may make it unreadable as a whole
+            assert decode(bytes(broken), 3).shape[:2] in ((40, 64), (64, 40))
+
+
+def test_what_cannot_be_read_is_not_called_a_buffer() -> None:
+    for content in (b"no picture", lying("JPEG", 1)[:300], b""):
+        with pytest.raises(ValueError) as refused:
+            decode(content, 3)
+        assert "BytesIO" not in str(refused.value) and "0x" not in str(refused.value)
 
 
 @pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP"])

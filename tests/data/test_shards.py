@@ -20,6 +20,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 from sklearn.datasets import load_digits
+from webdataset.tariterators import base_plus_ext
 
 from lzn_dist.data import (
     Batch,
@@ -33,6 +34,7 @@ from lzn_dist.data import (
     ShardIndex,
     to_unit_range,
 )
+from lzn_dist.data.index import sample_of, scan_tar
 from lzn_dist.data.prepare import check
 from lzn_dist.data.shards import check_divisible
 
@@ -115,6 +117,76 @@ def test_colour_jpeg_subfolders_and_no_labels(tmp_path: Path) -> None:
     assert (pixels[0].int() - expected.int()).abs().max() <= 3
     grey = make_dataset(ShardIndex.load(tmp_path), size=16)[1][0]
     np.testing.assert_allclose(grey[0], np.asarray(images["cats/1"].convert("L")), atol=3)
+
+
+# ------------------------------------------------------------------------------------------------ tars of others
+
+NAME = st.lists(
+    st.sampled_from([".", "a", "b.c", "__MACOSX", ".hidden", "x y", "ü"]), max_size=2
+).flatmap(lambda folders: st.sampled_from(
+    ["1.png", "1.PNG", "2.cls", "._1.png", ".DS_Store", "README", "3.seg.png", ".png", "4.", "5.json"]
+).map(lambda file: "/".join([*folders, file])))  # fmt: skip
+
+
+def write_tar(path: Path, names: list[str]) -> None:
+    with tarfile.open(path, "w") as tar:
+        for name in names:
+            member = tarfile.TarInfo(name)
+            member.size = 3
+            tar.addfile(member, io.BytesIO(b"abc"))
+
+
+@settings(max_examples=150, deadline=None)
+@given(st.lists(NAME, max_size=8, unique=True))
+def test_samples_are_those_of_webdataset(tmp_path_factory: pytest.TempPathFactory, names: list[str]) -> None:
+    """But for hidden folders and a Mac's, which it takes, ./, which is part of its keys, and a hidden file in a folder,
+    of which it makes the folder's name a key. It ends a sample where the next key begins, we where the tar does."""
+    path = tmp_path_factory.mktemp("tar") / "train-000000.tar"
+    keys = [sample_of(name) for name in names]
+    known = [key for key in keys if key is not None]
+    write_tar(path, names)
+    if len(set(known)) < len(known):
+        with pytest.raises(ValueError, match="two members are"):
+            scan_tar(path)
+        return
+    passed_over: list[str] = []
+    found, members = scan_tar(path, passed_over)
+    assert sum(map(len, members)) + len(passed_over) == len(names)
+    expected: dict[str, set[str]] = {}
+    for name in names:
+        key, extension = base_plus_ext(name)
+        folders = name.split("/")[:-1]
+        if (
+            key is not None
+            and not key.endswith("/")
+            and not any(part == "__MACOSX" or part.startswith(".h") for part in folders)
+        ):
+            plain = "/".join(part for part in key.split("/") if part != ".")
+            expected.setdefault(plain, set()).add(extension.lower())
+    assert {key: set(parts) for key, parts in zip(found, members, strict=True)} == expected
+
+
+def test_a_tar_from_a_mac_has_no_phantoms(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    image = io.BytesIO()
+    Image.new("RGB", (8, 8)).save(image, "PNG")
+    with tarfile.open(tmp_path / "train-000000.tar", "w") as tar:
+        for i in range(4):
+            for name, content in (
+                (f"./._{i}.png", b"Mac OS X"), (f"./{i}.png", image.getvalue()), (f"./{i}.cls", b"\xef\xbb\xbf1\r\n"),
+            ):  # fmt: skip
+                member = tarfile.TarInfo(name)
+                member.size = len(content)
+                tar.addfile(member, io.BytesIO(content))
+        for name in ("./.DS_Store", "__MACOSX/._x.png", "./folder"):
+            member = tarfile.TarInfo(name)
+            member.type = tarfile.DIRTYPE if name.endswith("folder") else tarfile.REGTYPE
+            tar.addfile(member)
+    index = ShardIndex.load(tmp_path)
+    assert "6 members are hidden or have no extension" in capsys.readouterr().err
+    dataset = make_dataset(index, "train", num_classes=2)
+    assert [dataset.table.key(row) for row in range(len(dataset))] == ["0", "1", "2", "3"]
+    _, labels, _, bad = dataset.read_or_replace(np.arange(4))
+    assert labels.tolist() == [1] * 4 and not bad
 
 
 def test_data_set_survives_pickling_and_threads(index: ShardIndex) -> None:
