@@ -84,18 +84,30 @@ _TURNED = {
     8: Image.Transpose.ROTATE_90,
 }  # fmt: skip
 # without one of these there is none: a search of the bytes is far cheaper than Pillow's reading of the header
-_MARKS = (b"Exif", b"eXIf", b"EXIF", b"tiff:Orientation", b"Raw profile type exif")
+_MARKS = (b"Exif", b"EXIF", b"tiff:Orientation")
+_PNG_MARKS = (b"eXIf", b"tiff:Orientation", b"Raw profile type exif")
 
 
 def exif_orientation(content: bytes) -> int:
     """1 (as it lies in the file) to 8. What is damaged, or means nothing, counts as 1."""
-    if not any(mark in content for mark in _MARKS):
+    header, marks = content, _PNG_MARKS if content.startswith(_PNG) else _MARKS
+    if content.startswith(b"\xff\xd8"):
+        header = content[: _start_of_scan(content)]
+    if not any(mark in header for mark in marks):
         return 1
     try:
         with Image.open(io.BytesIO(content)) as image:
             return _orientation_of(image)
     except _UNREADABLE:
         return 1
+
+
+def _start_of_scan(content: bytes) -> int:
+    """Where a JPEG's segments end and its pixels begin; the end of what is damaged."""
+    place = 2
+    while content[place : place + 1] == b"\xff" and content[place + 1 : place + 2] != b"\xda":
+        place += 2 + max(2, int.from_bytes(content[place + 2 : place + 4]))
+    return place
 
 
 def _orientation_of(image: Image.Image) -> int:
