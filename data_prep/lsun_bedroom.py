@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import sys
 
+from lzn_dist.data.image_folder import ImageFolder
 from lzn_dist.data.prepare import parser, run
-from lzn_dist.data.sources import ImageFolder
 from lzn_dist.paths import path_argument
 
 if __name__ == "__main__":
@@ -16,4 +16,5 @@ if __name__ == "__main__":
     options.add_argument(
         "--folder", type=path_argument, required=True, metavar="DIR", help="images, also in folders below it"
     )
-    sys.exit(run(lambda given: ImageFolder(given.folder, labelled=False, name="LSUN Bedroom"), options.parse_args()))
+    given = options.parse_args()
+    sys.exit(run(lambda given: ImageFolder(given.folder, False, name="LSUN Bedroom", exclude=given.output), given))

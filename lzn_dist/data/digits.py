@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 
 from lzn_dist.data.index import MANIFEST
-from lzn_dist.data.prepare import Item, Options, prepare
+from lzn_dist.data.prepare import Item, Options, Source, prepare
 from lzn_dist.data.sources import png
 
 SOURCE = "scikit-learn digits (UCI Optical Recognition of Handwritten Digits, test part)"
@@ -40,7 +40,7 @@ def digits_splits(labels: np.ndarray) -> dict[str, np.ndarray]:
     return {"train": np.sort(train), "test": np.sort(test)}
 
 
-class Digits:
+class Digits(Source):
     """The digits as a source for `prepare`; a sample's key is its row in scikit-learn's order."""
 
     name = SOURCE

@@ -24,7 +24,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, ThreadPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from functools import partial
 from itertools import islice
 from pathlib import Path
@@ -65,6 +65,38 @@ class Item(NamedTuple):
     size: int
 
 
+@dataclass
+class Account:
+    """What became of the files that were seen: seen = taken + those left out.
+
+    left_out: by reason, how many and the first. images_left_out: how many of these are images, or are called so; the
+    others are not worth a refusal.
+    """
+
+    taken: int = 0
+    left_out: dict[str, tuple[int, str]] = field(default_factory=dict)
+    images_left_out: int = 0
+
+    def leave_out(self, why: str, example: str, *, image: bool = False) -> None:
+        count, first = self.left_out.get(why, (0, example))
+        self.left_out[why] = (count + 1, first)
+        self.images_left_out += image
+
+    @property
+    def seen(self) -> int:
+        return self.taken + sum(count for count, _ in self.left_out.values())
+
+    def reasons(self) -> str:
+        """In brackets, for a message; "" without any."""
+        found = [f"{count} {why}, as {example}" for why, (count, example) in self.left_out.items()]
+        return f" ({'; '.join(found)})" if found else ""
+
+    def lines(self) -> Iterator[str]:
+        yield f"{self.seen:,} files seen, {self.taken:,} taken, {self.seen - self.taken:,} left out"
+        for why, (count, example) in sorted(self.left_out.items(), key=lambda item: -item[1][0]):
+            yield f"  {count:,} {why}, as {example}"
+
+
 class Source(Protocol):
     """A data set as published. Small and picklable: each process opens the archives by itself."""
 
@@ -81,6 +113,14 @@ class Source(Protocol):
 
     def archives(self) -> list[Path]:
         """Published files whose hashes are recorded."""
+
+    def named(self, item: Item) -> str:
+        """An image as its owner knows it, for messages."""
+        return f"{self.name}: {item.key}.{item.extension}"
+
+    def account(self) -> Account | None:
+        """After `splits`, what became of the files of a folder; None for archives, whose content is known."""
+        return None
 
 
 @dataclass(frozen=True)
@@ -109,8 +149,8 @@ class Options:
             raise PrepareError("--crop and --quality go with --resize: without it the published bytes are kept")
 
     def content(self) -> dict[str, Any]:
-        """The options that decide what the shards hold."""
-        return {key: value for key, value in asdict(self).items() if key not in ("output", "processes")}
+        """The options that decide what shards hold: a finished one holds nothing damaged, left out or not."""
+        return {key: value for key, value in asdict(self).items() if key not in ("output", "processes", "skip_corrupt")}
 
 
 class Plan(NamedTuple):
@@ -176,6 +216,7 @@ def finish_image(content: bytes, item: Item, options: Options) -> tuple[str, byt
 def write_shard(source: Source, options: Options, plan: Plan) -> dict[str, Any]:
     """Write one shard and what is known of it; returns that. Raises PrepareError for an image that is damaged."""
     skipped: list[str] = []
+    examples: list[str] = []
     written = 0
     temporary = options.output / f".{plan.name}.{os.getpid()}.tmp"
     with temporary.open("wb") as file:
@@ -187,10 +228,12 @@ def write_shard(source: Source, options: Options, plan: Plan) -> dict[str, Any]:
                 except ValueError as error:
                     if not options.skip_corrupt:
                         raise PrepareError(
-                            f"{source.name}: {item.key}.{item.extension} cannot be decoded ({error}): fetch the "
-                            "archive again, or leave such images out with --skip-corrupt; finished shards are kept"
+                            f"{source.named(item)} cannot be decoded ({error}): mend it, or fetch it again, or leave "
+                            "such images out with --skip-corrupt; finished shards are kept"
                         ) from error
                     skipped.append(item.key)
+                    if not examples:
+                        examples.append(source.named(item))
                     continue
                 label = {"cls": str(item.label).encode()} if item.label >= 0 else {}
                 tar.write({"__key__": item.key, extension: content, **label})
@@ -201,7 +244,7 @@ def write_shard(source: Source, options: Options, plan: Plan) -> dict[str, Any]:
     temporary.rename(options.output / plan.name)
     part = options.output / PARTS / f"{plan.name}.json"
     temporary = part.with_suffix(f".{os.getpid()}.tmp")
-    temporary.write_text(json.dumps({"shard": known, "skipped": skipped}))
+    temporary.write_text(json.dumps({"shard": known, "skipped": skipped, "example": examples}))
     temporary.rename(part)
     return {"shard": known, "skipped": skipped}
 
@@ -231,7 +274,10 @@ def prepare(source: Source, options: Options, *, dry_run: bool = False, quiet: b
         say(f"{name}: {len(items):,} images, {size / 1e9:.2f} GB, {len(plans[name])} shards")
     if classes := source.classes():
         say(f"{len(classes)} classes: {', '.join(classes[:3])}{' …' if len(classes) > 3 else ''}")
+    account = source.account()
     if dry_run:
+        if account is not None:
+            say("\n".join(account.lines()))
         say(f"nothing was written (--dry-run); first sample: {next(iter(plans.values()))[0].items[0].key}")
         return
     plan: dict[str, Any] = {"source": source.name, "listing": _listing(splits), "options": options.content()}
@@ -241,6 +287,8 @@ def prepare(source: Source, options: Options, *, dry_run: bool = False, quiet: b
             return
         missing = _write(source, options, splits, plans, plan, quiet)
     say(f"{options.output}: complete" + (f", {missing} damaged images left out" if missing else ""))
+    if account is not None:
+        say("\n".join(account.lines()))
 
 
 def _write(
@@ -252,7 +300,7 @@ def _write(
     quiet: bool,
 ) -> int:
     """Write the shards that are not there yet, index and manifest; returns how many images were left out."""
-    classes = source.classes()
+    classes, account = source.classes(), source.account()
     waiting = [plan for part in plans.values() for plan in part if _finished(options, plan) is None]
     if not options.resize:
         _check_space(options.output, sum(item.size + 2048 for plan in waiting for item in plan.items))
@@ -282,6 +330,11 @@ def _write(
             )
         written[name] = make_split((shard, *scan_tar(options.output / shard.name)) for shard in shards)
         left_out = {key for part in parts for key in part["skipped"]}
+        for part in parts:
+            if account is not None:
+                account.taken -= len(part["skipped"])
+                for _ in part["skipped"]:
+                    account.leave_out("damaged: cannot be decoded", part["example"][0], image=True)
         if left_out:
             skipped[name] = sorted(left_out)
         if classes:
@@ -289,7 +342,7 @@ def _write(
             counts[name] = np.bincount(labels, minlength=len(classes)).tolist()
     write_manifest(
         options.output, written, tool=f"lzn_dist {__version__}", classes=classes, archives=archives,
-        counts=counts, skipped=skipped, **plan,
+        counts=counts, skipped=skipped, account=None if account is None else asdict(account), **plan,
     )  # fmt: skip
     shutil.rmtree(options.output / PARTS)
     (options.output / PLAN).unlink()
@@ -353,7 +406,8 @@ def _listing(splits: dict[str, list[Item]]) -> str:
     listing = hashlib.sha256()
     for name, items in splits.items():
         for item in items:
-            listing.update(f"{name} {item.key} {item.extension} {item.label} {item.size}\n".encode())
+            line = f"{name} {item.key} {item.extension} {item.label} {item.size}\n"
+            listing.update(line.encode("utf-8", "surrogateescape"))
     return listing.hexdigest()
 
 
@@ -390,6 +444,7 @@ def _is_complete(folder: Path, plan: dict[str, Any]) -> bool:
     complete = (folder / MANIFEST).is_file()
     if complete or (folder / PLAN).is_file():
         theirs = json.loads((folder / (MANIFEST if complete else PLAN)).read_text())
+        theirs.get("options", {}).pop("skip_corrupt", None)  # earlier versions had it there
         if changed := [key for key in plan if theirs.get(key) != plan[key]]:
             raise PrepareError(
                 f"{folder} was {'written' if complete else 'begun'} with other settings ({', '.join(changed)}): repeat "

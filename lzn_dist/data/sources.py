@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import functools
 import gzip
 import io
@@ -21,7 +20,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from lzn_dist.data.index import IMAGE_EXTENSIONS, tar_members
-from lzn_dist.data.prepare import Item, PrepareError
+from lzn_dist.data.prepare import Item, PrepareError, Source
 
 NO_LABEL = -1
 
@@ -31,7 +30,7 @@ def extension_of(name: str) -> str | None:
     extension = name.rpartition(".")[2].lower()
     if extension not in IMAGE_EXTENSIONS:
         return None
-    return "jpg" if extension == "jpeg" else extension
+    return {"jpeg": "jpg", "jpe": "jpg", "jfif": "jpg", "tiff": "tif"}.get(extension, extension)
 
 
 def key_of(name: str) -> str:
@@ -109,7 +108,7 @@ def read_devkit(path: Path) -> tuple[list[str], list[str], list[str]]:
 
 
 @dataclass
-class ImageNet:
+class ImageNet(Source):
     """ILSVRC2012: the training tar of 1,000 inner tars, the validation tar, the devkit."""
 
     train: Path
@@ -213,7 +212,7 @@ class _PixelsOnly(pickle.Unpickler):
 
 
 @dataclass
-class CIFAR10:
+class CIFAR10(Source):
     """cifar-10-python.tar.gz or cifar-10-binary.tar.gz: 32x32 RGB pixels, written as PNG."""
 
     archive: Path
@@ -281,7 +280,7 @@ class CIFAR10:
 
 
 @dataclass
-class AFHQCat:
+class AFHQCat(Source):
     """afhq.zip or afhq_v2.zip of StarGAN v2: its cats; `val` (v1) and `test` (v2) as split ``test``."""
 
     archive: Path
@@ -320,86 +319,3 @@ class AFHQCat:
 @functools.lru_cache(maxsize=2)
 def _zip(path: Path, process: int) -> zipfile.ZipFile:
     return zipfile.ZipFile(path)
-
-
-# ── folders ─────────────────────────────────────────────────────────────────────────────────────────────────────────
-
-
-@dataclass
-class ImageFolder:
-    """Images in folders: FOLDER/CLASS/…, FOLDER/SPLIT/CLASS/… (splits train, val, test), or as a CSV file says.
-
-    labelled: whether folders are classes; else all images belong to split ``train``. table: CSV with a header and the
-    columns path (relative to the folder), label (a class's name) and, if wanted, split.
-    """
-
-    folder: Path
-    labelled: bool = True
-    table: Path | None = None
-    name: str = ""
-    _classes: list[str] = field(default_factory=list)
-
-    def __post_init__(self) -> None:
-        self.name = self.name or f"image folder {self.folder.name}"
-        if not self.folder.is_dir():
-            raise PrepareError(f"{self.folder} is no folder")
-
-    def archives(self) -> list[Path]:
-        return [] if self.table is None else [self.table]
-
-    def classes(self) -> list[str]:
-        return self._classes
-
-    def splits(self) -> dict[str, list[Item]]:
-        rows = self._from_table() if self.table is not None else self._from_folders()
-        self._classes = sorted({label for _, _, label in rows if label})
-        number = {name: label for label, name in enumerate(self._classes)}
-        found: dict[str, list[Item]] = {}
-        for split, path, label in rows:
-            extension = extension_of(path)
-            if extension is None:
-                raise PrepareError(f"{path} has no extension of an image ({', '.join(IMAGE_EXTENSIONS)})")
-            size = (self.folder / path).stat().st_size
-            key = key_of(path.removeprefix(f"{split}/"))
-            found.setdefault(split, []).append(Item(key, extension, number.get(label, NO_LABEL), path, size))
-        if not found:
-            raise PrepareError(f"{self.folder} has no images ({', '.join(IMAGE_EXTENSIONS)})")
-        return found
-
-    def _from_folders(self) -> list[tuple[str, str, str]]:
-        """(split, path, class) of all images; a path from the folder on, in order of names."""
-        paths = sorted(
-            path.relative_to(self.folder).as_posix() for path in self.folder.rglob("*") if extension_of(path.name)
-        )
-        if not self.labelled:
-            return [("train", path, "") for path in paths]
-        parts = [path.split("/") for path in paths]
-        split = all(part[0] in ("train", "val", "test") and len(part) >= 3 for part in parts)
-        if any(len(part) < 2 for part in parts):
-            raise PrepareError(f"{self.folder} has images outside class folders: give --unlabelled or --csv")
-        return [
-            (part[0] if split else "train", path, part[1 if split else 0])
-            for path, part in zip(paths, parts, strict=True)
-        ]
-
-    def _from_table(self) -> list[tuple[str, str, str]]:
-        assert self.table is not None
-        with self.table.open(newline="") as file:
-            reader = csv.DictReader(file)
-            if not {"path", "label"} <= set(reader.fieldnames or ()):
-                raise PrepareError(f"{self.table} needs a header with the columns path and label, perhaps split")
-            rows = [
-                (reader.line_num, row.get("split") or "train", row["path"] or "", row["label"] or "") for row in reader
-            ]
-        labelled = any(label for *_, label in rows)
-        for line, _, path, label in rows:
-            if not (self.folder / path).is_file():
-                raise PrepareError(f"{self.table}, line {line}: there is no {self.folder / path}")
-            if labelled and not label:
-                raise PrepareError(
-                    f"{self.table}, line {line}: {path} has no label, others have: give each row one, or none"
-                )
-        return [(split, path, label) for _, split, path, label in rows]
-
-    def read(self, item: Item) -> bytes:
-        return (self.folder / item.where).read_bytes()

@@ -44,9 +44,9 @@ from lzn_dist.data import (
     to_unit_range,
     write_digits,
 )
+from lzn_dist.data.image_folder import ImageFolder
 from lzn_dist.data.pixels import Box, crop_box, decode, resize
 from lzn_dist.data.prepare import Options, prepare
-from lzn_dist.data.sources import ImageFolder
 
 SIZE = 224
 

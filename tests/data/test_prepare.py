@@ -23,10 +23,11 @@ from PIL import Image
 from published import NAMES, WNIDS, add, afhq, cifar10, encode, imagenet, picture
 
 from lzn_dist.data import CentreCrop, ShardedDataset, ShardIndex, Split, write_manifest
+from lzn_dist.data.image_folder import ImageFolder
 from lzn_dist.data.index import IMAGE_EXTENSIONS
 from lzn_dist.data.pixels import decode
 from lzn_dist.data.prepare import Item, Options, PrepareError, check, prepare
-from lzn_dist.data.sources import CIFAR10, AFHQCat, ImageFolder, ImageNet, read_devkit
+from lzn_dist.data.sources import CIFAR10, AFHQCat, ImageNet, read_devkit
 
 ROOT = Path(__file__).parents[2]
 
@@ -315,7 +316,7 @@ def test_a_damaged_image_is_named_and_may_be_left_out(tmp_path: Path) -> None:
 
 def test_an_error_does_not_wait_for_the_archives_hash(tmp_path: Path) -> None:
     folder = many(tmp_path / "images", 1)
-    (folder / "a" / "0.png").write_bytes(b"?")
+    (folder / "a" / "0.png").write_bytes((folder / "a" / "0.png").read_bytes()[:60])
     archive = tmp_path / "large"
     archive.touch()
     os.truncate(archive, 1 << 36)  # a minute's work; without room on the disk
@@ -378,7 +379,7 @@ def test_a_cat_damaged_in_its_zip_may_be_left_out(tmp_path: Path) -> None:
         start = archive.getinfo("afhq/train/cat/flickr_cat_000002.jpg").header_offset
     content[start + 30 + len("afhq/train/cat/flickr_cat_000002.jpg")] = 0xFF  # deflate knows no such block
     (tmp_path / "afhq.zip").write_bytes(content)
-    with pytest.raises(PrepareError, match=r"flickr_cat_000002\.jpg cannot be decoded .* fetch the archive again"):
+    with pytest.raises(PrepareError, match=r"flickr_cat_000002\.jpg cannot be decoded .* or fetch it again"):
         prepare(AFHQCat(tmp_path / "afhq.zip"), Options(tmp_path / "shards"), quiet=True)
     prepare(AFHQCat(tmp_path / "afhq.zip"), Options(tmp_path / "new", skip_corrupt=True), quiet=True)
     assert ShardIndex.load(tmp_path / "new").manifest["skipped"] == {"train": ["flickr_cat_000002"]}
@@ -457,9 +458,7 @@ def test_refusals(tmp_path: Path) -> None:
     twice.mkdir()
     for name in ("a.png", "a.jpg"):
         (twice / name).write_bytes(encode(picture(0)))
-    with pytest.raises(PrepareError, match="two images of the key 'a'"):
-        prepare(ImageFolder(twice, labelled=False), Options(tmp_path / "out"), quiet=True)
-    with pytest.raises(PrepareError, match="images outside class folders: give --unlabelled"):
+    with pytest.raises(PrepareError, match="images outside of class folders: give --unlabelled"):
         ImageFolder(twice).splits()
 
 
