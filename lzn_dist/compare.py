@@ -34,7 +34,7 @@ from lzn_dist.config import ConfigError, load_config
 from lzn_dist.paths import expand_path, folder_or_url, path_argument
 from lzn_dist.run_folder import read_lines, write_json
 from lzn_dist.terminal import command
-from lzn_dist.wiring import changed_keys
+from lzn_dist.wiring import changed_keys, resolve
 from lzn_dist.yaml_core import read_yaml
 
 
@@ -135,7 +135,7 @@ def make_job(comparison: Comparison, base: Path, row: Row, seed: int, more: list
                  for key, value in {**comparison.overrides, **source.overrides, **row.overrides}.items()]  # fmt: skip
     overrides += [*more, f"seed={seed}", f"output_dir={folder}"]
     path = base / source.config
-    config = load_config(path, overrides)
+    config = resolve(load_config(path, overrides))
     if (folder / "config.yaml").is_file():
         changed = changed_keys(load_config(folder / "config.yaml"), config)
         if changed:

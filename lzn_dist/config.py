@@ -45,9 +45,11 @@ class DataConfig(_Section):
         "none", description="An embedded data set to write to `shards` where it is missing."
     )
     global_batch: PositiveInt = Field(256, description="Samples an optimiser step, over all ranks.")
-    image_size: PositiveInt = Field(8, description="Height and width of the images in pixels.")
-    image_channels: Literal[1, 3] = Field(1, description="1 for grey, 3 for RGB.")
-    num_classes: NonNegativeInt = Field(10, description="Number of classes; 0 where there are no labels.")
+    image_size: NonNegativeInt = Field(8, description="Height and width of the images in pixels; 0: as in the shards.")
+    image_channels: Literal[0, 1, 3] = Field(1, description="1 for grey, 3 for RGB; 0: as the shards' first image is.")
+    num_classes: int = Field(
+        10, ge=-1, description="Number of classes; 0 where there are no labels; -1: as many as the shards have."
+    )
     cache_decoded: bool = Field(False, description="Keep decoded images in memory (small data sets).")
     workers: NonNegativeInt = Field(0, description="Loader processes a rank; 0 reads in a background thread.")
     streams: PositiveInt = Field(
@@ -99,9 +101,13 @@ class ContrastConfig(_Section):
 
 class NetworkConfig(_Section):
     channels: PositiveInt = Field(32, description="Channels of the first level.")
-    channel_multipliers: tuple[PositiveInt, ...] = Field((1, 2), description="Channels of each level, as factors.")
+    channel_multipliers: tuple[PositiveInt, ...] | None = Field(
+        (1, 2), description="Channels of each level, as factors; null: as many levels as the image size has halves."
+    )
     residual_blocks: PositiveInt = Field(1, description="Residual blocks a level.")
-    attention_resolutions: tuple[PositiveInt, ...] = Field((), description="Resolutions with self-attention.")
+    attention_resolutions: tuple[PositiveInt, ...] | None = Field(
+        (), description="Resolutions with self-attention; null: the largest level of 16 pixels or fewer."
+    )
     dropout: float = Field(0.0, ge=0.0, lt=1.0, description="Dropout rate in residual blocks.")
     fir: bool = Field(False, description="Resample with the FIR filter [1, 3, 3, 1].")
     progressive: bool = Field(False, description="Input skips and, decoding, output skips, summed (256 pixels).")
@@ -147,6 +153,7 @@ class EvaluationConfig(_Section):
     noise_scales: tuple[float, ...] = Field((0.0, 0.25, 0.5, 0.75, 1.0), description="Noise scales of accuracy.")
     alignment_steps: PositiveInt = Field(100, description="Steps of alignment with labels in evaluation.")
     samples_per_class: PositiveInt = Field(50, description="Conditional samples drawn a class.")
+    split: str = Field("", description="Split whose images are measured; default: test, else val. train is named so.")
     inception: UserPath = Field(
         "",
         description="Weights of the Inception network, for FID and the like at each evaluation: a file, or hub.",
@@ -228,16 +235,16 @@ class Config(_Section):
             raise ValueError("alignment.cutoff leaves no step of alignment.steps; lower it")
         if self.anchors == "ring" and (self.latent.solver == "dopri5" or self.backend == "plain"):
             raise ValueError("anchors=ring needs a solver with fixed steps and backend auto or tiled")
-        if self.task != "representation" and self.encoder.kind == "resnet" and self.data.image_channels != 3:
+        if self.task != "representation" and self.encoder.kind == "resnet" and self.data.image_channels == 1:
             raise ValueError("encoder.kind=resnet with one image channel is for task=representation")
-        if self.task == "representation" and self.data.views == "simclr" and self.data.image_channels != 3:
+        if self.task == "representation" and self.data.views == "simclr" and self.data.image_channels == 1:
             raise ValueError("data.views=simclr changes colours: set data.image_channels=3, or data.views=digits")
         if self.task == "representation" and self.data.views == "simclr" and self.data.cache_decoded:
             raise ValueError("data.views=simclr crops anew in each epoch: set data.cache_decoded=false")
         if self.data.embedded != "none" and "://" in self.data.shards:
             raise ValueError("an embedded data set is written to a folder: set data.embedded=none for shards at a URL")
-        if 0 < self.data.resize < self.data.image_size:
-            raise ValueError("data.resize is smaller than data.image_size; raise it")
+        if 0 < self.data.resize < self.data.image_size or (self.data.resize and not self.data.image_size):
+            raise ValueError("data.resize is smaller than data.image_size, or that is not given; set both")
         if self.data.embedded == "digits" and (self.data.image_size, self.data.image_channels) != (8, 1):
             raise ValueError("data.embedded=digits holds 8x8 grey images: set data.image_size=8 data.image_channels=1")
         return self

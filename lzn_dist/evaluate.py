@@ -12,8 +12,11 @@ from __future__ import annotations
 import argparse
 import os
 import sys
+import tempfile
 import time
+from contextlib import ExitStack
 from pathlib import Path
+from typing import Any
 
 import torch
 from accelerate import PartialState
@@ -22,14 +25,17 @@ from lzn_dist.checkpoint import CheckpointError
 from lzn_dist.config import ConfigError, override
 from lzn_dist.data import CorruptSampleError
 from lzn_dist.distributed import Topology
+from lzn_dist.distributed.launch import everywhere
+from lzn_dist.distributed.spread import once
 from lzn_dist.distributed.start import check_world, meeting
-from lzn_dist.evaluation import EvaluationData, evaluate_model
+from lzn_dist.evaluation import EvaluationData, evaluate_model, write_figures
 from lzn_dist.evaluation.linear_probe import ProbeSettings, published_probe
 from lzn_dist.exit_status import REFUSED, status_of
 from lzn_dist.model import LZN, MissingCapability, load
 from lzn_dist.paths import path_argument
 from lzn_dist.run_folder import write_json
 from lzn_dist.terminal import command
+from lzn_dist.wiring import shared_checkpoint
 
 
 def table(values: dict[str, float], title: str) -> str:
@@ -44,13 +50,15 @@ def show_probe(epoch: int, loss: float) -> None:
     print(f"linear probe: epoch {epoch}, loss {loss:.4f}", file=sys.stderr, flush=True)
 
 
-def write_results(path: Path, model: LZN, values: dict[str, float], seed: int) -> None:
-    """The values as JSON, with the step, the seed and the settings they belong to; a reader sees the old file or the
-    new one."""
+def write_results(path: Path, model: LZN, values: dict[str, float], seed: int, **more: Any) -> None:
+    """The values as JSON, with the step, the seed and the settings they belong to, and what more there is to say of
+    them; a reader sees the old file or the new one."""
     path.parent.mkdir(parents=True, exist_ok=True)
     config = model.config.model_dump(mode="json")
     settings = {section: config[section] for section in ("data", "flow", "evaluation")}
-    write_json(path, {"step": model.step, "task": model.config.task, "seed": seed, **values, "settings": settings})
+    write_json(
+        path, {"step": model.step, "task": model.config.task, "seed": seed, **values, **more, "settings": settings}
+    )
 
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
@@ -93,35 +101,83 @@ def main(arguments: list[str] | None = None) -> int:
         main_process = Topology.current().is_main
         if not options.run.is_dir():
             raise FileNotFoundError(f"no run in {options.run}: give the output_dir of a training run")
-        model = load(options.checkpoint or options.run)
+        with ExitStack() as held:
+            path = shared_checkpoint(options.checkpoint or options.run, held if main_process else None)
+            assert path is not None
+            model = load(path)
+            everywhere(None)  # until all have read it
         model.config = override(model.config, options.overrides)
+        output = options.output or options.run
+        unwritable = once(lambda: why_unwritable(output))
+        if unwritable and main_process:
+            print(f"{unwritable}: measures are printed alone; --output DIR keeps them", file=sys.stderr)
         if torch.cuda.is_available():
             model.networks.to(f"cuda:{os.environ.get('LOCAL_RANK', '0')}")
         elif "OMP_NUM_THREADS" not in os.environ:
             # threads that wait for each other spin: with as many as cores, one busy core makes small layers 20 × slower
             torch.set_num_threads(max(1, (os.cpu_count() or 1) // 2))
         data = EvaluationData(model.config)
-        output = options.output or options.run
         values: dict[str, float] = {}
+        left_out: dict[str, str] = {}
         if options.probe_epochs:  # first: what it refuses is told before anything else is measured
             settings = ProbeSettings(options.probe_epochs, options.probe_batch)
             values |= published_probe(model, data, settings, output, show_probe if main_process else lambda *_: None)
-        values |= evaluate_model(
-            model, output, figures=not options.no_figures, quick=options.quick, data=data, seed=options.seed,
-            run=options.run,
-        )  # fmt: skip
-        if main_process:
-            write_results(output / "evaluation.json", model, values, options.seed)
+        values |= evaluate_model(model, figures=False, quick=options.quick, data=data, seed=options.seed,
+                                 left_out=left_out)  # fmt: skip
+        if main_process:  # first of all: whatever fails after this does not lose them
+            seconds = time.perf_counter() - start
+            print(table(values, f"{options.run} · {model.config.task} · step {model.step} · {seconds:.1f} s"))
+            print(describe(data.measured_on, left_out), flush=True)
+        if not unwritable:
+            written = once(lambda: write_all(model, data, values, left_out, output, options))
+            if main_process and written:
+                print(f"written: {', '.join(written)}")
     except (CheckpointError, ConfigError, CorruptSampleError, MissingCapability, OSError) as error:
         if main_process:
             print(f"error: {error}", file=sys.stderr)
         return REFUSED if isinstance(error, FileNotFoundError) else status_of(error)
-    if not main_process:
-        return 0
-    seconds = time.perf_counter() - start
-    print(table(values, f"{options.run} · {model.config.task} · step {model.step} · {seconds:.1f} s"))
-    print(f"written: {output / 'evaluation.json'}" + ("" if options.no_figures else f", {output / 'figures'}/"))
     return 0
+
+
+def why_unwritable(folder: Path) -> str:
+    """Why results cannot be written to a folder; "" where they can."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            return ""
+    except OSError as error:
+        return f"{folder} cannot be written to ({error.strerror})"
+
+
+def describe(measured_on: dict[str, Any], left_out: dict[str, str]) -> str:
+    """Lines for people: on which images, and what is missing, by reason."""
+    kind = "held-out" if measured_on["held_out"] else "TRAINING"
+    lines = [f"measured on split {measured_on['split']}: {measured_on['images']:,} {kind} images"]
+    for reason in dict.fromkeys(left_out.values()):
+        names = [name for name, why in left_out.items() if why == reason]
+        lines.append(f"left out: {', '.join(names)}: {reason}")
+    return "\n".join(lines)
+
+
+def write_all(
+    model: LZN, data: EvaluationData, values: dict[str, float], left_out: dict[str, str], output: Path,
+    options: argparse.Namespace,
+) -> list[str]:  # fmt: skip
+    """Write evaluation.json and the figures, where these are wanted; a figure that cannot be drawn is told. Returns
+    what was written. Raises OSError, with the folder in it."""
+    try:
+        write_results(output / "evaluation.json", model, values, options.seed, measured_on=data.measured_on,
+                      left_out=left_out)  # fmt: skip
+    except OSError as error:
+        raise OSError(error.errno, f"{error.strerror}: {output / 'evaluation.json'}") from error
+    written = [str(output / "evaluation.json")]
+    if not options.no_figures:
+        try:
+            write_figures(model, data, output, options.seed, options.run)
+            written.append(f"{output / 'figures'}/")
+        except Exception as error:  # fonts, a backend, a full disk: the measures are there
+            print(f"not all figures could be drawn: {type(error).__name__}: {error}", file=sys.stderr)
+    return written
 
 
 if __name__ == "__main__":

@@ -89,7 +89,7 @@ def normal(keys: Tensor, shape: Sequence[int] = (), dtype: torch.dtype = torch.f
     radius = torch.sqrt(-2.0 * torch.log(((bits & (_BITS_24 >> 1)).to(dtype) + 0.5) * 2.0**-23))
     angle = ((bits >> 24) & _BITS_24).to(dtype) * (2.0 * math.pi * 2.0**-24)
     pair = torch.stack((radius * torch.cos(angle), radius * torch.sin(angle)), dim=-1)
-    return pair.reshape(*keys.shape, -1)[..., :count].reshape(*keys.shape, *shape)
+    return pair.flatten(-2)[..., :count].reshape(*keys.shape, *shape)
 
 
 def permutation(key: Tensor, count: int) -> Tensor:

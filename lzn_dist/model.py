@@ -16,15 +16,21 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
 
 from lzn_dist.config import Config
 from lzn_dist.flow import invert, sample
+from lzn_dist.inputs import as_count, as_images, as_labels
 from lzn_dist.keyed_random import make_key, normal
 from lzn_dist.networks import Networks
 from lzn_dist.zones import align, compute_latents, nearest_anchor
+
+# what methods take for images [b, c, h, w] and labels int64 [b]: tensors, or what lzn_dist.inputs makes into them
+Images: TypeAlias = Any
+Labels: TypeAlias = Any
 
 CHUNK = 512  # images that go through a network at once, at most,
 CHUNK_PIXELS = 1 << 21  # and pixels: a feature map of 128 channels is 1 GB then
@@ -56,6 +62,27 @@ class LZN:
         self.config = config
         self.step = step
         self._others: Tensor | None = None
+        self._bfloat16 = False
+
+    def to(self, *args: Any, **more: Any) -> LZN:
+        """Moves the model as torch's modules do: ``to("cuda")``, ``to(torch.bfloat16)``, ``to("cuda", torch.float64)``.
+
+        bfloat16: the networks compute in it, as in training with precision=bf16; their weights, the zones and all that
+        is returned stay in float32. float16 is refused: these networks' values do not fit into it.
+        """
+        device, dtype, non_blocking, _ = torch._C._nn._parse_to(*args, **more)
+        if dtype not in (None, torch.float32, torch.float64, torch.bfloat16):
+            raise ValueError(f"{dtype} is not supported: torch.bfloat16, torch.float32 and torch.float64 are")
+        if dtype is not None:
+            self._bfloat16 = dtype == torch.bfloat16
+        self.networks.to(device, None if dtype == torch.bfloat16 else dtype, non_blocking)
+        return self
+
+    def cuda(self, device: int | None = None) -> LZN:
+        return self.to("cuda" if device is None else f"cuda:{device}")
+
+    def cpu(self) -> LZN:
+        return self.to("cpu")
 
     @property
     def device(self) -> torch.device:
@@ -97,20 +124,22 @@ class LZN:
     # ── images → features, anchors, latents ─────────────────────────────────────────────────────────────────────
 
     @torch.no_grad()
-    def embed(self, images: Tensor) -> Tensor:
+    def embed(self, images: Images) -> Tensor:
         """Features [b, F] of images [b, c, h, w] in [−1, 1], before the encoder's head."""
-        encoder = self._encoder()
-        features = torch.cat([encoder.features(self._ready(part)) for part in images.split(self.chunk)])  # type: ignore[operator]
-        return features.float() if features.dtype == torch.bfloat16 else features
+        encoder, images = self._encoder(), self._images(images)
+        with self._autocast():
+            features = torch.cat([encoder.features(self._ready(part)) for part in images.split(self.chunk)])  # type: ignore[operator]
+        return features if features.dtype == torch.float64 else features.float()
 
     @torch.no_grad()
-    def anchors(self, images: Tensor) -> Tensor:
+    def anchors(self, images: Images) -> Tensor:
         """The encoder's output [b, D] for images [b, c, h, w]: anchors (or logits), in float32 at least."""
-        encoder = self._encoder()
-        anchors = torch.cat([encoder(self._ready(part)) for part in images.split(self.chunk)])
+        encoder, images = self._encoder(), self._images(images)
+        with self._autocast():
+            anchors = torch.cat([encoder(self._ready(part)) for part in images.split(self.chunk)])
         return anchors if anchors.dtype == torch.float64 else anchors.float()
 
-    def latents(self, images: Tensor, noise_scale: float | None = None, seed: int = 0) -> Tensor:
+    def latents(self, images: Images, noise_scale: float | None = None, seed: int = 0) -> Tensor:
         """Latents [b, D] of images [b, c, h, w] over these images' anchors alone: give a fixed batch.
 
         noise_scale: how far from the zone's centre (default: the configuration's). The solver is the configuration's.
@@ -170,7 +199,7 @@ class LZN:
         return nearest_anchor(result.endpoint, anchors)
 
     def classify(
-        self, images: Tensor, noise_scale: float = 0.0, class_weights: Tensor | None = None, seed: int = 0
+        self, images: Images, noise_scale: float = 0.0, class_weights: Tensor | None = None, seed: int = 0
     ) -> Tensor:
         """Labels int64 [b] of images [b, c, h, w]: image → anchor → latent (over the fixed batch) → class.
 
@@ -181,6 +210,7 @@ class LZN:
         if self.has_logits:
             return self.anchors(images).argmax(1)
         self._label_anchors()
+        images = self._images(images)
         found = []
         for rows, counted in self._fixed_batches(len(images)):
             anchors = self.anchors(self._filled(images, rows))
@@ -196,9 +226,9 @@ class LZN:
         return self._walk(noise, latents, labels, invert_path=False)[0].clamp(-1.0, 1.0)
 
     @torch.no_grad()
-    def encode_noise(self, images: Tensor, latents: Tensor, labels: Tensor | None = None) -> Tensor:
+    def encode_noise(self, images: Images, latents: Tensor, labels: Tensor | None = None) -> Tensor:
         """The noise [n, c, h, w] that `decode` would turn into these images under the same latents and labels."""
-        return self._walk(self._ready(images), latents, labels, invert_path=True)[0]
+        return self._walk(self._ready(self._images(images)), latents, labels, invert_path=True)[0]
 
     def prior_latents(self, n: int, seed: int = 0, first: int = 0) -> Tensor:
         """n draws [n, D] from the prior N(0, I), sample numbers counting from ``first``."""
@@ -213,15 +243,15 @@ class LZN:
         return normal(make_key(seed, "generate/noise", samples), shape, self._dtype)
 
     def generate(
-        self, n: int, labels: int | Tensor | None = None, seed: int = 0, *,
-        zone: int | Tensor | None = None, first: int = 0,
+        self, n: int, labels: Labels | None = None, seed: int = 0, *,
+        zone: Labels | None = None, first: int = 0,
     ) -> Tensor:  # fmt: skip
         """n images [n, c, h, w] in [−1, 1]; `generate_with_latents` says what the arguments mean."""
         return self.generate_with_latents(n, labels, seed, zone=zone, first=first).images
 
     def generate_with_latents(
-        self, n: int, labels: int | Tensor | None = None, seed: int = 0, *,
-        zone: int | Tensor | None = None, first: int = 0,
+        self, n: int, labels: Labels | None = None, seed: int = 0, *,
+        zone: Labels | None = None, first: int = 0,
     ) -> Generated:  # fmt: skip
         """n samples, numbered from ``first``: generate(4) is generate(2) followed by generate(2, first=2).
 
@@ -232,6 +262,7 @@ class LZN:
         Raises MissingCapability for labels where the model has none, ValueError for labels out of range.
         """
         self._decoder()
+        n = as_count(n)
         if labels is None and zone is not None:
             raise ValueError("zone needs labels: which one-hot label should the decoder be given?")
         if labels is None and self.takes_labels and not self.has_labels:
@@ -247,29 +278,35 @@ class LZN:
         return Generated(images.clamp(-1.0, 1.0), latents, one_hot, evaluations)
 
     @torch.no_grad()
-    def reconstruct(self, images: Tensor, seed: int = 0, labels: Tensor | None = None) -> Tensor:
+    def reconstruct(self, images: Images, seed: int = 0, labels: Labels | None = None) -> Tensor:
         """Images [b, c, h, w] inverted to noise under their own latents and decoded again (paper, section 3.1).
 
         A joint model's one-hot label is the class read from the latent: no label of the data is used. A decoder that
         takes labels without zones needs them, int64 [b]. Raises FileNotFoundError as `classify` does.
         """
         self._decoder()
+        images = self._images(images)
+        if labels is not None and self.takes_labels and not self.has_labels:
+            labels = self._label_tensor(labels, len(images))
         result = []
         for rows, counted in self._fixed_batches(len(images)):
             batch = self._filled(images, rows) if self.has_latents else images[rows[:counted]]
-            latents, own = self.code(batch, seed, rows, None if labels is None else labels[rows % len(images)])
+            latents, own = self.code(
+                batch, seed, rows, None if labels is None else labels[rows[: len(batch)] % len(images)]
+            )
             latents, own = latents[:counted], None if own is None else own[:counted]
             result.append(self.decode(self.encode_noise(batch[:counted], latents, own), latents, own))
         return torch.cat(result) if result else self._ready(images)
 
     @torch.no_grad()
     def code(
-        self, images: Tensor, seed: int = 0, samples: Tensor | None = None, labels: Tensor | None = None
+        self, images: Images, seed: int = 0, samples: Tensor | None = None, labels: Labels | None = None
     ) -> tuple[Tensor, Tensor | None]:
         """What the decoder is given for a fixed batch of images [b, c, h, w]: latents [b, D] and labels [b] or None.
 
         labels: of the data, used only by a decoder that takes labels without zones. samples: as anchors_to_latents.
         """
+        images = self._images(images)
         if self.has_latents:
             rows = None if samples is None else samples.to(self.device)
             latents = self.anchors_to_latents(self.anchors(images), None, seed, rows)
@@ -281,14 +318,23 @@ class LZN:
             return latents, None
         if labels is None:
             raise ValueError("labels: this decoder takes labels and has no zones to read them from")
-        return latents, self._check_labels(labels)
+        return latents, self._label_tensor(labels, len(images))
 
     # ── inside ──────────────────────────────────────────────────────────────────────────────────────────────────
 
     @property
     def _dtype(self) -> torch.dtype:
         dtype = next(self.networks.parameters()).dtype
-        return torch.float32 if dtype == torch.bfloat16 else dtype
+        if dtype not in (torch.float32, torch.float64):
+            raise ValueError(f"the networks are in {dtype}: use model.to(torch.bfloat16), which keeps their weights")
+        return dtype
+
+    def _autocast(self) -> torch.autocast:
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=self._bfloat16)
+
+    def _images(self, images: Images) -> Tensor:
+        data = self.config.data
+        return as_images(images, data.image_channels, data.image_size)
 
     def _ready(self, images: Tensor) -> Tensor:
         return images.to(self.device, self._dtype)
@@ -325,8 +371,9 @@ class LZN:
             own_labels = None if labels is None else labels[part]
 
             def velocity(t: Tensor, x_t: Tensor, own: Tensor = own, own_labels: Tensor | None = own_labels) -> Tensor:
-                output: Tensor = decoder(x_t, t.expand(len(x_t)), own, labels=own_labels)
-                return output
+                with self._autocast():
+                    output: Tensor = decoder(x_t, t.expand(len(x_t)), own, labels=own_labels)
+                return output.to(x_t.dtype)
 
             walked = walk(velocity, x[part], method=flow.sampler, steps=flow.sampler_steps, t_min=flow.t_min)
             result.append(walked.x)
@@ -354,12 +401,8 @@ class LZN:
             anchors: Tensor = self.networks.label_anchors()
         return anchors if anchors.dtype == torch.float64 else anchors.float()
 
-    def _label_tensor(self, labels: int | Tensor, n: int) -> Tensor:
-        if isinstance(labels, int):
-            labels = torch.full((n,), labels)
-        if labels.shape != (n,):
-            raise ValueError(f"labels must be one label or int64 [{n}], got {[*labels.shape]}")
-        return self._check_labels(labels)
+    def _label_tensor(self, labels: Labels, n: int) -> Tensor:
+        return self._check_labels(as_labels(labels, n))
 
     def _check_labels(self, labels: Tensor) -> Tensor:
         count = self.config.data.num_classes if self.takes_labels else len(self._label_anchors())

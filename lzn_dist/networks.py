@@ -58,3 +58,26 @@ def _shared(config: Config) -> dict[str, Any]:
 
 def _sizes(network: NetworkConfig) -> dict[str, Any]:
     return {name: getattr(network, name) for name in NetworkConfig.model_fields}
+
+
+def level_sizes(image_size: int) -> list[int]:
+    """Resolutions of an NCSN++ for images of a size: halved as long as 8 pixels are left and it can be."""
+    sizes = [image_size]
+    while sizes[-1] % 2 == 0 and sizes[-1] >= 8:
+        sizes.append(sizes[-1] // 2)
+    return sizes
+
+
+def fitted(network: NetworkConfig, image_size: int) -> dict[str, Any]:
+    """What a network's settings leave open (null), by the image size: levels of 1, 1, 2, 2, … times the channels from
+    128 pixels on (as the published 256), 1, 2, 2, … below (as the published 32); attention at 16 pixels or fewer."""
+    changes: dict[str, Any] = {}
+    multipliers = network.channel_multipliers
+    if multipliers is None:
+        levels = len(level_sizes(image_size))
+        multipliers = tuple([1, 1, *[2] * levels] if image_size >= 128 else [1, *[2] * levels])[:levels]
+        changes["channel_multipliers"] = multipliers
+    if network.attention_resolutions is None:
+        sizes = [image_size >> level for level in range(len(multipliers))]
+        changes["attention_resolutions"] = tuple(size for size in sizes if size <= 16)[:1]
+    return changes

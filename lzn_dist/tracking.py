@@ -91,6 +91,7 @@ class Tracker:
         flops_per_image: float = 0.0,
     ) -> None:
         self.config, self.accelerator, self.folder = config, accelerator, folder
+        self.told: set[tuple[str, str]] = set()
         self.flops_per_image = flops_per_image
         self.bar = tqdm(
             total=config.max_steps, initial=step, unit="step", disable=folder is None, dynamic_ncols=True,
@@ -157,9 +158,17 @@ class Tracker:
         self._write("metrics.jsonl", row)
         self.bar.set_postfix(loss=f"{row['loss']:.4f}", images_s=f"{rate:.0f}")
 
-    def evaluation(self, step: int, values: dict[str, float]) -> None:
-        """One line of eval.jsonl (main process); its random numbers are those of seed 0, as evaluate.py's."""
-        self._write("eval.jsonl", {"step": step, "seed": 0, **values}, prefix="eval/")
+    def evaluation(
+        self, step: int, values: dict[str, float], measured_on: dict[str, Any], left_out: dict[str, str]
+    ) -> None:
+        """One line of eval.jsonl (main process); its random numbers are those of seed 0, as evaluate.py's. What is left
+        out for the same reason every time is told once."""
+        row = {"step": step, "seed": 0, **values, "measured_on": measured_on, "left_out": left_out}
+        self._write("eval.jsonl", row, prefix="eval/")
+        for name, why in left_out.items():
+            if (name, why) not in self.told:
+                self.told.add((name, why))
+                self.bar.write(f"evaluation leaves out {name}: {why}", file=sys.stderr)
 
     def resume_clock(self, step: int) -> None:
         """Do not count what happened since the last line as training."""
@@ -171,7 +180,8 @@ class Tracker:
         if not self.tracks:
             return
         try:
-            self.accelerator.log({prefix + k: v for k, v in row.items() if k != "step"}, step=row["step"])
+            numbers = {prefix + k: v for k, v in row.items() if k != "step" and isinstance(v, int | float)}
+            self.accelerator.log(numbers, step=row["step"])
         except Exception as error:  # it must not cost the run
             self.tracks = False
             print(f"wandb takes no more ({type(error).__name__}: {error}): going on without it", file=sys.stderr)

@@ -58,6 +58,7 @@ from lzn_dist.wiring import (
     no_samples,
     open_stream,
     prepare_samples,
+    resolve,
 )
 
 SLOW_TO_SAVE = 2.0  # GB a process: what a slow disk may not take within the launcher's patience
@@ -304,17 +305,21 @@ class Run:
 
     def _evaluate(self) -> None:
         """Measure the EMA weights in seconds, on all ranks; evaluate.py does it in full. Collective."""
-        from lzn_dist.evaluation import evaluate_model  # two seconds of imports: not before they are needed
+        from lzn_dist.evaluation import (  # two seconds of imports: not before they are needed
+            EvaluationData,
+            evaluate_model,
+        )
 
         state, config = self.state, self.config
         averages = gather_pieces(average_pieces(state.ema, state.engine), everywhere=True)
         networks = build_networks(config)
         networks.load_state_dict(averages | state.engine.constants)  # type: ignore[operator]
         model = LZN(networks.to(self.accelerator.device), config)
+        data, left_out = EvaluationData(config), dict[str, str]()
         with torch.no_grad():
-            values = evaluate_model(model, Path(config.output_dir), figures=False, quick=True)
+            values = evaluate_model(model, figures=False, quick=True, data=data, left_out=left_out)
         if self.folder is not None:
-            self.tracker.evaluation(state.counters.step, values)
+            self.tracker.evaluation(state.counters.step, values, data.measured_on, left_out)
         self.tracker.resume_clock(state.counters.step)
 
 
@@ -348,13 +353,16 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         config = load_config(options.config, options.overrides)
         launch = Launch.asked()
-        config = obey(config, launch.deepspeed)
+        config = resolve(obey(config, launch.deepspeed))
         accelerator = build_accelerator(config, launch)
         status = Run(config, launch, accelerator).train()
         accelerator.end_training()
     except (ConfigError, CheckpointError, NonfiniteError, NoDataError, SupersededError) as error:
         print(f"error: {error}", file=sys.stderr)
         return error.status if isinstance(error, NoDataError) else REFUSED
+    except RemoteError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return UNREADABLE
     except (OSError, RuntimeError, CheckpointException) as error:
         full = _full_disk(error)
         if full is None:

@@ -43,6 +43,7 @@ from lzn_dist.wiring import (
     make_embedded_data,
     open_stream,
     prepare_samples,
+    resolve,
     single_state,
 )
 
@@ -196,7 +197,7 @@ def main(arguments: list[str] | None = None) -> int:
         config = load_config(options.config, [*options.overrides, "tracking.wandb=disabled"])
         config = config.model_copy(update={"tf32": False})  # before it is switched on for the process
         launch = Launch.asked()
-        config = obey(config, launch.deepspeed)
+        config = resolve(obey(config, launch.deepspeed))
         accelerator = build_accelerator(config, launch)
         rows = verify(config, launch, accelerator, options.micro_batch)
     except (ConfigError, CheckpointError, FileNotFoundError) as error:

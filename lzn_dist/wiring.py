@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from contextlib import ExitStack
+from collections.abc import Mapping
+from contextlib import ExitStack, suppress
 from pathlib import Path
 
 import torch
 from accelerate import Accelerator
+from pydantic import ValidationError
 
 from lzn_dist.checkpoint import CheckpointError, RunRecord, held_checkpoint, load_weights, resume_state
 from lzn_dist.config import Config, ConfigError
@@ -22,12 +24,14 @@ from lzn_dist.data import (
     to_unit_range,
     whole_images,
 )
+from lzn_dist.data.pixels import load_with_pillow
+from lzn_dist.data.storage import RemoteError
 from lzn_dist.distributed import Topology, gather_anchors, ring_field
 from lzn_dist.distributed.engine import Engine, TorchEngine, build_engine
 from lzn_dist.distributed.grad_cache import check_batch_independent
 from lzn_dist.distributed.launch import Launch, same_everywhere
 from lzn_dist.models.ema import EMA
-from lzn_dist.networks import Networks, build_networks
+from lzn_dist.networks import Networks, build_networks, fitted
 from lzn_dist.objectives import Objective, Samples, build_objective
 from lzn_dist.step import TrainState, make_optimizer
 
@@ -55,6 +59,65 @@ def open_stream(config: Config, topology: Topology, *, labelled: bool = False) -
         data.shuffle_window,
     )  # fmt: skip
     return BatchStream(dataset, order, topology.rank, topology.world_size, data.workers)
+
+
+def resolve(config: Config) -> Config:
+    """A configuration with what it leaves to the data: image size and channels, number of classes, and networks that
+    fit these. Reads the shards' index and the first image: every process finds the same.
+
+    Raises ConfigError, and RemoteError where a server is away.
+    """
+    try:
+        return _resolved(config)
+    except (ConfigError, RemoteError):
+        raise
+    except (ValueError, OSError) as error:
+        raise ConfigError(str(error)) from error
+
+
+def _resolved(config: Config) -> Config:
+    data = config.data
+    if data.embedded == "none" and (not data.image_size or not data.image_channels or data.num_classes < 0):
+        index = ShardIndex.load(data.shards, data.cache, data.retry_seconds)
+        found: dict[str, int] = {}
+        if data.num_classes < 0:
+            found["num_classes"] = len(index.classes)
+            if not index.manifest:
+                raise ConfigError(f"{index.folder} has no manifest, which counts the classes: set data.num_classes")
+        if not data.image_size or not data.image_channels:
+            height, width, channels = first_image(index)
+            if not data.image_size and height != width:
+                raise ConfigError(
+                    f"the first image of {index.folder} is {height}x{width}: prepare the shards with --resize and "
+                    "--crop, or set data.image_size and data.resize"
+                )
+            found |= {"image_size": data.image_size or height, "image_channels": data.image_channels or channels}
+        config = _updated(config, data=found)
+    size = config.data.image_size
+    return _updated(config, encoder=fitted(config.encoder, size), decoder=fitted(config.decoder, size))
+
+
+def _updated(config: Config, **sections: Mapping[str, object]) -> Config:
+    """Checked anew."""
+    values = config.model_dump()
+    for section, changes in sections.items():
+        values[section] = {**values[section], **changes}
+    try:
+        return Config.model_validate(values)
+    except ValidationError as error:
+        raise ConfigError("; ".join(e["msg"].removeprefix("Value error, ") for e in error.errors())) from None
+
+
+def first_image(index: ShardIndex) -> tuple[int, int, int]:
+    """Height, width and channels (1 or 3) of the first training image that can be read."""
+    split = index.split("train")
+    for row in range(min(len(split), 16)):
+        content = index.storage.read(split.shard_of(row).name, *split.images[row].tolist())
+        with suppress(ValueError):
+            image = load_with_pillow(content)
+            grey = image.mode in ("1", "L", "LA") or image.mode.startswith("I")
+            return image.height, image.width, 1 if grey else 3
+    raise ConfigError(f"{index.folder}: none of its first images can be read: see python data_prep/check.py --decode")
 
 
 def _check_labels(index: ShardIndex, num_classes: int) -> None:
@@ -150,16 +213,27 @@ def _averages(engine: Engine, config: Config) -> EMA:
 def checkpoint_to_resume(config: Config, held: ExitStack | None) -> Path | None:
     """The checkpoint that `resume` names, the same on every rank; None for a fresh start. Raises CheckpointError.
 
+    held: as for `shared_checkpoint`.
+    """
+    if config.resume == "none":
+        return None
+    named = config.output_dir if config.resume == "auto" else config.resume
+    return shared_checkpoint(named, held, needed=config.resume != "auto")
+
+
+def shared_checkpoint(named: str | Path, held: ExitStack | None, *, needed: bool = True) -> Path | None:
+    """A checkpoint, or a run's newest, the same on every rank, while a run may be writing newer ones. Raises
+    CheckpointError; not where there is none and it is not `needed`. Collective.
+
     held: on the main process, keeps it from being removed for as long as it is open; None on the others.
     """
     found = error = None
-    if held is not None and config.resume != "none":
+    if held is not None:
         try:
-            named = config.output_dir if config.resume == "auto" else config.resume
             found = str(held.enter_context(held_checkpoint(named)))
             RunRecord.read(Path(found))
         except CheckpointError as problem:
-            error = None if config.resume == "auto" and found is None else str(problem)
+            error = str(problem) if needed or found is not None else None
     found, error = same_everywhere(found), same_everywhere(error)
     if error is not None:
         raise CheckpointError(error)

@@ -22,7 +22,7 @@ from lzn_dist.cluster.watch import ACTIVE, queue
 from lzn_dist.config import Config, load_config, save_config
 from lzn_dist.data import ensure_digits
 from lzn_dist.distributed import Topology
-from lzn_dist.wiring import open_stream
+from lzn_dist.wiring import open_stream, resolve
 
 PROJECT = Path(__file__).parents[2]
 ENGINES = ("ddp", "zero1", "zero2", "zero3", "zero3_offload", "fsdp")
@@ -89,6 +89,7 @@ def check(request: Request) -> Config:
         raise SubmissionError(f"output_dir {run} cannot be written: {error}") from error
     if config.data.embedded == "digits":
         ensure_digits(config.data.shards)
+    config = resolve(config)
     # whether the shards are there, and batch and streams can be shared by that many ranks
     data = config.data.model_copy(update={"cache_decoded": False, "retry_seconds": 30.0})
     open_stream(config.model_copy(update={"data": data}), Topology(0, request.nodes * request.ranks_per_node))

@@ -22,29 +22,18 @@ from typing import NamedTuple
 from PIL import features
 from tqdm import tqdm
 
-from lzn_dist.data.index import IMAGE_EXTENSIONS
+from lzn_dist.data.index import IMAGE_EXTENSIONS, SPLITS, split_name
 from lzn_dist.data.prepare import Account, Item, PrepareError, Source
 
 NO_LABEL = -1
-NO_SPLITS = "none"
+NOSPLITS = "none"
 _THREADS = 16  # that look into files at once: on a network's disk each look waits
 _LOOK_LIKE_IMAGES = {
     *IMAGE_EXTENSIONS, "heic", "heif", "jp2", "svg", "psd", "ico",
     "dng", "cr2", "cr3", "nef", "arw", "orf", "rw2", "raf",
 }  # fmt: skip
-_SPLITS = {
-    "train": ("train", "training", "trn"),
-    "val": ("val", "valid", "validation", "dev", "devel", "development"),
-    "test": ("test", "testing", "tst", "eval", "evaluation"),
-}
 _PASSED_OVER = {"__macosx", "@eadir", "thumbs.db", "desktop.ini", "$recycle.bin", "system volume information"}
 _PLAIN = re.compile(r"[\w][\w. -]*")  # a split's name becomes a file's
-
-
-def split_name(name: str) -> str | None:
-    """train, val or test for what people call these; None for other names."""
-    plain = re.sub(r"[-_ ]?(set|split|data|images)$", "", name.strip().lower())
-    return next((split for split, names in _SPLITS.items() if plain in names), None)
 
 
 def image_kind(head: bytes) -> str | None:
@@ -258,7 +247,7 @@ class ImageFolder(Source):
     def _split_folders(self, paths: Sequence[str]) -> dict[str, str]:
         """The folders at the top that are splits, and how these are called; empty where there are none. PrepareError
         where that is not clear."""
-        if self.split_folders == NO_SPLITS:
+        if self.split_folders == NOSPLITS:
             return {}
         flat, deep = Counter[str](), Counter[str]()
         for path in paths:
@@ -380,7 +369,7 @@ def _list(names: Iterable[str]) -> str:
 
 
 def _order_of_splits(name: str) -> tuple[int, str]:
-    return (list(_SPLITS).index(name) if name in _SPLITS else len(_SPLITS)), name
+    return (list(SPLITS).index(name) if name in SPLITS else len(SPLITS)), name
 
 
 def _check_split_names(names: Iterable[str], where: str) -> None:

@@ -33,8 +33,19 @@ IMAGE_EXTENSIONS = (
     "jpg", "jpeg", "png", "webp", "ppm", "pgm", "bmp", "jfif", "jpe", "tif", "tiff", "gif", "avif",
 )  # fmt: skip
 LABEL_EXTENSION = "cls"
+SPLITS = {
+    "train": ("train", "training", "trn"),
+    "val": ("val", "valid", "validation", "dev", "devel", "development"),
+    "test": ("test", "testing", "tst", "eval", "evaluation"),
+}
 ABSENT = -1  # the offset of a member that a sample lacks
 _SHARD_NAME = re.compile(r"(?P<split>.+)-\d+\.tar")
+
+
+def split_name(name: str) -> str | None:
+    """train, val or test for what people call these; None for other names."""
+    plain = re.sub(r"[-_ ]?(set|split|data|images)$", "", name.strip().lower())
+    return next((split for split, names in SPLITS.items() if plain in names), None)
 
 
 @dataclass(frozen=True)

@@ -5,13 +5,15 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from lzn_dist.config import Config
+from lzn_dist.config import Config, ConfigError
 from lzn_dist.data import FixedBatches, ShardedDataset, ShardIndex, ensure_digits, whole_images
+from lzn_dist.data.index import split_name
 from lzn_dist.distributed.spread import once, spread
 from lzn_dist.evaluation.frechet import DigitClassifier
 
@@ -43,22 +45,59 @@ def fixed_batches(config: Config, index: ShardIndex, split: str, num_classes: in
     return dataset.fixed_batches(config.evaluation.batch)
 
 
-class EvaluationData:
-    """A data set's train and test splits as the configuration names them; an embedded one is written if missing.
-    Collective.
+class Unmeasurable(ValueError):
+    """A measure that means nothing on these images; the message says why, and what would help."""
 
-    Raises FileNotFoundError where the shards are not there.
+
+class EvaluationData:
+    """A data set's training images and those that are measured; an embedded one is written if missing. Collective.
+
+    names: of the splits "train" and "test"; the latter is `evaluation.split`, else the set's test, else its val, by
+    whatever name. held_out: whether it has one; where it has none, "test" is the training images: for figures, and for
+    measures that the user asked for by evaluation.split=train. Raises FileNotFoundError where the shards are not there,
+    ConfigError for a split that there is not.
     """
 
-    def __init__(self, config: Config, train: str = "train", test: str = "test") -> None:
+    def __init__(self, config: Config) -> None:
         self.config = config
         if config.data.embedded == "digits":
             once(lambda: ensure_digits(config.data.shards))
         self.index = ShardIndex.load(config.data.shards, config.data.cache, config.data.retry_seconds)
-        if test not in self.index.splits:
-            # ImageNet's held-out images are called so; some published sets have none (CelebA-HQ, LSUN)
-            test = "val" if "val" in self.index.splits else train
-        self.names = {"train": train, "test": test}
+        self.asked = config.evaluation.split
+        if self.asked and self.asked not in self.index.splits:
+            raise ConfigError(
+                f"evaluation.split={self.asked}: {self.index.folder} has no such split, but "
+                f"{', '.join(sorted(self.index.splits))}"
+            )
+        train = "train"
+        # ImageNet's held-out images are called val; some published sets have none (CelebA-HQ, LSUN)
+        test = self.asked or self._called("test") or self._called("val")
+        self.held_out = test not in (None, train)
+        self.names = {"train": train, "test": test or train}
+
+    def _called(self, split: str) -> str | None:
+        """The set's own name of a split."""
+        if split in self.index.splits:
+            return split
+        return next((name for name in sorted(self.index.splits) if split_name(name) == split), None)
+
+    def need_held_out(self) -> None:
+        """Raises Unmeasurable where measures would be taken on the training images, unless that was asked for."""
+        if not self.held_out and not self.asked:
+            raise Unmeasurable(
+                f"{self.index.folder} has no test or val split: prepare one, or ask for evaluation.split=train"
+            )
+
+    def need_labels(self) -> None:
+        """Raises Unmeasurable where the measured images have none."""
+        if self.labelled and self.index.split(self.names["test"]).labels is None:
+            raise Unmeasurable(f"split {self.names['test']} of {self.index.folder} has no labels")
+
+    @property
+    def measured_on(self) -> dict[str, Any]:
+        """What measures were taken on, to be kept beside them."""
+        name = self.names["test"]
+        return {"split": name, "images": self.index.samples(name), "held_out": self.held_out}
 
     def batches(self, split: str) -> FixedBatches:
         """Batches of exactly `evaluation.batch` images; the last is filled up with rows that are not valid, and damaged

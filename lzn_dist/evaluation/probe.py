@@ -6,18 +6,21 @@ For comparison the same is asked of raw pixels and of an untrained encoder of th
 from __future__ import annotations
 
 import warnings
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 
 from lzn_dist.config import Config
+from lzn_dist.evaluation.data import Unmeasurable
 from lzn_dist.model import LZN
 from lzn_dist.networks import build_networks
 
 NEIGHBOURS = 10
 LABELS_A_CLASS = 10
 DRAWS = 10
+QUICK_DRAWS = 2
 
 
 @dataclass
@@ -36,6 +39,7 @@ def linear_probe(data: FeatureSet, c: float = 1.0) -> float:
     from sklearn.linear_model import LogisticRegression
     from sklearn.preprocessing import StandardScaler
 
+    _check(data, 1)
     scale = StandardScaler().fit(data.train)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", ConvergenceWarning)
@@ -49,6 +53,7 @@ def few_label_probe(
     """Mean test accuracy of the linear probe from ``labels_a_class`` training images of each class, over ``draws``
     random choices of them, and the standard deviation over the draws. Features are standardised on the chosen images.
     """
+    _check(data, labels_a_class)
     random = np.random.default_rng(seed)
     scores = []
     for _ in range(draws):
@@ -69,9 +74,11 @@ def knn_accuracy(data: FeatureSet, k: int = NEIGHBOURS, chunk: int = 1024) -> fl
     Features are centred on the training mean first; of classes with equal votes, the one with the larger sum of
     similarities wins.
     """
+    _check(data, 1)
+    if len(data.train) < k:
+        raise Unmeasurable(f"there are {len(data.train)} training images: {k} are needed")
     mean = data.train.mean(0)
     train, test = (_unit(features - mean) for features in (data.train, data.test))
-    k = min(k, len(train))
     classes, codes = np.unique(data.train_labels, return_inverse=True)
     right = 0
     for start in range(0, len(test), chunk):
@@ -92,15 +99,33 @@ def _unit(features: np.ndarray) -> np.ndarray:
     return unit
 
 
-def probe_all(data: FeatureSet, prefix: str = "", draws: int = DRAWS) -> dict[str, float]:
-    """linear_probe, knn, probe_10_labels and its deviation over draws, under ``prefix``."""
-    mean, deviation = few_label_probe(data, draws=draws)
-    return {
-        f"{prefix}linear_probe": linear_probe(data),
-        f"{prefix}knn": knn_accuracy(data),
-        f"{prefix}probe_10_labels": mean,
-        f"{prefix}probe_10_labels_std": deviation,
+def probes(data: FeatureSet, quick: bool = False) -> dict[str, Callable[[], dict[str, float]]]:
+    """linear_probe, knn, probe_10_labels and its deviation over draws, each to be called. Each raises Unmeasurable
+    where there are too few classes or images for it. quick: no linear_probe, fewer draws."""
+
+    def few() -> dict[str, float]:
+        mean, deviation = few_label_probe(data, draws=QUICK_DRAWS if quick else DRAWS)
+        return {"probe_10_labels": mean} | ({} if quick else {"probe_10_labels_std": deviation})
+
+    found = {
+        "linear_probe": lambda: {"linear_probe": linear_probe(data)},
+        "knn": lambda: {"knn": knn_accuracy(data)},
+        "probe_10_labels": few,
     }
+    if quick:
+        del found["linear_probe"]
+    return found
+
+
+def _check(data: FeatureSet, a_class: int) -> None:
+    classes, counts = np.unique(data.train_labels, return_counts=True)
+    if len(classes) < 2:
+        raise Unmeasurable(f"the training images have {len(classes)} class: two are needed")
+    if not len(data.test):
+        raise Unmeasurable("there are no images to measure")
+    if counts.min() < a_class:
+        scarce = classes[counts.argmin()]
+        raise Unmeasurable(f"class {scarce} has {counts.min()} training images: {a_class} are needed")
 
 
 def untrained_model(config: Config, seed: int = 0) -> LZN:

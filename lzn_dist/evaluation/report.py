@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import torch
 
 from lzn_dist.config import Config, ConfigError
+from lzn_dist.data import CorruptSampleError
 from lzn_dist.distributed.spread import once
 from lzn_dist.evaluation.accuracy import classification_accuracy, logit_accuracy
-from lzn_dist.evaluation.data import EvaluationData
+from lzn_dist.evaluation.data import EvaluationData, Unmeasurable
 from lzn_dist.evaluation.fid import fid_values
 from lzn_dist.evaluation.frechet import frechet_distance
 from lzn_dist.evaluation.generation import (
@@ -21,12 +24,11 @@ from lzn_dist.evaluation.generation import (
     reconstruction_errors,
 )
 from lzn_dist.evaluation.inception import InceptionFeatures, download
-from lzn_dist.evaluation.probe import FeatureSet, few_label_probe, knn_accuracy, probe_all, untrained_model
+from lzn_dist.evaluation.probe import FeatureSet, probes, untrained_model
 from lzn_dist.evaluation.zone_health import zone_health
 from lzn_dist.model import LZN
 
 QUICK_SAMPLES_PER_CLASS = 10
-QUICK_DRAWS = 2
 COUNTED = 4  # samples whose evaluations of the decoder are counted where no others are drawn
 PIXELS_COMPARED = 64 * 64 * 3  # numbers an image: probes of raw pixels say little about larger ones, and take hours
 RECONSTRUCTED = 1000  # images whose reconstruction is measured, at least
@@ -34,9 +36,12 @@ RECONSTRUCTED = 1000  # images whose reconstruction is measured, at least
 
 def evaluate_model(
     model: LZN, output_dir: Path | None = None, *, figures: bool = True, quick: bool = False,
-    data: EvaluationData | None = None, seed: int = 0, run: Path | None = None,
+    data: EvaluationData | None = None, seed: int = 0, run: Path | None = None, left_out: dict[str, str] | None = None,
 ) -> dict[str, float]:  # fmt: skip
-    """Measure what the model's task allows; keys that do not apply are absent.
+    """Measure what the model's task and the data allow; keys that do not apply are absent.
+
+    left_out: takes the measures that cannot be computed, with the reason: no held-out images, a single class, too few.
+    Where the training images are measured, because evaluation.split=train asks for it, names begin with ``train.``.
 
     joint: accuracy_centre (noise scale 0; with _low and _high, a 95 % Wilson interval), accuracy@S and
     accuracy_weighted@S for every scale S of the configuration (weighted by the training images' class frequencies).
@@ -57,28 +62,58 @@ def evaluate_model(
     """
     inception = inception_network(model.config, model.device) if model.has_decoder else None
     data = data or EvaluationData(model.config)
+    reasons: dict[str, str] = {} if left_out is None else left_out
     values: dict[str, float] = {}
     if model.has_labels:
-        values |= accuracy_values(model, data, quick, seed)
+        values |= _attempt("accuracy", reasons, lambda: accuracy_values(model, data, quick, seed))
     if model.has_logits:
-        found = logit_accuracy(model, data.batches("test"))
-        low, high = found.interval()
-        values |= {"accuracy": found.value, "accuracy_low": low, "accuracy_high": high}
+        values |= _attempt("accuracy", reasons, lambda: logit_values(model, data))
     if model.has_decoder:
-        values |= generation_values(model, data, quick, seed)
+        values |= generation_values(model, data, quick, seed, reasons)
     if inception is not None:
-        values |= inception_values(model, inception, data, seed, 1 if quick else model.config.evaluation.fid_seeds)
+        seeds = 1 if quick else model.config.evaluation.fid_seeds
+        values |= _attempt("fid", reasons, lambda: inception_values(model, inception, data, seed, seeds))
     if model.has_latents:
-        values |= health_values(model, data, seed)
+        values |= _attempt("zones", reasons, lambda: health_values(model, data, seed))
     if data.labelled and model.has_encoder and not (quick and model.has_decoder):
-        values |= probe_values(model, data, quick)
+        values |= probe_values(model, data, quick, reasons)
     if figures and output_dir is not None:
         once(lambda: write_figures(model, data, output_dir, seed, run))
+    if not data.held_out and data.asked:
+        values = {key if key in UNMEASURED else f"train.{key}": value for key, value in values.items()}
     return values
 
 
+# of samples or the training images' statistics alone
+UNMEASURED = {"evaluations", "recognised", "recognised_prior", "rarest_class_prior", "disagreement_latent",
+              "disagreement_label"}  # fmt: skip
+
+
+def _attempt(name: str, left_out: dict[str, str], measure: Callable[[], dict[str, float]]) -> dict[str, float]:
+    """A measure's values; none, and the reason under its name, where it cannot be computed. An error is the same on all
+    ranks: `spread` and `once` see to it."""
+    try:
+        return measure()
+    except CorruptSampleError:  # the data, not the measure
+        raise
+    except (ValueError, ArithmeticError, np.linalg.LinAlgError) as error:
+        left_out[name] = " ".join(str(error).split()) or type(error).__name__
+        return {}
+
+
+def logit_values(model: LZN, data: EvaluationData) -> dict[str, float]:
+    """A supervised classifier's accuracy on the held-out images."""
+    data.need_held_out()
+    data.need_labels()
+    found = logit_accuracy(model, data.batches("test"))
+    low, high = found.interval()
+    return {"accuracy": found.value, "accuracy_low": low, "accuracy_high": high}
+
+
 def accuracy_values(model: LZN, data: EvaluationData, quick: bool, seed: int) -> dict[str, float]:
-    """Classification on the test split over noise scales, with and without class weights."""
+    """Classification on the held-out images over noise scales, with and without class weights."""
+    data.need_held_out()
+    data.need_labels()
     scales = sorted({0.0} if quick else {0.0, 1.0, *model.config.evaluation.noise_scales})
     weights = None if quick else data.class_frequencies
     found = classification_accuracy(model, data.batches("test"), scales, weights, seed)
@@ -90,7 +125,9 @@ def accuracy_values(model: LZN, data: EvaluationData, quick: bool, seed: int) ->
     return values
 
 
-def generation_values(model: LZN, data: EvaluationData, quick: bool, seed: int) -> dict[str, float]:
+def generation_values(
+    model: LZN, data: EvaluationData, quick: bool, seed: int, left_out: dict[str, str] | None = None
+) -> dict[str, float]:
     """Recognised samples, Fréchet distances (where there is a judge), reconstruction.
 
     Fréchet distances are those of classes · samples_per_class samples to the held-out images: they shrink with the
@@ -132,7 +169,12 @@ def generation_values(model: LZN, data: EvaluationData, quick: bool, seed: int) 
                 values["disagreement_latent"] = fight.latent_wins.value
                 values["disagreement_label"] = fight.label_wins.value
     if not short:
-        values |= reconstruction_errors(model, data.batches("test"), RECONSTRUCTED, seed)
+
+        def errors() -> dict[str, float]:
+            data.need_held_out()
+            return reconstruction_errors(model, data.batches("test"), RECONSTRUCTED, seed)
+
+        values |= _attempt("reconstruction_error", {} if left_out is None else left_out, errors)
     return values
 
 
@@ -161,7 +203,7 @@ def inception_values(
 
 
 def health_values(model: LZN, data: EvaluationData, seed: int) -> dict[str, float]:
-    """`zone_health` of the first fixed batch of test images (those that count), with noise of scale 1."""
+    """`zone_health` of the first fixed batch of measured images (those that count), with noise of scale 1."""
     latent = model.config.latent
 
     def health() -> dict[str, float]:
@@ -173,26 +215,36 @@ def health_values(model: LZN, data: EvaluationData, seed: int) -> dict[str, floa
     return once(health)
 
 
-def probe_values(model: LZN, data: EvaluationData, quick: bool) -> dict[str, float]:
+def probe_values(
+    model: LZN, data: EvaluationData, quick: bool, left_out: dict[str, str] | None = None
+) -> dict[str, float]:
     """Probes of the features, and for a representation model of pixels and an untrained encoder beside them."""
+    reasons = {} if left_out is None else left_out
+    values: dict[str, float] = {}
+
+    def probe(of: FeatureSet, prefix: str = "") -> None:
+        for name, measure in probes(of, quick).items():
+            found = _attempt(prefix + name, reasons, lambda measure=measure: once(measure))  # type: ignore[misc]
+            values.update({prefix + key: value for key, value in found.items()})
 
     def features(of: LZN) -> FeatureSet:
         return FeatureSet(*data.features("train", of.embed), *data.features("test", of.embed))
 
-    own = features(model)
-    if quick:
-        return once(lambda: {"knn": knn_accuracy(own), "probe_10_labels": few_label_probe(own, draws=QUICK_DRAWS)[0]})
-    values = once(lambda: probe_all(own))
-    if model.config.task == "representation":
+    try:
+        data.need_held_out()
+        data.need_labels()
+    except Unmeasurable as error:
+        reasons["probes"] = str(error)
+        return values
+    probe(features(model))
+    if model.config.task == "representation" and not quick:
         fresh = untrained_model(model.config, model.config.seed)
         fresh.networks.to(model.device)
-        random = features(fresh)
-        values |= once(lambda: probe_all(random, "untrained."))
+        probe(features(fresh), "untrained.")
         size = model.config.data
         if size.image_channels * size.image_size**2 <= PIXELS_COMPARED:
             train, test = data.train, data.test
-            pixels = FeatureSet(train.pixels, train.labels.numpy(), test.pixels, test.labels.numpy())
-            values |= once(lambda: probe_all(pixels, "pixels."))
+            probe(FeatureSet(train.pixels, train.labels.numpy(), test.pixels, test.labels.numpy()), "pixels.")
     return values
 
 

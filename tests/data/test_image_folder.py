@@ -12,7 +12,8 @@ import pytest
 from messy import PICTURES, check_folder, check_tar
 
 from lzn_dist.data import ShardIndex
-from lzn_dist.data.image_folder import ImageFolder, image_kind, make_keys, read_table, sort_classes, split_name
+from lzn_dist.data.image_folder import ImageFolder, image_kind, make_keys, read_table, sort_classes
+from lzn_dist.data.index import split_name
 from lzn_dist.data.prepare import Options, PrepareError, prepare
 
 ROOT = Path(__file__).parents[2]

@@ -28,6 +28,7 @@ def test_overrides_are_of_what_evaluation_may_change(tmp_path: Path, capsys: pyt
 def test_table_and_json_tell_the_same(
     tmp_path: Path, digits_folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    monkeypatch.setattr(evaluate, "shared_checkpoint", lambda named, held: named)
     monkeypatch.setattr(evaluate, "load", lambda path: tiny("joint", digits_folder))
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     assert (
@@ -46,8 +47,11 @@ def test_table_and_json_tell_the_same(
     values = json.loads((tmp_path / "out" / "evaluation.json").read_text())
     assert values.pop("step") == 1 and values.pop("task") == "joint" and values.pop("seed") == 0
     settings = values.pop("settings")
+    assert values.pop("measured_on") == {"split": "test", "images": 360, "held_out": True}
+    assert values.pop("left_out") == {}
     assert settings["evaluation"]["samples_per_class"] == 1 and settings["flow"]["sampler"] == "euler"
     printed = capsys.readouterr().out
+    assert "measured on split test: 360 held-out images" in printed
     for key, value in values.items():
         assert f"{value:.4f}" in next(line for line in printed.splitlines() if line.split()[:1] == [key])
     assert not (tmp_path / "evaluation.json").exists()
@@ -64,6 +68,7 @@ def test_a_probe_that_cannot_be_is_refused_before_anything_is_measured(
     task: str, objective: str, batch: int, says: str, tmp_path: Path, digits_folder: Path,
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],
 ) -> None:  # fmt: skip
+    monkeypatch.setattr(evaluate, "shared_checkpoint", lambda named, held: named)
     monkeypatch.setattr(evaluate, "load", lambda path: tiny(task, digits_folder, objective))
     monkeypatch.setattr(evaluate, "evaluate_model", lambda *args, **more: pytest.fail("measured"))
     assert evaluate.main([str(tmp_path), "--probe-epochs", "1", "--probe-batch", str(batch)]) == 2
@@ -86,6 +91,7 @@ def test_data_that_fails_is_one_line(
     def fail(*args: object, **more: object) -> None:
         raise error
 
+    monkeypatch.setattr(evaluate, "shared_checkpoint", lambda named, held: named)
     monkeypatch.setattr(evaluate, "load", lambda path: tiny("joint", digits_folder))
     monkeypatch.setattr(evaluate, "evaluate_model", fail)
     assert evaluate.main([str(tmp_path)]) == status
