@@ -189,7 +189,7 @@ class Run:
         config, state, counters, watch = self.config, self.state, self.state.counters, self.state.objective.watch
         watchdog = Watchdog(watch, config.watchdog)
         bad = BadSamples(self.folder, counters.batch // self.stream.batches_per_epoch)
-        batches = self.stream.iterate(counters.batch, 2**62)
+        batches = self.stream.iterate(counters.batch, 2**62, lambda: bool(signals.received))
         lost: Exception | None = None  # why this rank has no data
         try:
             if counters.step and self._evaluation_due() and not self._evaluated():
@@ -211,6 +211,9 @@ class Run:
                 new_damage = bad.report(damaged_everywhere, counters.step)
                 if without_data:
                     counters.batch, counters.nonfinite = counters.batch - 1, counters.nonfinite - 1  # not consumed
+                    if stop:  # the wait for data was given up for a signal
+                        self._checkpoint()
+                        return same_everywhere(signals.received or None) or "another rank's signal"
                     self._no_more_data("" if lost is None else f"rank {self.topology.rank}: {lost}", status_of(lost))
                 if not result.applied:
                     self._skipped(samples)

@@ -8,14 +8,18 @@ and workers, after any resume, and resuming reads nothing of what went before.
 
 from __future__ import annotations
 
+import multiprocessing.util
+import os
+import queue
 import re
 import sys
-from collections import deque
-from collections.abc import Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import cached_property
-from itertools import islice
 
 import numpy as np
 import torch
@@ -341,13 +345,16 @@ class BatchStream:
         pixels, labels, rows, bad = self.dataset.read_or_replace(self.indices(number), epoch)
         return Batch(torch.from_numpy(rows), pixels, labels, epoch, tuple(bad))
 
-    def iterate(self, start: int, stop: int) -> Iterator[Batch]:
+    def iterate(self, start: int, stop: int, interrupted: Callable[[], bool] = lambda: False) -> Iterator[Batch]:
         """Batches start … stop - 1 in order, the next ones being decoded meanwhile.
 
-        An error surfaces at the batch that it belongs to; closing the iterator ends thread or processes.
+        An error surfaces at the batch that it belongs to; closing the iterator ends thread or processes. interrupted:
+        asked while a batch is waited for; raises InterruptedError once it says so. Raises OSError where a loader
+        process ended by itself.
         """
         numbers = range(start, stop)
         if self.workers and len(numbers):
+            _short_sockets()
             loader = DataLoader(
                 _BatchOrError(self),
                 batch_size=None,
@@ -357,21 +364,87 @@ class BatchStream:
                 pin_memory=torch.cuda.is_available(),
                 generator=torch.Generator(),  # the loader would otherwise draw from torch's global one
             )
-            for item in loader:
-                if isinstance(item, Exception):
-                    raise item
-                yield item
-            return
-        remaining = iter(numbers)
-        with ThreadPoolExecutor(1, thread_name_prefix="batches") as reader:
-            ahead: deque[Future[Batch]] = deque(reader.submit(self.batch, k) for k in islice(remaining, _PREFETCH))
+            ahead = _Ahead(iter(loader), 1)
+        else:
+            ahead = _Ahead(map(self.batch, numbers), _PREFETCH - 1)
+        try:
+            for number in numbers:
+                yield ahead.get(interrupted, f"global batch {number} of split {self.dataset.split!r}")
+        finally:
+            ahead.close()
+
+
+class _Ahead:
+    """Items of an iterator, made by a thread some ahead of their use; waiting for one can be interrupted, whatever the
+    thread is doing then. It is a daemon: a request that has no answer must not keep the process from ending."""
+
+    CLOSING = 5.0  # seconds for what is under way when it is closed
+
+    def __init__(self, items: Iterator[Batch | Exception], ahead: int) -> None:
+        self._items, self._queue, self._closed = items, queue.Queue[Batch | BaseException](max(1, ahead)), False
+        self._thread = threading.Thread(target=self._make, name="batches", daemon=True)
+        self._thread.start()
+
+    def _make(self) -> None:
+        try:
+            for item in self._items:
+                self._put(item)
+                if self._closed:
+                    return
+        except BaseException as error:
+            self._put(error)
+
+    def _put(self, item: Batch | BaseException) -> None:
+        while not self._closed:
+            with suppress(queue.Full):
+                self._queue.put(item, timeout=0.1)
+                return
+
+    def get(self, interrupted: Callable[[], bool], what: str) -> Batch:
+        began = said = time.monotonic()
+        while True:
             try:
-                while ahead:
-                    batch = ahead.popleft().result()
-                    ahead.extend(reader.submit(self.batch, k) for k in islice(remaining, 1))
-                    yield batch
-            finally:
-                reader.shutdown(wait=True, cancel_futures=True)
+                item = self._queue.get(timeout=0.2)
+                break
+            except queue.Empty:
+                if interrupted():
+                    raise InterruptedError(f"told to end while waiting for {what}") from None
+                if time.monotonic() - said > SILENCE:
+                    said = time.monotonic()
+                    print(f"waiting for {what} since {said - began:.0f} s", file=sys.stderr, flush=True)
+            except RuntimeError as error:  # torch's handler of a child's end, in the main thread
+                raise _loader_failed(error) from error
+        if isinstance(item, RuntimeError):
+            raise _loader_failed(item) from item
+        if isinstance(item, BaseException):
+            raise item
+        return item
+
+    def close(self) -> None:
+        self._closed = True
+        self._thread.join(timeout=self.CLOSING)
+
+
+def _loader_failed(error: RuntimeError) -> OSError:
+    return OSError(
+        f"a loader process ended by itself ({str(error).splitlines()[0]}): for want of memory, or of room in /dev/shm? "
+        "Try fewer data.workers"
+    )
+
+
+SILENCE = 30.0  # seconds after which a wait is told
+_SOCKET_PATH = 107 - len("/pymp-01234567/listener-01234567")  # what the system allows, less what is put behind it
+
+
+def _short_sockets() -> None:
+    """Loader processes hand over memory through sockets in the temporary folder, whose path must not be long; where it
+    is, they go to a private one under /tmp."""
+    if len(os.fsencode(tempfile.gettempdir())) > _SOCKET_PATH:
+        own, tempfile.tempdir = tempfile.tempdir, "/tmp"
+        try:
+            multiprocessing.util.get_temp_dir()  # made once for this process and its children, removed at its end
+        finally:
+            tempfile.tempdir = own
 
 
 def check_divisible(order: SampleOrder, world_size: int, what: str) -> None:

@@ -3,10 +3,14 @@ from __future__ import annotations
 import io
 import json
 import multiprocessing
+import multiprocessing.util
+import os
 import pickle
 import re
 import shutil
+import signal
 import tarfile
+import tempfile
 import threading
 import time
 from pathlib import Path
@@ -32,11 +36,12 @@ from lzn_dist.data import (
     SampleOrder,
     ShardedDataset,
     ShardIndex,
+    shards,
     to_unit_range,
 )
 from lzn_dist.data.index import sample_of, scan_tar
 from lzn_dist.data.prepare import check
-from lzn_dist.data.shards import check_divisible
+from lzn_dist.data.shards import _Ahead, check_divisible
 
 TRAIN = 1437
 
@@ -270,6 +275,47 @@ def test_leaving_early_ends_the_thread_and_changes_nothing(index: ShardIndex) ->
     iterator.close()  # type: ignore[attr-defined]
     assert not [thread for thread in threading.enumerate() if thread.name.startswith("batches")]
     assert_equal(next(batches.iterate(1, 1000)), stream(index).batch(1))
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_wait_for_data_can_be_interrupted_and_is_told(
+    index: ShardIndex, workers: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A server that does not answer, say; closing does not wait for it either."""
+    slow = stream(index, workers=workers)
+    release = multiprocessing.get_context("fork").Event()
+    monkeypatch.setattr(BatchStream, "batch", lambda self, number: release.wait(60))
+    monkeypatch.setattr(shards, "SILENCE", 0.3)
+    monkeypatch.setattr(_Ahead, "CLOSING", 0.2)
+    began = time.monotonic()
+    batches = slow.iterate(3, 9, lambda: time.monotonic() - began > 1.5)
+    with pytest.raises(InterruptedError, match="told to end while waiting for global batch 3"):
+        next(batches)
+    assert "waiting for global batch 3 of split 'train' since 0 s" in capsys.readouterr().err
+    release.set()
+
+
+def test_a_loader_process_that_ends_is_an_error(index: ShardIndex) -> None:
+    batches = stream(index, workers=1, global_batch=8).iterate(0, 1000)
+    next(batches)
+    os.kill(multiprocessing.active_children()[0].pid, signal.SIGKILL)  # type: ignore[arg-type]
+    with pytest.raises(OSError, match=r"a loader process ended by itself .* fewer data\.workers"):
+        for _ in range(100):
+            next(batches)
+
+
+def test_loaders_work_under_a_long_temporary_folder(
+    index: ShardIndex, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Sockets have paths of at most 107 bytes; without the remedy nothing would ever come."""
+    folder = tmp_path / ("x" * 100)
+    folder.mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(folder))
+    monkeypatch.setitem(multiprocessing.current_process()._config, "tempdir", None)  # type: ignore[attr-defined]
+    began = time.monotonic()
+    found = list(stream(index, workers=1).iterate(0, 2, lambda: time.monotonic() - began > 20))
+    assert len(found) == 2 and tempfile.gettempdir() == str(folder)
+    assert str(multiprocessing.util.get_temp_dir()).startswith("/tmp/pymp-")
 
 
 def test_the_thread_reads_no_further_than_two_batches_ahead(index: ShardIndex, monkeypatch: pytest.MonkeyPatch) -> None:
