@@ -231,6 +231,20 @@ def values_of(comparison: Comparison, table: Table, row: Row) -> dict[str, list[
     return values
 
 
+def same_images(comparison: Comparison) -> str:
+    """On which images all rows were measured. Raises ConfigError where they differ."""
+    found: dict[str, str] = {}
+    for row in comparison.rows.values():
+        for seed in comparison.seeds:
+            run = _folder(comparison, row.reads or row.name, seed)
+            told = json.loads((run / "evaluation.json").read_text()).get("measured_on", {})
+            found[f"split {told.get('split', 'test')}, {told.get('images', '?')} images"] = str(run)
+    if len(found) > 1:
+        places = "; ".join(f"{run}: {images}" for images, run in found.items())
+        raise ConfigError(f"rows are measured on different images ({places}): evaluate them on the same")
+    return next(iter(found))
+
+
 def mean_and_deviation(values: Iterable[float]) -> tuple[float, float]:
     """Mean and sample standard deviation (0 for a single value)."""
     found = list(values)
@@ -296,6 +310,11 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 1
     output = Path(comparison.output_dir)
+    try:
+        measured_on = same_images(comparison)
+    except ConfigError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
     results = {
         table.title: {row.name: values_of(comparison, table, row) for row in table.rows} for table in comparison.tables
     }
@@ -306,7 +325,7 @@ def main(arguments: list[str] | None = None) -> int:
 
     columns = {table.title: table.measures for table in comparison.tables}
     figure = comparison_figure(results, columns, output / "comparison.png")
-    print(f"\n{len(comparison.seeds)} seeds; mean ± standard deviation over them")
+    print(f"\n{len(comparison.seeds)} seeds; mean ± standard deviation over them; measured on {measured_on}")
     print(f"written: {output}/comparison.json, {figure}")
     return 0
 

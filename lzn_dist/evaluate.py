@@ -99,6 +99,8 @@ def main(arguments: list[str] | None = None) -> int:
             with meeting():
                 PartialState(cpu=not torch.cuda.is_available())
         main_process = Topology.current().is_main
+        if (precision := os.environ.get("ACCELERATE_MIXED_PRECISION", "no")) != "no":
+            raise ConfigError(f"mixed_precision {precision} of the launcher: measures are in float32, leave it out")
         if not options.run.is_dir():
             raise FileNotFoundError(f"no run in {options.run}: give the output_dir of a training run")
         with ExitStack() as held:

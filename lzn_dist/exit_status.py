@@ -15,6 +15,13 @@ def disk_is_full(error: OSError) -> bool:
     return error.errno in (errno.ENOSPC, errno.EDQUOT)
 
 
+def told(error: OSError, folder: object) -> str:
+    """An error as a line that names a file: writing tells of none, where it was said where to write."""
+    if error.filename is not None or error.strerror is None:
+        return str(error)
+    return f"{error.strerror}: {folder}"
+
+
 def status_of(error: Exception | None) -> int:
     """A server or a disk may come back by itself; a full disk and damaged data do not mend themselves."""
     return UNREADABLE if isinstance(error, OSError) and not disk_is_full(error) else REFUSED

@@ -40,7 +40,7 @@ from lzn_dist.distributed.guard import Signals, Watchdog, end_with_launcher
 from lzn_dist.distributed.launch import Launch, build_accelerator, everywhere, same_everywhere
 from lzn_dist.distributed.pieces import gather_pieces
 from lzn_dist.distributed.start import spoken
-from lzn_dist.exit_status import FINISHED, PREEMPTED, REFUSED, UNREADABLE, disk_is_full, status_of
+from lzn_dist.exit_status import FINISHED, PREEMPTED, REFUSED, UNREADABLE, disk_is_full, status_of, told
 from lzn_dist.flops import training_flops_per_image
 from lzn_dist.model import LZN
 from lzn_dist.networks import build_networks
@@ -108,7 +108,9 @@ class Run:
             raise
         except RemoteError as error:
             raise NoDataError(str(error), UNREADABLE) from error
-        except (ValueError, OSError) as error:
+        except OSError as error:
+            raise ConfigError(told(error, config.output_dir)) from error
+        except ValueError as error:
             raise ConfigError(str(error)) from error
         writing = nullcontext if self.folder is None else self.folder.held
         self.writer = CheckpointWriter(Path(config.output_dir) / "checkpoints", config, int(incarnation or 0), writing)

@@ -44,6 +44,12 @@ def open_stream(config: Config, topology: Topology, *, labelled: bool = False) -
     """
     data, simclr = config.data, config.task == "representation" and config.data.views == "simclr"
     index = ShardIndex.load(data.shards, data.cache, data.retry_seconds)
+    if index.samples("train") < 2:
+        raise ConfigError(f"{index.folder} has a single training image: zones are made between two at least")
+    if data.global_batch < 2 and config.objective != "rectified_flow":
+        raise ConfigError(
+            "data.global_batch=1: a batch's images share the latent space, two at least: set it to 2 or more"
+        )
     labelled = labelled or config.labels_decoder or config.objective == "supervised"
     if labelled:
         _check_labels(index, data.num_classes)

@@ -38,6 +38,7 @@ from tqdm import tqdm
 from lzn_dist import __version__
 from lzn_dist.data.index import MANIFEST, Shard, ShardIndex, Split, hash_file, make_split, scan_tar, write_manifest
 from lzn_dist.data.pixels import convert, load_with_pillow
+from lzn_dist.exit_status import told
 from lzn_dist.keyed_random import make_key, permutation
 from lzn_dist.paths import path_argument
 from lzn_dist.terminal import INTERRUPTED, steady_output
@@ -498,7 +499,10 @@ def run(make_source: Callable[[argparse.Namespace], Source], arguments: argparse
     try:
         options = Options(**{key: getattr(arguments, key) for key in Options.__dataclass_fields__})
         prepare(make_source(arguments), options, dry_run=arguments.dry_run)
-    except (PrepareError, OSError) as error:
+    except OSError as error:
+        print(f"error: {told(error, arguments.output)}", file=sys.stderr)
+        return 2
+    except PrepareError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     except BrokenProcessPool:

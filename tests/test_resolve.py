@@ -1,0 +1,99 @@
+"""What a configuration leaves to the data, and sets that are too small: settled before the first step."""
+
+from __future__ import annotations
+
+import io
+import itertools
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+from small_run import ROOT
+
+from lzn_dist.config import Config, ConfigError, load_config
+from lzn_dist.data.image_folder import ImageFolder
+from lzn_dist.data.prepare import Options, prepare
+from lzn_dist.distributed import Topology
+from lzn_dist.networks import build_networks, level_sizes
+from lzn_dist.step import train_step
+from lzn_dist.wiring import changed_keys, open_stream, prepare_samples, resolve, single_state
+
+
+def shards(folder: Path, count: int, size: tuple[int, int] = (24, 24), mode: str = "RGB") -> Path:
+    """Two classes of an image's shades, prepared."""
+    for i in range(count):
+        buffer = io.BytesIO()
+        Image.new(mode, size, 10 * i if mode == "L" else (10 * i, 0, 0)).save(buffer, "PNG")
+        path = folder / "in" / "ab"[i % 2] / f"{i}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(buffer.getvalue())
+    prepare(ImageFolder(folder / "in"), Options(folder / "out"), quiet=True)
+    return folder / "out"
+
+
+FEW = ["latent.dim=8", "latent.steps=3", "alignment.steps=5"]
+
+
+def of_images(task: str, data: Path, *overrides: str) -> Config:
+    return load_config(ROOT / "configs" / f"images_{task}.yaml", [f"data.shards={data}", *overrides])
+
+
+def test_size_colours_and_classes_are_those_of_the_shards(tmp_path: Path) -> None:
+    config = resolve(of_images("joint", shards(tmp_path / "rgb", 4)))
+    assert (config.data.image_size, config.data.image_channels, config.data.num_classes) == (24, 3, 2)
+    assert config.encoder.channel_multipliers == (1, 2, 2) and config.decoder.attention_resolutions == (12,)
+    grey = resolve(of_images("joint", shards(tmp_path / "grey", 4, mode="L"), "encoder.channel_multipliers=[1,3]"))
+    assert grey.data.image_channels == 1 and grey.encoder.channel_multipliers == (1, 3)
+    assert resolve(grey) == grey  # what was written to a run is what it is
+    assert not changed_keys(grey, resolve(grey))
+    given = resolve(of_images("joint", tmp_path / "rgb" / "out", "data.image_size=16", "data.resize=16"))
+    assert (given.data.image_size, given.decoder.attention_resolutions) == (16, (16,))
+    with pytest.raises(ConfigError, match=r"first image of .* is 30x20: prepare the shards with --resize and --crop"):
+        resolve(of_images("joint", shards(tmp_path / "wide", 4, (20, 30))))
+    with pytest.raises(ConfigError, match="nowhere"):
+        resolve(of_images("joint", tmp_path / "nowhere"))
+    with pytest.raises(ConfigError, match=r"task=joint.* need data\.num_classes"):
+        prepare(ImageFolder(tmp_path / "rgb" / "in", False), Options(tmp_path / "unlabelled"), quiet=True)
+        resolve(of_images("joint", tmp_path / "unlabelled"))
+
+
+@pytest.mark.parametrize("size", [8, 16, 24, 28, 30, 32, 37, 48, 64, 96, 100, 128, 224, 256])
+def test_networks_fit_any_size(size: int, tmp_path: Path) -> None:
+    """Shapes alone, on torch's meta device: the settings as they are, of any size."""
+    sizes = level_sizes(size)
+    assert all(a == 2 * b for a, b in itertools.pairwise(sizes)) and (sizes[-1] < 8 or sizes[-1] % 2)
+    known = ["data.image_channels=3", "data.num_classes=2", f"data.image_size={size}"]
+    for task in ("joint", "generation", "representation"):
+        config = resolve(of_images(task, tmp_path, *known))
+        with torch.device("meta"), torch.no_grad():
+            networks = build_networks(config)
+            images = torch.zeros(2, 3, size, size)
+            assert networks.encoder(images).shape == (2, config.latent.dim)  # type: ignore[misc]
+            if task != "representation":
+                labels = torch.zeros(2, dtype=torch.int64) if task == "joint" else None
+                latents = torch.zeros(2, config.latent.dim)
+                assert networks.decoder(images, torch.ones(2), latents, labels=labels).shape == images.shape  # type: ignore[misc]
+
+
+def test_a_step_on_ones_own_images(tmp_path: Path) -> None:
+    data = shards(tmp_path, 8)
+    config = resolve(of_images("joint", data, "data.global_batch=8", "encoder.channels=4", "decoder.channels=4", *FEW))
+    state = single_state(config, torch.device("cpu"))
+    batch = open_stream(config, Topology()).batch(0)
+    result = train_step(state, prepare_samples(batch, 0, config, torch.device("cpu"), Topology()))
+    assert result.applied and bool(result.scalars["loss"].isfinite())
+
+
+def test_sets_that_are_too_small_are_refused_with_advice_that_works(tmp_path: Path) -> None:
+    one = shards(tmp_path / "one", 1)
+    with pytest.raises(ConfigError, match="has a single training image: zones are made between two at least"):
+        open_stream(resolve(of_images("joint", one)), Topology())
+    three = shards(tmp_path / "three", 3)
+    with pytest.raises(ConfigError, match=r"global_batch=1: .* set it to 2 or more"):
+        open_stream(resolve(of_images("joint", three, "data.global_batch=1")), Topology())
+    with pytest.raises(ValueError, match="which has 3 samples: use a global batch of 3"):
+        open_stream(resolve(of_images("joint", three, "data.global_batch=16")), Topology())
+    for batch in (2, 3):
+        config = resolve(of_images("joint", three, f"data.global_batch={batch}"))
+        assert len(open_stream(config, Topology()).batch(0).labels) == batch
