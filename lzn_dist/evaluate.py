@@ -138,6 +138,9 @@ def main(arguments: list[str] | None = None) -> int:
         if main_process:
             print(f"error: {error}", file=sys.stderr)
         return REFUSED if isinstance(error, FileNotFoundError) else status_of(error)
+    if Topology.current().world_size > 1:
+        everywhere(None)
+        PartialState().destroy_process_group()  # threads of gloo that outlive it may abort the process
     return 0
 
 

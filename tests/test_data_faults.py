@@ -205,7 +205,9 @@ def test_a_full_disk_stops_the_run_in_one_line_that_names_the_folder(
     else:
         assert f": rank 0: [Errno 28] No space left on device: copies of shards go to {cache}" in said
         assert ("with a checkpoint: " in said) == (full == "cache")
-        unwritten = f"without a checkpoint, the newest is {newest} (OSError(28, 'No space left on device'))"
+        unwritten = (
+            f"without a new checkpoint, the newest checkpoint is {newest} (OSError(28, 'No space left on device'))"
+        )
         assert (unwritten in said) == (full != "cache")
     assert (newest.name == "step_00000003") == (full != "cache")
     assert json.loads((run / "status.json").read_text())["state"] == "failed"
@@ -237,7 +239,7 @@ def test_a_server_lost_in_the_evaluation_ends_the_run_as_in_training(
         assert train.main(arguments) == 74
         (said,) = errors(capfd.readouterr().err)
         newest = run / "checkpoints" / f"step_{lost_at:08d}"
-        assert f"stopped in the evaluation at step {lost_at}, the newest is {newest}: rank 0: http" in said
+        assert f"stopped in the evaluation at step {lost_at}, the newest checkpoint is {newest}: rank 0: http" in said
         assert "could not be read" in said and json.loads((run / "status.json").read_text())["state"] == "failed"
         server = start_server(folder, port, log)
     lost_at = 0

@@ -30,4 +30,6 @@ def test_shards_stream_into_resnet_50_on_two_ranks(tmp_path: Path) -> None:
     assert all(math.isfinite(row["loss"]) and row["grad_norm"] > 0 for row in rows)
     assert not (run / "bad_samples.jsonl").exists()
     evaluation = json.loads((run / "eval.jsonl").read_text().splitlines()[-1])
+    assert evaluation.pop("measured_on")["split"] == "val"
+    assert evaluation.pop("left_out") == {"probe_10_labels": "class 0 has 6 training images: 10 are needed"}
     assert evaluation["step"] == 3 and all(math.isfinite(v) for v in evaluation.values())

@@ -57,6 +57,7 @@ def main() -> None:
         results.append(values)
     if Topology.current().is_main:
         output.write_text(json.dumps(results))
+    PartialState().destroy_process_group()  # threads of gloo that outlive it may abort the process
 
 
 if __name__ == "__main__":
