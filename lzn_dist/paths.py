@@ -15,8 +15,6 @@ def expand_path(text: str) -> str:
 
     Raises ValueError for a user who is not known here, and for other variables, which a shell would have written out.
     """
-    if "://" in text:
-        return text
     variable = _VARIABLE.match(text)
     if variable is not None:
         if variable[1].strip("{}") != "HOME":

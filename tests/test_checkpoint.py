@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import shutil
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
+from typing import IO
 
 import pytest
 import torch
@@ -244,6 +246,8 @@ def test_links_and_files_are_left_alone(tmp_path: Path) -> None:
     (folder / "step_00000009").symlink_to(folder / "step_00000002")
     (folder / "step_00000010").write_text("my notes")
     (folder / "step_00000011").symlink_to(folder / "nowhere")
+    written(tmp_path / "other", [12])
+    (folder / "step_00000012").symlink_to(tmp_path / "other" / "checkpoints" / "step_00000012")
     assert find_checkpoint(tmp_path).name == "step_00000004"
     # and what stands in the way of a checkpoint gets out of it, whole
     assert written(tmp_path, [9, 10, 11], "keep_last=9")[-3:] == ["step_00000009", "step_00000010", "step_00000011"]
@@ -286,6 +290,22 @@ def test_a_reader_takes_the_newer_one_where_its_own_goes(tmp_path: Path, monkeyp
 
     monkeypatch.setattr("lzn_dist.checkpoint.find_checkpoint", find)
     assert load_networks(tmp_path)[2] == 4
+
+
+def test_a_checkpoint_that_goes_while_it_is_being_locked_is_let_go(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    written(tmp_path, [2], "keep_last=1")
+    flock, first = fcntl.flock, [True]
+
+    def pruned_first(file: IO[str], how: int) -> None:
+        if how == fcntl.LOCK_SH and first.pop() if first else False:
+            written(tmp_path, [4], "keep_last=1")
+        flock(file, how)
+
+    monkeypatch.setattr(fcntl, "flock", pruned_first)
+    with held_checkpoint(tmp_path) as path:
+        assert path.name == "step_00000004"
 
 
 def test_loading_beside_a_writer_that_keeps_one(tmp_path: Path) -> None:
