@@ -57,6 +57,9 @@ def image_kind(head: bytes) -> str | None:
     return None
 
 
+TWICE = "a link to a folder that is there itself"
+
+
 class _File(NamedTuple):
     """path: from the folder on. kind: extension of an image's format; why: why it is left out, "" where it is taken."""
 
@@ -130,7 +133,7 @@ def _walk(folder: Path, exclude: Path | None) -> Iterator[tuple[str, str]]:
     for link in links:  # grows
         status = (folder / link).stat()
         if (status.st_dev, status.st_ino) in seen:
-            yield link, "a link to a folder that is there itself"
+            yield link, TWICE
         else:
             yield from below(link, False)
 
@@ -227,7 +230,8 @@ class ImageFolder(Source):
             rows.append((split, file, inner[0] if self.labelled else ""))
         if self.labelled and not rows and files:
             raise PrepareError(f"{self.folder} has its images outside of class folders: give --unlabelled or --csv")
-        self._named_classes = self._class_folders(tops) if self.labelled else set()
+        again = {path for path, why in listed if why == TWICE}
+        self._named_classes = self._class_folders(tops, again) if self.labelled else set()
         return rows
 
     def _look_into(self, paths: Sequence[str]) -> Iterator[_File]:
@@ -295,12 +299,13 @@ class ImageFolder(Source):
             raise PrepareError(f"--splits {self.split_folders}: two are called {_list(sorted(found.values()))} then")
         return found
 
-    def _class_folders(self, tops: dict[str, str]) -> set[str]:
-        """The folders that stand for classes, also those without an image."""
+    def _class_folders(self, tops: dict[str, str], again: set[str]) -> set[str]:
+        """The folders that stand for classes, also those without an image. again: links that are not followed."""
         found: set[str] = set()
-        for place in [self.folder / top for top in tops] or [self.folder]:
-            for entry in os.scandir(place):
-                if not _hidden(entry.name) and entry.is_dir() and not self._is_excluded(entry):
+        for top in [f"{top}/" for top in tops] or [""]:
+            for entry in os.scandir(self.folder / top):
+                passed_over = _hidden(entry.name) or f"{top}{entry.name}" in again or self._is_excluded(entry)
+                if entry.is_dir() and not passed_over:
                     found.add(entry.name)
         return found
 

@@ -113,9 +113,10 @@ def test_links_are_followed_once(tmp_path: Path) -> None:
     (folder / "cat" / "gone.png").symlink_to(elsewhere / "9.png")
     os.mkfifo(folder / "cat" / "pipe.png")
     (folder / "cat" / "empty.jpg").touch()
-    source = ImageFolder(folder, max_left_out=0.9, allow_empty=True)
+    source = ImageFolder(folder, max_left_out=0.9)
     items = source.splits()["train"]
     assert sorted(item.where for item in items) == ["cat/0.png", "cat/link.png", "dog/0.png", "dog/1.png"]
+    assert source.classes() == ["cat", "dog"]  # aaa is the same as cat
     left_out = {why: count for why, (count, _) in source.account().left_out.items()}
     assert left_out == {
         "a link to a folder that is there itself": 2, "a link that leads nowhere": 1, "no regular file": 1, "empty": 1
