@@ -126,6 +126,7 @@ class Tracker:
             values = self.config.model_dump(mode="json")
             self.accelerator.init_trackers(self.config.tracking.project, values, {"wandb": settings})
         except Exception as error:
+            self.accelerator.trackers = []  # one that has not started cannot be ended either
             return " ".join(f"{type(error).__name__}: {error}".split())[:300]
         self.tracks = True
         return ""
