@@ -29,6 +29,7 @@ from lzn_dist.distributed.launch import everywhere
 from lzn_dist.distributed.spread import once
 from lzn_dist.distributed.start import check_world, meeting
 from lzn_dist.evaluation import EvaluationData, evaluate_model, write_figures
+from lzn_dist.evaluation.data import Unmeasurable
 from lzn_dist.evaluation.linear_probe import ProbeSettings, published_probe
 from lzn_dist.exit_status import REFUSED, status_of
 from lzn_dist.model import LZN, MissingCapability, load
@@ -122,8 +123,13 @@ def main(arguments: list[str] | None = None) -> int:
         values: dict[str, float] = {}
         left_out: dict[str, str] = {}
         if options.probe_epochs:  # first: what it refuses is told before anything else is measured
+            try:
+                data.need_held_out()
+            except Unmeasurable as error:
+                raise ConfigError(f"--probe-epochs: {error}") from error
             settings = ProbeSettings(options.probe_epochs, options.probe_batch)
-            values |= published_probe(model, data, settings, output, show_probe if main_process else lambda *_: None)
+            found = published_probe(model, data, settings, output, show_probe if main_process else lambda *_: None)
+            values |= found if data.held_out else {f"train.{key}": value for key, value in found.items()}
         values |= evaluate_model(model, figures=False, quick=options.quick, data=data, seed=options.seed,
                                  left_out=left_out)  # fmt: skip
         if main_process:  # first of all: whatever fails after this does not lose them

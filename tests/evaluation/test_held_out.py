@@ -109,3 +109,15 @@ def test_results_are_printed_where_they_cannot_be_written(
     assert evaluate.main([*arguments, str(tmp_path / "out")]) == 0
     told = capsys.readouterr()
     assert "not all figures could be drawn: OSError" in told.err and (tmp_path / "out" / "evaluation.json").is_file()
+
+
+def test_the_published_probe_needs_held_out_images_too(
+    digits_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = of_split("representation", digits_folder, tmp_path / "data", "")
+    monkeypatch.setattr(evaluate, "shared_checkpoint", lambda named, held: named)
+    monkeypatch.setattr(evaluate, "load", lambda path: model)
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    assert evaluate.main([str(tmp_path), "--probe-epochs", "1"]) == 2
+    told = capsys.readouterr()
+    assert "error: --probe-epochs: " in told.err and "no test or val split" in told.err and not told.out
