@@ -50,6 +50,8 @@ def open_stream(config: Config, topology: Topology, *, labelled: bool = False) -
         raise ConfigError(
             "data.global_batch=1: a batch's images share the latent space, two at least: set it to 2 or more"
         )
+    if (measured := config.evaluation.split) and measured not in index.splits:  # not only when it is measured
+        raise ConfigError(f"evaluation.split={measured}: {index.folder} has {', '.join(sorted(index.splits))}")
     labelled = labelled or config.labels_decoder or config.objective == "supervised"
     if labelled:
         _check_labels(index, data.num_classes)

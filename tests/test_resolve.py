@@ -90,6 +90,8 @@ def test_sets_that_are_too_small_are_refused_with_advice_that_works(tmp_path: Pa
     with pytest.raises(ConfigError, match="has a single training image: zones are made between two at least"):
         open_stream(resolve(of_images("joint", one)), Topology())
     three = shards(tmp_path / "three", 3)
+    with pytest.raises(ConfigError, match=r"evaluation\.split=test: .* has train$"):
+        open_stream(resolve(of_images("joint", three, "data.global_batch=2", "evaluation.split=test")), Topology())
     with pytest.raises(ConfigError, match=r"global_batch=1: .* set it to 2 or more"):
         open_stream(resolve(of_images("joint", three, "data.global_batch=1")), Topology())
     with pytest.raises(ValueError, match="which has 3 samples: use a global batch of 3"):
