@@ -7,11 +7,13 @@ import io
 import os
 import select
 import sys
+import threading
 from collections.abc import Callable
 from contextlib import suppress
 from typing import Any
 
 INTERRUPTED = 130  # the exit status of what Ctrl-C ended, as shells give it
+READERS = ("batches", "fetch")  # names of threads that read data, which nobody needs once a command is done
 _PLAIN = {
     "─": "-", "‖": "||", "·": "-", "…": "...", "→": "->", "±": "+-", "×": "x", "²": "^2", "σ": "sigma", "é": "e",
 }  # fmt: skip
@@ -86,10 +88,18 @@ def steady_output() -> None:
 
 
 def command(main: Callable[[], int]) -> int:
-    """Run a command's `main` on steady output; returns its exit status, 130 after Ctrl-C."""
+    """Run a command's `main` on steady output; returns its exit status, 130 after Ctrl-C.
+
+    Ends the process itself where readers still wait for a server that does not answer: Python would wait for them.
+    """
     steady_output()
     try:
-        return main()
+        status = main()
     except KeyboardInterrupt:
         print("\nstopped by Ctrl-C", file=sys.stderr)
-        return INTERRUPTED
+        status = INTERRUPTED
+    if any(thread.name.startswith(READERS) for thread in threading.enumerate()):
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(status)
+    return status

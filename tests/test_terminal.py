@@ -80,3 +80,16 @@ def test_an_interrupt_is_one_line() -> None:
     )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60)
     assert (done.returncode, done.stderr.strip()) == (130, "stopped by Ctrl-C")
+
+
+def test_readers_that_still_wait_are_not_waited_for() -> None:
+    """Threads of an executor are no daemons: Python waits for them at its end, for as long as a request may take."""
+    program = (
+        "import sys, time; from concurrent.futures import ThreadPoolExecutor; from lzn_dist.terminal import command\n"
+        "def main():\n"
+        "    ThreadPoolExecutor(1, thread_name_prefix='fetch').submit(time.sleep, 100)\n"
+        "    print('done', end=''); return 75\n"
+        "sys.exit(command(main))"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stdout) == (75, "done")

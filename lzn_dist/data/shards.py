@@ -378,7 +378,7 @@ class _Ahead:
     """Items of an iterator, made by a thread some ahead of their use; waiting for one can be interrupted, whatever the
     thread is doing then. It is a daemon: a request that has no answer must not keep the process from ending."""
 
-    CLOSING = 5.0  # seconds for what is under way when it is closed
+    CLOSING = 5.0  # seconds for what is under way when it is closed; fewer where waiting for it was given up
 
     def __init__(self, items: Iterator[Batch | Exception], ahead: int) -> None:
         self._items, self._queue, self._closed = items, queue.Queue[Batch | BaseException](max(1, ahead)), False
@@ -408,6 +408,7 @@ class _Ahead:
                 break
             except queue.Empty:
                 if interrupted():
+                    self.CLOSING = 0.5
                     raise InterruptedError(f"told to end while waiting for {what}") from None
                 if time.monotonic() - said > SILENCE:
                     said = time.monotonic()
