@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -15,6 +16,16 @@ from lzn_dist.distributed.guard import SIGNALS, Signals, Watchdog
 from lzn_dist.stopwatch import Stopwatch
 
 WORKER = Path(__file__).with_name("watchdog_worker.py")
+
+
+@pytest.fixture(autouse=True)
+def heard() -> Iterator[None]:
+    """A shell's background job ignores SIGINT, and so would these tests and what they start."""
+    before = {number: signal.signal(number, signal.SIG_DFL) for number in (signal.SIGINT, signal.SIGHUP)}
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
 
 
 def test_signals_are_remembered_and_handlers_put_back() -> None:
@@ -58,14 +69,17 @@ def test_a_second_interrupt_ends_a_process_that_hears_nothing(tmp_path: Path) ->
     )
     with subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, text=True) as process:
         assert process.stdout is not None and process.stdout.readline() == "ready\n"
-        for _ in range(2):
+        try:
+            for _ in range(2):
+                process.send_signal(signal.SIGINT)
+                time.sleep(0.2)
+            time.sleep(1.0)
+            assert process.poll() is None
             process.send_signal(signal.SIGINT)
-            time.sleep(0.2)
-        time.sleep(1.0)
-        assert process.poll() is None
-        process.send_signal(signal.SIGINT)
-        assert process.wait(timeout=30) == 130
-        assert process.stdout.read() == "last words\n"
+            assert process.wait(timeout=30) == 130
+            assert process.stdout.read() == "last words\n"
+        finally:
+            process.kill()
 
 
 def test_a_process_ends_with_its_launcher(tmp_path: Path) -> None:
