@@ -220,7 +220,8 @@ class ImageFolder(Source):
         for file in files:
             parts = file.path.split("/")
             if tops and parts[0] not in tops:
-                self._account.leave_out("in none of the splits", file.path)
+                # folders that are none were asked about, or left out on purpose; what lies loose was not
+                self._account.leave_out("in none of the splits", file.path, image=not self.split_folders)
                 continue
             split = tops.get(parts[0], "train")
             inner = parts[1:] if tops else parts

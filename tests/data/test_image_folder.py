@@ -77,6 +77,14 @@ def test_splits_that_are_named(tmp_path: Path) -> None:
         ImageFolder(folder, split_folders="train,tests").splits()
 
 
+def test_images_that_lie_loose_beside_splits_are_not_lost_unsaid(tmp_path: Path) -> None:
+    folder = make(tmp_path, *grid("train", "val"), "loose.png")
+    for labelled in (True, False):
+        with pytest.raises(PrepareError, match=r"1 of 9 images .*\(1 in none of the splits, as loose\.png\)"):
+            ImageFolder(folder, labelled).splits()
+        assert counts(ImageFolder(folder, labelled, max_left_out=0.2)) == {"train": 4, "val": 4}
+
+
 def test_splits_whose_images_lie_in_no_classes(tmp_path: Path) -> None:
     """ImageNet's validation as it is published; and classes that are called as splits are."""
     folder = make(tmp_path / "flat", *grid("train"), *[f"val/{i}.png" for i in range(3)])
