@@ -12,6 +12,7 @@ import multiprocessing.util
 import os
 import queue
 import re
+import signal
 import sys
 import tempfile
 import threading
@@ -364,7 +365,7 @@ class BatchStream:
                 pin_memory=torch.cuda.is_available(),
                 generator=torch.Generator(),  # the loader would otherwise draw from torch's global one
             )
-            ahead = _Ahead(iter(loader), 1)
+            ahead = _Ahead(_loaded(loader), 1)
         else:
             ahead = _Ahead(map(self.batch, numbers), _PREFETCH - 1)
         try:
@@ -413,10 +414,6 @@ class _Ahead:
                 if time.monotonic() - said > SILENCE:
                     said = time.monotonic()
                     print(f"waiting for {what} since {said - began:.0f} s", file=sys.stderr, flush=True)
-            except RuntimeError as error:  # torch's handler of a child's end, in the main thread
-                raise _loader_failed(error) from error
-        if isinstance(item, RuntimeError):
-            raise _loader_failed(item) from item
         if isinstance(item, BaseException):
             raise item
         return item
@@ -426,11 +423,26 @@ class _Ahead:
         self._thread.join(timeout=self.CLOSING)
 
 
-def _loader_failed(error: RuntimeError) -> OSError:
-    return OSError(
-        f"a loader process ended by itself ({str(error).splitlines()[0]}): for want of memory, or of room in /dev/shm? "
-        "Try fewer data.workers"
-    )
+def _loaded(loader: DataLoader[Batch | Exception]) -> Iterator[Batch | Exception]:
+    """What the loader's processes make. They start here and now; OSError where one of them is lost later."""
+    handler = signal.getsignal(signal.SIGCHLD)
+    items = iter(loader)
+    if threading.current_thread() is threading.main_thread():
+        # torch's own handler would raise a lost process as an error in whatever the main thread does at that moment, a
+        # collective, say. Without it the loader finds out by itself, within 5 s of waiting.
+        signal.signal(signal.SIGCHLD, handler)
+
+    def each() -> Iterator[Batch | Exception]:
+        try:
+            yield from items
+        except (RuntimeError, OSError, EOFError) as error:  # errors of the data are items, they are not raised here
+            why = (str(error) or repr(error)).splitlines()[0]
+            raise OSError(
+                f"a loader process ended by itself ({why}): for want of memory, or of room in /dev/shm? Try fewer "
+                "data.workers"
+            ) from error
+
+    return each()
 
 
 SILENCE = 30.0  # seconds after which a wait is told

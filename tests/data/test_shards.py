@@ -295,10 +295,23 @@ def test_a_wait_for_data_can_be_interrupted_and_is_told(
     release.set()
 
 
-def test_a_loader_process_that_ends_is_an_error(index: ShardIndex) -> None:
+@pytest.mark.parametrize("when", ["between two batches", "while a batch is handed over"])
+def test_a_loader_process_that_ends_is_an_error(index: ShardIndex, when: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """At the batch that is missing, and nowhere else: not in what the process does when it happens."""
+    before, handler = set(multiprocessing.active_children()), signal.getsignal(signal.SIGCHLD)
     batches = stream(index, workers=1, global_batch=8).iterate(0, 1000)
     next(batches)
-    os.kill(multiprocessing.active_children()[0].pid, signal.SIGKILL)  # type: ignore[arg-type]
+    assert signal.getsignal(signal.SIGCHLD) is handler
+    (loader,) = set(multiprocessing.active_children()) - before
+    if when == "while a batch is handed over":  # its memory is asked for at a socket that is gone
+
+        def lost(*_: object) -> object:
+            raise ConnectionResetError(104, "Connection reset by peer")
+
+        monkeypatch.setattr(multiprocessing.reduction, "recv_handle", lost)
+    else:
+        os.kill(loader.pid, signal.SIGKILL)  # type: ignore[arg-type]
+        loader.join()  # the system tells of its end; nothing is raised here
     with pytest.raises(OSError, match=r"a loader process ended by itself .* fewer data\.workers"):
         for _ in range(100):
             next(batches)
