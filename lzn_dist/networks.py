@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import nn
 
-from lzn_dist.config import Config, NetworkConfig
+from lzn_dist.config import Config, EncoderConfig, NetworkConfig
 from lzn_dist.models import ImageDecoder, ImageEncoder, LabelAnchors, ResNetEncoder
 
 
@@ -77,6 +77,9 @@ def fitted(network: NetworkConfig, image_size: int) -> dict[str, Any]:
         levels = len(level_sizes(image_size))
         multipliers = tuple([1, 1, *[2] * levels] if image_size >= 128 else [1, *[2] * levels])[:levels]
         changes["channel_multipliers"] = multipliers
+        if isinstance(network, EncoderConfig) and network.feature_resolutions is None and image_size >= 128:
+            sizes = [image_size >> level for level in range(levels)]
+            changes["feature_resolutions"] = tuple(size for size in sizes if size <= 64)
     if network.attention_resolutions is None:
         sizes = [image_size >> level for level in range(len(multipliers))]
         changes["attention_resolutions"] = tuple(size for size in sizes if size <= 16)[:1]

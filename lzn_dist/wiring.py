@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping
 from contextlib import ExitStack, suppress
 from pathlib import Path
@@ -39,8 +40,8 @@ from lzn_dist.step import TrainState, make_optimizer
 def open_stream(config: Config, topology: Topology, *, labelled: bool = False) -> BatchStream:
     """A rank's stream of training batches. labelled: labels are needed whatever the objective.
 
-    Raises ConfigError where they are needed and the shards have none, or another number of classes; ValueError or
-    OSError, naming the shards.
+    Raises ConfigError where they are needed and the shards have none, or another number of classes, and where images
+    have another size; ValueError or OSError, naming the shards.
     """
     data, simclr = config.data, config.task == "representation" and config.data.views == "simclr"
     index = ShardIndex.load(data.shards, data.cache, data.retry_seconds)
@@ -52,6 +53,8 @@ def open_stream(config: Config, topology: Topology, *, labelled: bool = False) -
         )
     if (measured := config.evaluation.split) and measured not in index.splits:  # not only when it is measured
         raise ConfigError(f"evaluation.split={measured}: {index.folder} has {', '.join(sorted(index.splits))}")
+    if not simclr and not data.resize:
+        _check_sizes(index, data.image_size)
     labelled = labelled or config.labels_decoder or config.objective == "supervised"
     if labelled:
         _check_labels(index, data.num_classes)
@@ -71,7 +74,7 @@ def open_stream(config: Config, topology: Topology, *, labelled: bool = False) -
 
 def resolve(config: Config) -> Config:
     """A configuration with what it leaves to the data: image size and channels, number of classes, and networks that
-    fit these. Reads the shards' index and the first image: every process finds the same.
+    fit these. Reads the shards' index and the first images: every process finds the same.
 
     Raises ConfigError, and RemoteError where a server is away.
     """
@@ -93,13 +96,16 @@ def _resolved(config: Config) -> Config:
             if not index.manifest:
                 raise ConfigError(f"{index.folder} has no manifest, which counts the classes: set data.num_classes")
         if not data.image_size or not data.image_channels:
-            height, width, channels = first_image(index)
-            if not data.image_size and height != width:
+            images = first_images(index)
+            height = images[0][0]
+            if not data.image_size and {size[:2] for size in images} != {(height, height)}:
+                other = next(size for size in images if size[:2] != (height, height))
                 raise ConfigError(
-                    f"the first image of {index.folder} is {height}x{width}: prepare the shards with --resize and "
-                    "--crop, or set data.image_size and data.resize"
+                    f"images of {index.folder} are not squares of one size, one is {other[0]}x{other[1]}: prepare the "
+                    "shards with --resize and --crop, or set data.image_size and data.resize"
                 )
-            found |= {"image_size": data.image_size or height, "image_channels": data.image_channels or channels}
+            colours = max(channels for *_, channels in images)  # one in colour makes it a set in colour
+            found |= {"image_size": data.image_size or height, "image_channels": data.image_channels or colours}
         config = _updated(config, data=found)
     size = config.data.image_size
     return _updated(config, encoder=fitted(config.encoder, size), decoder=fitted(config.decoder, size))
@@ -116,16 +122,35 @@ def _updated(config: Config, **sections: Mapping[str, object]) -> Config:
         raise ConfigError("; ".join(e["msg"].removeprefix("Value error, ") for e in error.errors())) from None
 
 
-def first_image(index: ShardIndex) -> tuple[int, int, int]:
-    """Height, width and channels (1 or 3) of the first training image that can be read."""
-    split = index.split("train")
-    for row in range(min(len(split), 16)):
+_LOOKED_AT = 32
+
+
+def first_images(index: ShardIndex) -> list[tuple[int, int, int]]:
+    """Height, width and channels (1 or 3) of the first training images, of those that can be read."""
+    split, found = index.split("train"), []
+    for row in range(min(len(split), _LOOKED_AT)):
         content = index.storage.read(split.shard_of(row).name, *split.images[row].tolist())
         with suppress(ValueError):
             image = load_with_pillow(content)
             grey = image.mode in ("1", "L", "LA") or image.mode.startswith("I")
-            return image.height, image.width, 1 if grey else 3
-    raise ConfigError(f"{index.folder}: none of its first images can be read: see python data_prep/check.py --decode")
+            found.append((image.height, image.width, 1 if grey else 3))
+    if not found:
+        raise ConfigError(
+            f"{index.folder}: none of its first images can be read: see python data_prep/check.py --decode"
+        )
+    return found
+
+
+def _check_sizes(index: ShardIndex, image_size: int) -> None:
+    """Before anything is written: images that are read as they are have the size that the networks are made for."""
+    sizes = Counter((height, width) for height, width, _ in first_images(index))
+    if set(sizes) != {(image_size, image_size)}:
+        each = ", ".join(f"{n} of {h}x{w}" for (h, w), n in sizes.most_common(3)) + (", …" if len(sizes) > 3 else "")
+        raise ConfigError(
+            f"the first images of {index.folder} are {each} pixels, data.image_size is {image_size}: write the shards "
+            f"at that size (data_prep/image_folder.py --resize {image_size} --crop), or set data.resize={image_size} "
+            "to bring them to it as they are read; configs/images_*.yaml take the size from the shards"
+        )
 
 
 def _check_labels(index: ShardIndex, num_classes: int) -> None:

@@ -49,7 +49,7 @@ def test_size_colours_and_classes_are_those_of_the_shards(tmp_path: Path) -> Non
     assert not changed_keys(grey, resolve(grey))
     given = resolve(of_images("joint", tmp_path / "rgb" / "out", "data.image_size=16", "data.resize=16"))
     assert (given.data.image_size, given.decoder.attention_resolutions) == (16, (16,))
-    with pytest.raises(ConfigError, match=r"first image of .* is 30x20: prepare the shards with --resize and --crop"):
+    with pytest.raises(ConfigError, match=r"not squares of one size, one is 30x20: prepare .* --resize and --crop"):
         resolve(of_images("joint", shards(tmp_path / "wide", 4, (20, 30))))
     with pytest.raises(ConfigError, match="nowhere"):
         resolve(of_images("joint", tmp_path / "nowhere"))
@@ -74,6 +74,42 @@ def test_networks_fit_any_size(size: int, tmp_path: Path) -> None:
                 labels = torch.zeros(2, dtype=torch.int64) if task == "joint" else None
                 latents = torch.zeros(2, config.latent.dim)
                 assert networks.decoder(images, torch.ones(2), latents, labels=labels).shape == images.shape  # type: ignore[misc]
+
+
+def mixed(folder: Path, *images: Image.Image) -> Path:
+    for i, image in enumerate(images):
+        (folder / "in" / "ab"[i % 2]).mkdir(parents=True, exist_ok=True)
+        image.save(folder / "in" / "ab"[i % 2] / f"{i}.png")
+    prepare(ImageFolder(folder / "in"), Options(folder / "out"), quiet=True)
+    return folder / "out"
+
+
+def test_one_photo_says_nothing_of_the_others(tmp_path: Path) -> None:
+    """A grey one among colours, wherever it stands; sizes that differ, and another than the configuration's."""
+    images = [Image.new("L", (24, 24), 80), *(Image.new("RGB", (24, 24), (40 * i, 0, 9)) for i in range(3))]
+    for turn in range(4):
+        colours = mixed(tmp_path / str(turn), *images[turn:], *images[:turn])
+        assert resolve(of_images("joint", colours)).data.image_channels == 3
+    sizes = mixed(tmp_path / "sizes", *images, Image.new("RGB", (20, 30)))
+    with pytest.raises(ConfigError, match="not squares of one size, one is 30x20"):
+        resolve(of_images("joint", sizes))
+    with pytest.raises(ConfigError, match=r"4 of 24x24, 1 of 30x20 pixels, data\.image_size is 24: .* data\.resize=24"):
+        open_stream(resolve(of_images("joint", sizes, "data.image_size=24", "data.global_batch=2")), Topology())
+    brought = resolve(of_images("joint", sizes, "data.image_size=24", "data.resize=24", "data.global_batch=2"))
+    assert open_stream(brought, Topology()).batch(0).pixels.shape == (1, 2, 3, 24, 24)
+    digits = load_config(ROOT / "configs" / "digits_generation.yaml", [f"data.shards={colours}", "data.embedded=none"])
+    with pytest.raises(ConfigError, match=r"4 of 24x24 pixels, data\.image_size is 8: .* configs/images_\*\.yaml"):
+        open_stream(digits, Topology())
+
+
+@pytest.mark.parametrize("size", [256, 512])
+def test_encoders_of_large_images_stay_small(size: int, tmp_path: Path) -> None:
+    """Reading every map, as below 128 pixels, they had 700 million weights at 256 pixels, nearly all read-outs."""
+    known = ["data.image_channels=3", "data.num_classes=2", f"data.image_size={size}"]
+    with torch.device("meta"):
+        networks = build_networks(resolve(of_images("joint", tmp_path, *known)))
+    assert networks.encoder is not None
+    assert sum(weight.numel() for weight in networks.encoder.parameters()) < 60e6
 
 
 def test_a_step_on_ones_own_images(tmp_path: Path) -> None:

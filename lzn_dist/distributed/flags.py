@@ -53,9 +53,19 @@ def obey(config: Config, deepspeed: Mapping[str, Any] | None, environment: Mappi
         for name in ("ACCELERATE_MIXED_PRECISION", "ACCELERATE_DYNAMO_BACKEND"):  # ours to do, not also accelerate's
             if name in os.environ:
                 os.environ[name] = "no"
+        # accelerate ends at these fields of its own file, whatever they say; what they say has been looked at
+        os.environ["ACCELERATE_CONFIG_DS_FIELDS"] = ",".join(set(_fields(found)) - _LOOKED_AT)
         if changes and os.environ.get("RANK", "0") == "0":
             print(f"as the launcher asks: {', '.join(f'{key}={str(v).lower()}' for key, v in changes.items())}")
     return config.model_copy(update=changes)
+
+
+_LOOKED_AT = {"mixed_precision", "gradient_accumulation_steps", "gradient_clipping"}
+
+
+def _fields(found: Mapping[str, str]) -> list[str]:
+    """What accelerate's own configuration file says of DeepSpeed, by name."""
+    return [name for name in found.get("ACCELERATE_CONFIG_DS_FIELDS", "").split(",") if name]
 
 
 def _refuse(found: Mapping[str, str], deepspeed: Mapping[str, Any], config: Config) -> None:
@@ -83,6 +93,12 @@ def _refuse(found: Mapping[str, str], deepspeed: Mapping[str, Any], config: Conf
         raise ConfigError("fsdp_reshard_after_forward: false is not supported: use launch/zero2.yaml, or leave it out")
     if on("ACCELERATE_USE_CPU") and _has_gpu():
         raise ConfigError("accelerate is asked for the CPU, and there is a GPU: hide it with CUDA_VISIBLE_DEVICES=''")
+    decided = [name for name in _fields(found) if name in ("zero_stage", "zero3_save_16bit_model") or "offload" in name]
+    if decided:
+        raise ConfigError(
+            f"{', '.join(decided)} of accelerate's configuration file: the DeepSpeed configuration that it names "
+            "decides this; leave it out, and choose launch/zero1.yaml, zero2.yaml, zero3.yaml or zero3_offload.yaml"
+        )
     for key, ours in _DEEPSPEED.items():
         value = deepspeed.get(key)
         off = value in (None, "auto", {}) or (isinstance(value, dict) and value.get("enabled") in (False, "auto"))

@@ -12,6 +12,7 @@ import torch
 import torch.distributed as dist
 import yaml
 from accelerate.state import AcceleratorState
+from accelerate.utils import DeepSpeedPlugin
 from torch.utils.file_baton import FileBaton
 
 from lzn_dist.config import Config, ConfigError, load_config
@@ -140,6 +141,11 @@ def test_flags_that_mean_a_key_are_obeyed(
         ((), {"FSDP_OFFLOAD_PARAMS": "true"}, "zero3_offload"),
         ((), {"FSDP_ACTIVATION_CHECKPOINTING": "true"}, "activation_checkpointing=selective"),
         ((), {"FSDP_RESHARD_AFTER_FORWARD": "false"}, "zero2"),
+        (
+            (),
+            {"ACCELERATE_CONFIG_DS_FIELDS": "deepspeed_config_file,zero_stage,offload_param_device"},
+            "^zero_stage, off",
+        ),
     ],
 )
 def test_flags_that_mean_nothing_here_are_refused(overrides: tuple[str, ...], flags: dict[str, str], says: str) -> None:
@@ -174,6 +180,19 @@ def test_keys_of_deepspeed_that_the_run_decides_are_refused(key: str, value: obj
 def test_every_launch_configuration_of_ours_is_accepted() -> None:
     for path in (ROOT / "launch").glob("zero*.json"):
         obey(load_config(JOINT), json.loads(path.read_text()), PLAIN)
+
+
+def test_what_is_obeyed_in_a_file_of_accelerates_does_not_stop_deepspeed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As written by `accelerate config`; accelerate's plugin refuses the fields, whatever they say."""
+    said = "deepspeed_config_file,zero3_init_flag,gradient_accumulation_steps,gradient_clipping,mixed_precision"
+    for name, value in (PLAIN | {"ACCELERATE_MIXED_PRECISION": "bf16", "ACCELERATE_CONFIG_DS_FIELDS": said}).items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.delenv("ACCELERATE_GRADIENT_CLIPPING")
+    deepspeed = json.loads((ROOT / "launch" / "zero2.json").read_text())
+    with pytest.raises(ValueError, match="will be ignored"):
+        DeepSpeedPlugin(hf_ds_config=deepspeed)
+    assert obey(load_config(JOINT), deepspeed).precision == "bf16"
+    DeepSpeedPlugin(hf_ds_config=deepspeed)
 
 
 def test_a_flag_that_leaves_no_trace_is_read_off_the_launcher(monkeypatch: pytest.MonkeyPatch) -> None:
