@@ -4,7 +4,8 @@ A checkpoint is a folder ``checkpoints/step_00000100`` that appears under its na
 beside, synced, renamed); ``checkpoints/latest`` names the newest complete one. Inside, written by
 torch.distributed.checkpoint: ``weights.NAME``, ``ema.NAME``, ``exp_avg.NAME`` and ``exp_avg_sq.NAME`` of every
 parameter, flattened, each rank writing its pieces; ``objective.NAME``: what an objective remembers; ``run.json``:
-counters, shapes, versions; ``config.yaml``. Nothing in it depends on how many ranks or which engine wrote it.
+counters, shapes, versions; ``config.yaml``; ``SHA256SUMS`` of these and of ``.metadata``; tensors carry a CRC-32 each,
+and all are checked when they are read. Nothing in it depends on how many ranks or which engine wrote it.
 
 The weights are copied to the host and written by a thread while training goes on; one checkpoint is on its way at a
 time. A rank that dies meanwhile leaves a folder that is never taken for a checkpoint.
@@ -34,6 +35,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from lzn_dist import __version__
+from lzn_dist.checkpoint_reader import SUMS, CheckedReader, check_sums, write_sums
 from lzn_dist.config import Config, load_config, save_config
 from lzn_dist.distributed.engine import MOMENTS, Engine
 from lzn_dist.distributed.pieces import Piece, PieceLoader, PieceSaver, share, whole
@@ -71,9 +73,10 @@ def _why_not_counted(path: Path) -> str:
         return "it is a link"
     if not is_complete(path):
         return "it is not complete"
-    with suppress(CheckpointError):  # a record that cannot be read is damage, of which resuming must hear
+    with suppress(CheckpointError, OSError, ValueError):  # damage counts: resuming must hear of it
         step = RunRecord.read(path).counters.step
         if step != int(name[1]):
+            check_sums(path)
             return f"it is a copy of step {step}"
     return ""
 
@@ -210,10 +213,20 @@ class RunRecord:
                 raise
             raise CheckpointError(f"{path}/run.json cannot be read ({error!r}); name an older checkpoint") from error
 
+    @staticmethod
+    def checked(path: Path) -> RunRecord:
+        """The same, and the checkpoint's other small files are what was written. Before these are used."""
+        record = RunRecord.read(path)
+        try:
+            check_sums(path)
+        except (OSError, ValueError) as error:
+            raise CheckpointError(_unreadable(path, error)) from error
+        return record
+
 
 def _read_into(pieces: Mapping[str, Piece], path: Path) -> None:
     """Fill the pieces from a checkpoint; every rank reads by itself what it needs."""
-    reader = dcp.FileSystemReader(path)
+    reader = CheckedReader(path)
     try:
         known = reader.read_metadata().state_dict_metadata
         for name, piece in pieces.items():
@@ -239,9 +252,18 @@ def _unreadable(path: Path, error: BaseException) -> str:
         why = f"{Path(error.filename).name} is missing"
     else:
         why = f"{type(error).__name__}: {error}".splitlines()[0]
-    others = [str(other) for other in complete_checkpoints(path.parent) if other != path]
+    others = [str(other) for other in complete_checkpoints(path.parent) if other != path and _whole(other)]
     advice = f"resume=PATH or load(PATH) takes another: {', '.join(others[-3:])}" if others else "there is no other"
     return f"{path} is damaged ({why}); {advice}"
+
+
+def _whole(path: Path) -> bool:
+    """As far as small files tell."""
+    try:
+        check_sums(path)
+    except (OSError, ValueError):
+        return False
+    return True
 
 
 def check_model(shapes: Mapping[str, list[int]], record: RunRecord, path: Path) -> None:
@@ -262,7 +284,7 @@ def _shapes(networks: Networks) -> dict[str, list[int]]:
 @torch.no_grad()
 def load_weights(networks: Networks, path: Path, *, averaged: bool = False) -> RunRecord:
     """Fill whole networks with a checkpoint's weights (averaged: the EMA's). Raises CheckpointError."""
-    record = RunRecord.read(path)
+    record = RunRecord.checked(path)
     check_model(_shapes(networks), record, path)
     trained = {name for name, p in networks.named_parameters() if p.requires_grad}
     staged = {name: value.detach().cpu().contiguous() for name, value in networks.state_dict().items()}
@@ -280,7 +302,7 @@ def load_weights(networks: Networks, path: Path, *, averaged: bool = False) -> R
 
 def resume_state(state: TrainState, path: Path) -> None:
     """Moments, averages and counters of the checkpoint that the engine was built with. Raises CheckpointError."""
-    record = RunRecord.read(path)
+    record = RunRecord.checked(path)
     moments = {
         key: {name: piece.cpu() for name, piece in pieces.items()}
         for key, pieces in state.engine.moments(restore=True).items()
@@ -314,6 +336,7 @@ def load_networks(run_or_checkpoint: str | Path) -> tuple[Networks, Config, int]
     Raises CheckpointError for a folder without a complete checkpoint or one of another model.
     """
     with held_checkpoint(run_or_checkpoint) as path:
+        RunRecord.checked(path)
         config = load_config(path / "config.yaml")
         networks = build_networks(config)
         record = load_weights(networks, path, averaged=True)
@@ -395,6 +418,8 @@ class CheckpointWriter:
         save_config(self.config, temporary / "config.yaml")
         _write_text(temporary / "run.json", json.dumps(asdict(record)))
         _sync(temporary / "config.yaml")
+        write_sums(temporary, [".metadata", "run.json", "config.yaml"])
+        _sync(temporary / SUMS)
         _sync(temporary)
         with self.held():
             before = self._make_room(final)

@@ -162,7 +162,7 @@ class Cost(NamedTuple):
 
 def _cost(run: Path) -> Cost:
     config = load_config(run / "config.yaml")
-    rates = [row["images_per_second"] for row in read_lines(run / "metrics.jsonl")]
+    rates = [row["images_per_second"] for row in read_lines(run / "metrics.jsonl", ("step", "images_per_second"))]
     return Cost(config.max_steps, config.data.global_batch / statistics.median(rates[1:] or rates))
 
 

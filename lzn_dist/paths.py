@@ -28,6 +28,18 @@ def expand_path(text: str) -> str:
     return expanded
 
 
+def plain_name(name: object, what: str) -> str:
+    """A name that came from outside (a manifest, a table), as that of something inside the folder it belongs to.
+
+    Raises ValueError, naming `what` it is, for paths, "..", names that begin with a dot, and what no file is called.
+    """
+    if not isinstance(name, str) or not name or name.startswith(".") or not name.isprintable() or len(name) > 255:
+        raise ValueError(f"{what} is called {name!r}, which is no name of a file")
+    if "/" in name or "\\" in name:
+        raise ValueError(f"{what} is called {name!r}: a path, where the name of a file inside the folder belongs")
+    return name
+
+
 def path_argument(text: str) -> Path:
     """A command line's path, for argparse."""
     try:

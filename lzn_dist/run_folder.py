@@ -15,8 +15,8 @@ import socket
 import sys
 import threading
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -35,15 +35,34 @@ def write_json(path: Path, value: Any) -> None:
     temporary.replace(path)
 
 
-def read_lines(path: Path) -> list[dict[str, Any]]:
-    """The objects of a JSON-lines file; a half-written last line is left out, a missing file is empty."""
-    rows = []
-    for line in path.read_text().splitlines() if path.is_file() else []:
-        try:
-            rows.append(json.loads(line))
-        except json.JSONDecodeError:
-            break
-    return rows
+def read_lines(path: Path, needs: Collection[str] = ("step",)) -> list[dict[str, Any]]:
+    """The objects of a JSON-lines file that have numbers for the keys in `needs`; a missing file is empty.
+
+    Lines that are damaged are told once, and left where they are; a half-written last line is left out.
+    """
+    return [row for _, row in _lines(path, needs) if row is not None]
+
+
+def _lines(path: Path, needs: Collection[str]) -> Iterator[tuple[str, dict[str, Any] | None]]:
+    """Each line with what it says, None where that cannot be read."""
+    text = path.read_text(errors="surrogateescape") if path.is_file() else ""
+    for number, line in enumerate(text.split("\n")[:-1], start=1):
+        row = None
+        with suppress(ValueError, RecursionError):
+            row = json.loads(line)
+        if not isinstance(row, dict) or any(
+            isinstance(row.get(key), bool) or not isinstance(row.get(key), int | float) for key in needs
+        ):
+            if (str(path), number) not in _told:
+                _told.add((str(path), number))
+                print(
+                    f"{path}, line {number} cannot be read: it stays, and is passed over", file=sys.stderr, flush=True
+                )
+            row = None
+        yield line, row
+
+
+_told: set[tuple[str, int]] = set()
 
 
 def _myself() -> dict[str, Any]:
@@ -130,14 +149,14 @@ class RunFolder:
             yield
 
     def trim(self, step: int) -> None:
-        """Drop the lines past a step: those steps are about to be taken again."""
+        """Drop the lines past a step: those steps are about to be taken again. Lines that cannot be read stay."""
         with self.held():
             for name in ("metrics.jsonl", "eval.jsonl", "bad_samples.jsonl"):
                 if not (self.path / name).is_file():
                     continue
-                kept = [row for row in read_lines(self.path / name) if row["step"] <= step]
+                kept = [line for line, row in _lines(self.path / name, ["step"]) if row is None or row["step"] <= step]
                 temporary = self.path / f"{name}.tmp"
-                temporary.write_text("".join(json.dumps(row) + "\n" for row in kept))
+                temporary.write_text("".join(f"{line}\n" for line in kept), errors="surrogateescape")
                 temporary.replace(self.path / name)
 
     def append(self, name: str, row: dict[str, Any]) -> None:

@@ -47,7 +47,7 @@ class BadSamples:
 
     def __init__(self, folder: RunFolder | None, epoch: int = -1) -> None:
         self.folder, self.epoch, self.new = folder, epoch, list[BadSample]()
-        lines = [] if folder is None else read_lines(folder.path / "bad_samples.jsonl")
+        lines = [] if folder is None else read_lines(folder.path / "bad_samples.jsonl", ("step", "epoch"))
         self.rows = everywhere({line.get("row", -1) for line in lines if line["epoch"] == epoch})[0]
         self.reported = float(len(self.rows))
         self.elsewhere = 0 if Topology.current().is_main else len(self.rows)  # the main process counts those

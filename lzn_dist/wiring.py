@@ -264,7 +264,7 @@ def shared_checkpoint(named: str | Path, held: ExitStack | None, *, needed: bool
     if held is not None:
         try:
             found = str(held.enter_context(held_checkpoint(named)))
-            RunRecord.read(Path(found))
+            RunRecord.checked(Path(found))
         except CheckpointError as problem:
             error = str(problem) if needed or found is not None else None
     found, error = same_everywhere(found), same_everywhere(error)

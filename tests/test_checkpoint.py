@@ -4,10 +4,16 @@ from __future__ import annotations
 
 import fcntl
 import json
+import os
+import pickle
+import random
+import re
 import shutil
+import subprocess
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import IO
 
@@ -208,6 +214,7 @@ def record_step(path: Path, step: int) -> None:
     record = json.loads((path / "run.json").read_text())
     record["counters"]["step"] = step
     (path / "run.json").write_text(json.dumps(record))
+    (path / "SHA256SUMS").unlink()
 
 
 def written(folder: Path, steps: list[int], *overrides: str) -> list[str]:
@@ -328,3 +335,84 @@ def test_loading_beside_a_writer_that_keeps_one(tmp_path: Path) -> None:
         ended.set()
         thread.join()
     assert sorted(steps) == steps and steps[-1] > steps[0]
+
+
+# ── files from others, and damaged ones ─────────────────────────────────────────────────────────────────────────────
+
+
+class Runs:
+    """Code that a pickle runs as it is read."""
+
+    def __init__(self, mark: Path) -> None:
+        self.mark = mark
+
+    def __reduce__(self) -> tuple[object, tuple[str]]:
+        return os.mkdir, (str(self.mark),)
+
+
+def without_sums(path: Path) -> Path:
+    """As somebody writes it who wants it to be read."""
+    (path / "SHA256SUMS").unlink()
+    return path
+
+
+def test_code_in_the_metadata_does_not_run(tmp_path: Path) -> None:
+    path, mark = without_sums(saved(tmp_path)), tmp_path / "mark"
+    pickle.loads(pickle.dumps(Runs(mark)))
+    assert mark.is_dir()
+    mark.rmdir()
+    described = pickle.loads((path / ".metadata").read_bytes())
+    inside = next(iter(described.storage_data))
+    inner = [replace(described, **{name: Runs(mark)}) for name in ("storage_meta", "planner_data", "version")]
+    for hostile in (Runs(mark), *inner):
+        (path / ".metadata").write_bytes(pickle.dumps(hostile))
+        for read in (lambda: load_weights(build_networks(small_config()), path), lambda: resumed(small_config(), path)):
+            with pytest.raises(CheckpointError, match=r"asks for posix\.mkdir, which no checkpoint needs"):
+                read()
+    # a class of torch's own through a module's attribute, as protocol 4 spells it
+    (path / ".metadata").write_bytes(b"\x80\x04\x8c\x05torch\x8c\x10serialization.os\x93.")
+    with pytest.raises(CheckpointError, match=r"asks for torch\.serialization\.os"):
+        load_weights(build_networks(small_config()), path)
+    assert not mark.exists()
+    for name in ("../step_00000001/__0_0.distcp", str(path / "__0_0.distcp"), "run.json", "..", ""):
+        described.storage_data[inside].relative_path = name
+        (path / ".metadata").write_bytes(pickle.dumps(described))
+        with pytest.raises(CheckpointError, match=r"names a file .*, which is none of a checkpoint's"):
+            load_weights(build_networks(small_config()), path)
+
+
+def test_one_flipped_byte_is_noticed_or_changes_nothing(tmp_path: Path) -> None:
+    """In any file of a checkpoint; without checksums a third of those in tensors became other weights."""
+    path, state = saved(tmp_path), build_networks(small_config())
+    load_weights(state, path)
+    expected = {name: value.clone() for name, value in state.state_dict().items()}
+    draw, refused = random.Random(0), dict.fromkeys(("__0_0.distcp", ".metadata", "run.json", "config.yaml"), 0)
+    for name in refused:
+        good = (path / name).read_bytes()
+        for _ in range(30):
+            content = bytearray(good)
+            content[draw.randrange(len(content))] ^= draw.randrange(1, 256)
+            (path / name).write_bytes(content)
+            try:
+                load_weights(state, path)
+            except CheckpointError as error:
+                refused[name] += 1
+                assert "\n" not in str(error)
+            else:
+                assert all(torch.equal(value, expected[key]) for key, value in state.state_dict().items())
+        (path / name).write_bytes(good)
+    assert refused.pop("__0_0.distcp") >= 5  # moments and averages, which are not read here, are in the file as well
+    assert set(refused.values()) == {30}
+    assert subprocess.run(["sha256sum", "--check", "--quiet", "SHA256SUMS"], cwd=path).returncode == 0
+
+
+def test_a_damaged_newest_checkpoint_is_not_passed_over_unsaid(tmp_path: Path) -> None:
+    written(tmp_path, [1, 2, 3], "keep_last=5")
+    newest = find_checkpoint(tmp_path)
+    record = (newest / "run.json").read_text()
+    (newest / "run.json").write_text(record.replace('"step": 3', '"step": 2'))
+    older = newest.with_name("step_00000002")
+    (older / "config.yaml").write_text((older / "config.yaml").read_text() + "\n")
+    good = re.escape(str(newest.with_name("step_00000001")))
+    with pytest.raises(CheckpointError, match=rf"00003 is damaged .*run\.json.*takes another: {good}$"):
+        load_networks(tmp_path)

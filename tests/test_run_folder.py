@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from lzn_dist import run_folder
 from lzn_dist.run_folder import RunFolder, SupersededError, read_lines
 
 
@@ -174,3 +175,22 @@ def test_status_is_never_half(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
 def test_a_damaged_lock_counts_as_none(tmp_path: Path) -> None:
     (tmp_path / "lock.json").write_text("{")
     assert RunFolder(tmp_path).take().incarnation == 1
+
+
+def test_one_damaged_line_loses_no_other(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """In the middle: before, all that followed it were dropped as a run went on, unsaid."""
+    folder = RunFolder(tmp_path).take()
+    lines = [f'{{"step": {step}, "loss": 1.0}}' for step in range(1, 7)]
+    damaged = [b'x"step": 2}', b"\xff\x00", b"[1]", b'{"loss": 1.0}', b'{"step": "2"}', b"[" * 100_000, b""]
+    for line in damaged:
+        content = [text.encode() for text in lines]
+        content[1] = line
+        path = tmp_path / "metrics.jsonl"
+        path.write_bytes(b"\n".join([*content, b'{"step": 7, "lo']))  # and one that was being written
+        run_folder._told.clear()
+        assert [row["step"] for row in read_lines(path)] == [1, 3, 4, 5, 6]
+        assert capsys.readouterr().err.count("line 2 cannot be read: it stays") == 1
+        folder.trim(5)
+        assert path.read_bytes().split(b"\n") == [*content[:5], b""]
+        folder.append("metrics.jsonl", {"step": 6})
+        assert [row["step"] for row in read_lines(path)] == [1, 3, 4, 5, 6]

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from lzn_dist.exit_status import FINISHED, PREEMPTED
+from lzn_dist.run_folder import read_lines
 
 FAILURES = 3  # so many failed starts in a row without a single new step, and the job is not requeued
 
@@ -88,16 +89,12 @@ def note(run: str | Path, event: str, **facts: Any) -> None:
 
 def attempts(run: str | Path) -> list[dict[str, Any]]:
     """The lines of attempts.jsonl, oldest first."""
-    try:
-        text = (Path(run) / "job" / "attempts.jsonl").read_text()
-    except OSError:
-        return []
-    return [json.loads(line) for line in text.splitlines() if line.endswith("}")]
+    return [row for row in read_lines(Path(run) / "job" / "attempts.jsonl", ["time"]) if "event" in row]
 
 
 def starts_of(run: str | Path, job_id: str) -> list[dict[str, Any]]:
     """The starts of one job."""
-    return [line for line in attempts(run) if line["event"] == "start" and line["job"] == job_id]
+    return [line for line in attempts(run) if line["event"] == "start" and line.get("job") == job_id]
 
 
 def wall_seconds(run: str | Path) -> float:

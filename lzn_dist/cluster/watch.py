@@ -6,6 +6,7 @@ import json
 import re
 import subprocess
 import time
+from contextlib import suppress
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -108,13 +109,15 @@ def look_at(run: Path) -> Row:
 
 
 def _last_row(path: Path) -> dict[str, Any]:
-    try:
-        for line in reversed(_tail(path).splitlines()):
-            if line.endswith("}"):
-                found: dict[str, Any] = json.loads(line)
-                return found
-    except (OSError, json.JSONDecodeError):
-        pass
+    """The last line that can be read and tells what a table shows."""
+    with suppress(OSError):
+        for line in reversed(_tail(path).split("\n")):
+            with suppress(ValueError, RecursionError):
+                found = json.loads(line)
+                if isinstance(found, dict) and all(
+                    isinstance(found.get(key), int | float) for key in ("step", "loss", "images_per_second")
+                ):
+                    return found
     return {}
 
 

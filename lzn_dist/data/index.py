@@ -26,8 +26,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lzn_dist.data.storage import LocalStorage, Storage, is_remote, open_storage
+from lzn_dist.paths import plain_name
 
 MANIFEST = "manifest.json"
+_MANIFEST_BYTES = 256 << 20  # what a server may answer at most: a manifest of two million shards has as many bytes,
+_INDEX_SAMPLE = 4096  # and a sample's part of an index is its key, of 255 characters at most, and a few offsets
 FORMAT = 2
 IMAGE_EXTENSIONS = (
     "jpg", "jpeg", "png", "webp", "ppm", "pgm", "bmp", "jfif", "jpe", "tif", "tiff", "gif", "avif",
@@ -227,14 +230,16 @@ class ShardIndex:
         if isinstance(storage, LocalStorage) and not (Path(folder) / MANIFEST).is_file():
             return ShardIndex.scan(folder)
         try:
-            text = storage.read_file(MANIFEST)
+            text = storage.read_file(MANIFEST, _MANIFEST_BYTES)
         except FileNotFoundError as error:
             raise FileNotFoundError(f"{folder} has no {MANIFEST}: {_how_to_write(folder)}") from error
         try:
             manifest = json.loads(text)
             if manifest["format"] != FORMAT:
                 raise ValueError(f"it has format {manifest['format']}, this version of lzn_dist reads {FORMAT}")
-            splits = {name: _read_split(storage, entry) for name, entry in manifest["splits"].items()}
+            splits = {
+                plain_name(name, "a split"): _read_split(storage, entry) for name, entry in manifest["splits"].items()
+            }
             classes = tuple(manifest["classes"])
         except (json.JSONDecodeError, KeyError, TypeError, ValueError) as error:
             raise ValueError(
@@ -299,9 +304,11 @@ class ShardIndex:
 
 
 def _read_split(storage: Storage, entry: dict[str, Any]) -> Split:
-    name = entry["index"]["name"]
+    name = plain_name(entry["index"]["name"], "an index")
+    for shard in entry["shards"]:
+        plain_name(shard["name"], "a shard")
     try:
-        content = storage.read_file(name)
+        content = storage.read_file(name, _INDEX_SAMPLE * int(entry["samples"]) + (1 << 20))
     except FileNotFoundError as error:
         raise ValueError(f"{name} is missing") from error
     if hashlib.sha256(content).hexdigest() != entry["index"]["sha256"]:

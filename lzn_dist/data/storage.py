@@ -8,6 +8,7 @@ import functools
 import hashlib
 import os
 import random
+import re
 import sys
 import tempfile
 import threading
@@ -33,8 +34,8 @@ class RemoteError(OSError):
 class Storage(Protocol):
     """Files of one folder. Pickled with what reads them; opened anew in each process."""
 
-    def read_file(self, name: str) -> bytes:
-        """A whole (small) file. Raises FileNotFoundError."""
+    def read_file(self, name: str, limit: int) -> bytes:
+        """A whole (small) file. Raises FileNotFoundError, ValueError for more than `limit` bytes."""
 
     def size(self, name: str) -> int | None:
         """Bytes of a file; None where there is none."""
@@ -86,8 +87,8 @@ class LocalStorage:
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__init__(**state)  # type: ignore[misc]
 
-    def read_file(self, name: str) -> bytes:
-        return (self.folder / name).read_bytes()
+    def read_file(self, name: str, limit: int) -> bytes:
+        return (self.folder / name).read_bytes()  # one's own, of whatever size
 
     def size(self, name: str) -> int | None:
         path = self.folder / name
@@ -174,6 +175,39 @@ def _filesystem(url: str, process: int) -> Any:
         raise ValueError(f"{url}: no protocol that fsspec knows: {error}") from error
 
 
+async def _answer(system: Any, url: str, start: int, end: int, whole: bool) -> bytes:
+    """fsspec's request for bytes of a file, which takes any answer for them: here it must say that it is they, and no
+    more is read than was asked for."""
+    headers = {"Accept-Encoding": "identity"} | ({} if whole else {"Range": f"bytes={start}-{end - 1}"})
+    session = await system.set_session()
+    async with session.get(system.encode_url(url), headers=headers) as response:
+        system._raise_not_found_for_status(response, url)
+        if response.headers.get("Content-Encoding", "identity") != "identity":
+            raise ValueError(f"{url}: the server answers compressed, though it is asked not to")
+        if not whole:
+            said = response.headers.get("Content-Range", "")
+            if response.status != 206:
+                raise ValueError(
+                    f"the server of {url} does not answer range requests: use one that does, or copy the shards to a "
+                    "folder"
+                )
+            if not (match := _RANGE.fullmatch(said)) or int(match[1]) != start or int(match[2]) >= end:
+                raise ValueError(
+                    f"{url}: the server was asked for bytes {start}-{end - 1}, its answer is {said[:80]!r}"
+                )
+        found = bytearray()
+        async for part in response.content.iter_any():
+            found += part
+            if len(found) > end - start:
+                if whole:
+                    break
+                raise ValueError(f"{url}: the server sends more than the bytes {start}-{end - 1} it was asked for")
+    return bytes(found[: end - start])
+
+
+_RANGE = re.compile(r"bytes (\d+)-(\d+)/(\d+|\*)")
+
+
 class RemoteStorage:
     """A folder on a server (http, https) or in an object store, through fsspec, read by range requests.
 
@@ -198,19 +232,30 @@ class RemoteStorage:
         self.__dict__.update(state)
         self._prepare()
 
-    def _cat(self, name: str, **span: int) -> bytes:
-        """The bytes of a file, or of a span of it, from one request."""
-        system = _filesystem(self.url, os.getpid())
+    def _cat(self, name: str, start: int, end: int, *, whole: bool = False) -> bytes:
+        """Bytes from start to end, or to the file's, from one request. whole: of a file that is expected to end before,
+        which a server may also answer without ranges."""
+        system, url = _filesystem(self.url, os.getpid()), f"{self.url}/{name}"
+        if "http" in system.protocol:
+            from fsspec.asyn import sync
+
+            return bytes(sync(system.loop, _answer, system, url, start, end, whole, timeout=_REQUEST_SECONDS))
         patience = {"timeout": _REQUEST_SECONDS} if system.async_impl else {}
-        return bytes(system.cat_file(f"{self.url}/{name}", **span, **patience))
+        return bytes(system.cat_file(url, start=start, end=end, **patience))
 
     def know(self, identity: str, sizes: dict[str, int]) -> None:
         self.sizes = sizes
         self.folder = self.cache / hashlib.sha256(f"{self.url} {identity}".encode()).hexdigest()[:16]
         self.folder.mkdir(parents=True, exist_ok=True)
 
-    def read_file(self, name: str) -> bytes:
-        return self._persist(name, lambda: self._cat(name))
+    def read_file(self, name: str, limit: int) -> bytes:
+        def get() -> bytes:
+            found = self._cat(name, 0, limit + 1, whole=True)
+            if len(found) > limit:
+                raise ValueError(f"{self.url}/{name} has more than {limit:,} bytes: it is not what it is called")
+            return found
+
+        return self._persist(name, get)
 
     def size(self, name: str) -> int | None:
         return self.sizes.get(name)
@@ -246,12 +291,7 @@ class RemoteStorage:
 
     def _request(self, name: str, start: int, stop: int) -> bytes:
         def get() -> bytes:
-            found = self._cat(name, start=start, end=stop)
-            if len(found) > stop - start:
-                raise ValueError(
-                    f"the server of {self.url} does not answer range requests: use one that does, or copy the shards "
-                    "to a folder"
-                )
+            found = self._cat(name, start, stop)
             if len(found) < stop - start:
                 raise ValueError(f"{name} ends at byte {start + len(found)}, its manifest says {self.sizes[name]}")
             return found

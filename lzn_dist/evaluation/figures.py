@@ -113,7 +113,7 @@ def training_curves(run: Path, path: Path) -> Path | None:
     for axes, (title, rows, keys, fraction) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels,
                                                    strict=True):  # fmt: skip
         for number, key in enumerate(keys):
-            points = [(row["step"], row[key]) for row in rows if key in row and row[key] is not None]
+            points = [(row["step"], row[key]) for row in rows if isinstance(row.get(key), int | float)]
             steps, values = zip(*points, strict=True) if points else ((), ())
             marker = "o" if rows is evaluations else None
             axes.plot(steps, values, color=class_colour(number), lw=1.6, marker=marker, ms=4, label=key)

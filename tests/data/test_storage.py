@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import errno
+import gzip
+import itertools
+import json
 import multiprocessing
 import os
 import shutil
@@ -11,7 +14,8 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +25,7 @@ import torch
 from range_server import serve
 
 from lzn_dist.data import BatchStream, Exact, SampleOrder, ShardedDataset, ShardIndex
+from lzn_dist.data import index as index_module
 from lzn_dist.data import storage as storage_module
 from lzn_dist.data.storage import RemoteError, RemoteStorage
 
@@ -212,11 +217,11 @@ def test_a_full_disk_is_no_lost_server(
 def test_a_forked_worker_leaves_its_parents_connections_alone(server: tuple[str, Path], tmp_path: Path) -> None:
     """A worker that closed them would take them from the event queue which it shares with its parent."""
     storage = ShardIndex.load(server[0], tmp_path / "cache").storage
-    worker = multiprocessing.get_context("fork").Process(target=storage.read_file, args=("manifest.json",))
+    worker = multiprocessing.get_context("fork").Process(target=storage.read_file, args=("manifest.json", 1 << 20))
     worker.start()
     worker.join(60)
     assert worker.exitcode == 0
-    found = threading.Thread(target=storage.read_file, args=("manifest.json",), daemon=True)
+    found = threading.Thread(target=storage.read_file, args=("manifest.json", 1 << 20), daemon=True)
     found.start()
     found.join(20)
     assert not found.is_alive(), "the parent's request was never answered"
@@ -230,7 +235,7 @@ def test_a_request_without_an_answer_is_made_again(
     monkeypatch.setattr(storage_module, "_REQUEST_SECONDS", 1)
     mute.set()
     threading.Timer(2.5, mute.clear).start()
-    assert storage.read_file("manifest.json") == (digits / "manifest.json").read_bytes()
+    assert storage.read_file("manifest.json", 1 << 20) == (digits / "manifest.json").read_bytes()
     assert "trying again" in capfd.readouterr().err
 
 
@@ -264,3 +269,109 @@ def test_rows_of_another_manifest_do_not_mix(digits: Path, tmp_path: Path) -> No
         running.shutdown()
         running.server_close()
     assert torch.equal(*pixels) and len(list((tmp_path / "cache").iterdir())) == 2
+
+
+# ── answers that are not what was asked for ─────────────────────────────────────────────────────────────────────────
+
+
+def start_other(folder: Path, answer: Callable[[Any, bytes], None]) -> str:
+    """The URL of a server that answers with `answer(handler, content)` where a shard is asked for by range, or, where
+    the folder has a file `all`, anything."""
+    running = serve(folder, 0, None)
+    handler: Any = running.RequestHandlerClass
+    proper = handler.answer
+
+    def other(self: Any, head: bool) -> None:
+        path = folder / self.path.lstrip("/")
+        if head or not path.is_file() or not (path.suffix == ".tar" or (folder / "all").exists()):
+            proper(self, head)
+            return
+        self.close_connection = True
+        with suppress(ConnectionError):
+            answer(self, path.read_bytes())
+
+    handler.answer = other
+    threading.Thread(target=running.serve_forever, daemon=True).start()
+    return f"http://127.0.0.1:{running.server_port}"
+
+
+def respond(handler: Any, status: int, headers: dict[str, str], *parts: bytes) -> None:
+    handler.send_response(status)
+    for name, value in headers.items():
+        handler.send_header(name, value)
+    handler.end_headers()
+    for part in parts:
+        handler.wfile.write(part)
+
+
+def shifted(handler: Any, content: bytes) -> None:
+    respond(handler, 206, {"Content-Range": f"bytes 512-{len(content) - 1}/{len(content)}"}, content[512:])
+
+
+def endless(handler: Any, content: bytes) -> None:
+    stop = len(content) - 1
+    respond(
+        handler, 206, {"Content-Range": f"bytes 0-{stop}/{len(content)}"}, *itertools.repeat(bytes(1 << 16), 16_000)
+    )
+
+
+def compressed(handler: Any, content: bytes) -> None:
+    respond(handler, 206, {"Content-Encoding": "gzip"}, gzip.compress(content))
+
+
+@pytest.mark.parametrize(
+    ("answer", "says"),
+    [
+        (shifted, r"asked for bytes 0-\d+, its answer is 'bytes 512-"),
+        (lambda handler, content: respond(handler, 206, {}, content), "its answer is ''"),
+        (lambda handler, content: respond(handler, 200, {}, content), "does not answer range requests"),
+        (endless, r"the server sends more than the bytes 0-\d+ it was asked for"),
+        (compressed, "answers compressed"),
+    ],
+)
+def test_an_answer_that_is_another_one_is_refused(
+    digits: Path, tmp_path: Path, answer: Callable[[Any, bytes], None], says: str
+) -> None:
+    remote = ShardIndex.load(start_other(digits, answer), tmp_path / "cache", retry_seconds=1)
+    with pytest.raises(ValueError, match=says):
+        stream(remote).batch(0)
+
+
+def test_a_manifest_without_end_is_refused(digits: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(index_module, "_MANIFEST_BYTES", 1 << 20)
+    shutil.copytree(digits, folder := tmp_path / "digits")
+    (folder / "all").touch()
+    sent: list[int] = []
+
+    def answer(handler: Any, content: bytes) -> None:
+        respond(handler, 200, {})
+        for _ in range(1_000):
+            handler.wfile.write(b" " * (1 << 16))
+            sent.append(1 << 16)
+
+    with pytest.raises(ValueError, match=r"manifest\.json has more than 1,048,576 bytes"):
+        ShardIndex.load(start_other(folder, answer), tmp_path / "cache", retry_seconds=1)
+    time.sleep(0.2)
+    assert sum(sent) < 30 << 20  # what the system's own buffers take is not read
+
+
+@pytest.mark.parametrize(
+    "name", ["../../home/thesis.txt", "/etc/passwd", "..", "", ".hidden", "a\\b", "a\nb", "x" * 300, 5]
+)
+@pytest.mark.parametrize("place", ["shard", "index", "split"])
+def test_names_in_a_manifest_stay_inside_its_folder(digits: Path, tmp_path: Path, name: object, place: str) -> None:
+    """A server's would be written to where the name says, outside the cache."""
+    shutil.copytree(digits, folder := tmp_path / "copy")
+    manifest = json.loads((folder / "manifest.json").read_text())
+    if place == "shard":
+        manifest["splits"]["train"]["shards"][0]["name"] = name
+    elif place == "index":
+        manifest["splits"]["train"]["index"]["name"] = name
+    else:
+        manifest["splits"] = {str(name): manifest["splits"]["train"]}
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+    if place == "split" and name == 5:
+        assert set(ShardIndex.load(folder).splits) == {"5"}
+        return
+    with pytest.raises(ValueError, match=rf"manifest\.json: not a manifest of shards \(an? {place} is called "):
+        ShardIndex.load(folder)

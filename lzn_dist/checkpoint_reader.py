@@ -1,0 +1,112 @@
+"""Reading torch.distributed.checkpoint's files as what they are: data from others, on disks that can flip bits.
+
+Its ``.metadata`` is a pickle and names files; both are taken at their word by torch's own reader. Here a pickle can
+name nothing but the classes that such metadata consists of, files are those of the folder, and every tensor is compared
+with the CRC-32 that torch.save wrote beside it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import pickle
+import zipfile
+from pathlib import Path, PosixPath, PurePosixPath
+from typing import Any
+
+import torch
+import torch.distributed.checkpoint as dcp
+from torch.distributed.checkpoint import metadata as described
+from torch.distributed.checkpoint.filesystem import _StorageInfo
+from torch.distributed.checkpoint.planner import LoadPlan, LoadPlanner
+from torch.futures import Future
+
+SUMS = "SHA256SUMS"  # of the small files, as `sha256sum --check` reads it; older checkpoints have none
+
+_DTYPES = {("torch", name): value for name, value in vars(torch).items() if isinstance(value, torch.dtype)}
+# exactly these: through any whole module something that runs commands can be reached
+_NAMES: dict[tuple[str, str], Any] = _DTYPES | {
+    ("torch", "Size"): torch.Size,
+    ("torch", "device"): torch.device,
+    ("torch.serialization", "_get_layout"): {"torch.strided": torch.strided}.__getitem__,
+    ("pathlib", "PosixPath"): PosixPath,
+    ("pathlib._local", "PosixPath"): PosixPath,
+    ("torch.distributed.checkpoint.filesystem", "_StorageInfo"): _StorageInfo,
+    **{
+        ("torch.distributed.checkpoint.metadata", name): getattr(described, name)
+        for name in (
+            "BytesStorageMetadata", "ChunkStorageMetadata", "Metadata", "MetadataIndex", "StorageMeta",
+            "TensorProperties", "TensorStorageMetadata", "_MEM_FORMAT_ENCODING",
+        )
+    },
+}  # fmt: skip
+
+
+class _Described(pickle.Unpickler):
+    def find_class(self, module: str, name: str) -> Any:
+        try:
+            return _NAMES[module, name]
+        except KeyError:
+            raise pickle.UnpicklingError(f".metadata asks for {module}.{name}, which no checkpoint needs") from None
+
+
+class CheckedReader(dcp.FileSystemReader):
+    """A checkpoint's folder. What it finds wrong it raises as ValueError, pickle.UnpicklingError or
+    zipfile.BadZipFile, through torch's wrappers."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__(path)
+        self._folder, self._good = path, set[tuple[str, int]]()
+
+    def read_metadata(self, *_: Any, **__: Any) -> described.Metadata:
+        with (self._folder / ".metadata").open("rb") as file:
+            found = _Described(file).load()
+        if not isinstance(found, described.Metadata) or not isinstance(found.storage_data, dict):
+            raise ValueError(".metadata describes no checkpoint")
+        for info in found.storage_data.values():
+            name = info.relative_path
+            if not isinstance(name, str) or PurePosixPath(name).name != name or not name.endswith(".distcp"):
+                raise ValueError(f".metadata names a file {name!r}, which is none of a checkpoint's")
+        if getattr(found, "storage_meta", None) is None:
+            found.storage_meta = described.StorageMeta()
+        return found
+
+    def read_data(self, plan: LoadPlan, planner: LoadPlanner) -> Future[None]:
+        for item in plan.items:
+            info = self.storage_data[item.storage_index]
+            if (info.relative_path, info.offset) not in self._good:
+                self._check(info, item.storage_index.fqn)
+                self._good.add((info.relative_path, info.offset))
+        return super().read_data(plan, planner)
+
+    def _check(self, info: _StorageInfo, tensor: str) -> None:
+        with (self._folder / info.relative_path).open("rb") as file:
+            file.seek(info.offset)
+            content = file.read(info.length)
+        try:
+            with zipfile.ZipFile(io.BytesIO(content)) as saved:
+                damaged = saved.testzip()
+        except (zipfile.BadZipFile, EOFError, NotImplementedError, RuntimeError, ValueError) as error:
+            raise ValueError(f"{tensor} in {info.relative_path} cannot be read: {error}") from error
+        if damaged is not None:
+            raise ValueError(f"{tensor} in {info.relative_path} is not what was written: its checksum differs")
+
+
+def write_sums(folder: Path, names: list[str]) -> None:
+    """Beside files that are complete; synced by the caller."""
+    lines = [f"{hashlib.sha256((folder / name).read_bytes()).hexdigest()}  {name}\n" for name in names]
+    (folder / SUMS).write_text("".join(lines))
+
+
+def check_sums(folder: Path) -> None:
+    """ValueError, naming the file, where one is not what was written; OSError where it is gone."""
+    try:
+        lines = (folder / SUMS).read_text().splitlines()
+    except FileNotFoundError:
+        return
+    for line in lines:
+        digest, _, name = line.partition("  ")
+        if name not in (".metadata", "run.json", "config.yaml"):
+            raise ValueError(f"{SUMS} is damaged")
+        if hashlib.sha256((folder / name).read_bytes()).hexdigest() != digest:
+            raise ValueError(f"{name} is not what was written: its checksum differs from the one in {SUMS}")
