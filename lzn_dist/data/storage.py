@@ -9,12 +9,14 @@ import hashlib
 import os
 import random
 import re
+import stat
 import sys
 import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
@@ -59,8 +61,24 @@ def open_storage(folder: str, cache: str | Path, retry_seconds: float) -> Storag
     """The storage of a path or a URL. cache: folder for remote bytes, by default one of the system's for such files."""
     if not is_remote(folder):
         return LocalStorage(Path(folder))
-    default = Path(tempfile.gettempdir()) / f"lzn_dist-{os.getuid()}"
-    return RemoteStorage(folder.rstrip("/"), Path(cache or default).expanduser(), retry_seconds)
+    return RemoteStorage(folder.rstrip("/"), Path(cache).expanduser() if cache else _own_cache(), retry_seconds)
+
+
+def _own_cache() -> Path:
+    """The user's folder for remote bytes on this machine, $TMPDIR/lzn_dist-UID: its name is known to all, so that what
+    stands there is taken only where nobody else can have written to it. Raises ValueError."""
+    path = Path(tempfile.gettempdir()) / f"lzn_dist-{os.getuid()}"
+    with suppress(FileExistsError):
+        path.mkdir(mode=0o700)
+    found = path.lstat()
+    if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.getuid() or found.st_mode & 0o022:
+        raise ValueError(
+            f"{path}, where copies of shards go, is a link or a folder that others can write to: move it away, or set "
+            "data.cache to a folder of your own"
+        )
+    if found.st_mode & 0o077:
+        path.chmod(0o700)
+    return path
 
 
 class _Descriptor:
@@ -113,8 +131,8 @@ class _CachedShard:
 
     def __init__(self, path: Path, size: int) -> None:
         self.folder, self.size, self.blocks = path.parent, size, -(-size // BLOCK)
-        self.data = _Descriptor(path, os.O_RDWR | os.O_CREAT)
-        self.there = _Descriptor(path.with_name(f"{path.name}.blocks"), os.O_RDWR | os.O_CREAT)
+        self.data = _Descriptor(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW)
+        self.there = _Descriptor(path.with_name(f"{path.name}.blocks"), os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW)
         if os.fstat(self.data.number).st_size != size:
             os.ftruncate(self.data.number, size)
         self.known = bytearray(self.blocks)

@@ -10,8 +10,10 @@ import multiprocessing
 import os
 import shutil
 import socket
+import stat
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -375,3 +377,45 @@ def test_names_in_a_manifest_stay_inside_its_folder(digits: Path, tmp_path: Path
         return
     with pytest.raises(ValueError, match=rf"manifest\.json: not a manifest of shards \(an? {place} is called "):
         ShardIndex.load(folder)
+
+
+def test_the_default_cache_is_ones_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its name is known to everybody on the machine, who may have been there before."""
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    path = tmp_path / f"lzn_dist-{os.getuid()}"
+    old = os.umask(0)
+    try:
+        assert storage_module._own_cache() == path
+    finally:
+        os.umask(old)
+    assert stat.S_IMODE(path.stat().st_mode) == 0o700
+    path.chmod(0o755)  # readable by all, as it was made once
+    storage_module._own_cache()
+    assert stat.S_IMODE(path.stat().st_mode) == 0o700
+    refused = pytest.raises(ValueError, match=r"a link or a folder that others can write to.*data\.cache")
+    path.chmod(0o777)
+    with refused:
+        storage_module._own_cache()
+    path.rmdir()
+    (tmp_path / "elsewhere").mkdir(mode=0o700)
+    path.symlink_to(tmp_path / "elsewhere")
+    with refused:
+        storage_module._own_cache()
+    somebody = os.getuid() + 1
+    (tmp_path / f"lzn_dist-{somebody}").mkdir(mode=0o700)
+    monkeypatch.setattr(os, "getuid", lambda: somebody)
+    with refused:
+        storage_module._own_cache()
+
+
+def test_links_in_a_cache_are_not_followed(server: tuple[str, Path], tmp_path: Path) -> None:
+    """Their targets were cut to a shard's size."""
+    (thesis := tmp_path / "thesis").write_text("my thesis")
+    remote = ShardIndex.load(server[0], tmp_path / "cache").storage
+    assert isinstance(remote, RemoteStorage)
+    for name in ("train-000000.tar", "train-000000.tar.blocks"):
+        (remote.folder / name).symlink_to(thesis)
+        with pytest.raises(OSError, match="symbolic links"):
+            remote.read("train-000000.tar", 0, 512)
+        (remote.folder / name).unlink()
+    assert thesis.read_text() == "my thesis"
