@@ -32,6 +32,11 @@ def _plain(error: UnicodeError) -> tuple[str | bytes, int]:
 codecs.register_error("lzn_dist.plain", _plain)
 
 
+def printable(text: str) -> str:
+    """Text from outside for a terminal or a figure: what would move the cursor, colour or ring stands as an escape."""
+    return "".join(sign if sign.isprintable() else repr(sign)[1:-1] for sign in text)
+
+
 class _Steady(io.RawIOBase):
     """A descriptor for writing. One that takes nothing more (a pipe without a reader, a closed terminal, a full disk)
     is pointed at the null device: for this stream, and for whoever else writes to that descriptor."""

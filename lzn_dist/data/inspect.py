@@ -25,7 +25,7 @@ from lzn_dist.data.pixels import RandomResizedCrops, decode, resize
 from lzn_dist.data.shards import to_unit_range
 from lzn_dist.keyed_random import make_key, permutation
 from lzn_dist.paths import folder_or_url, path_argument
-from lzn_dist.terminal import command
+from lzn_dist.terminal import command, printable
 
 LOOKED_AT = 500  # images whose sizes are measured
 
@@ -91,7 +91,7 @@ def describe(index: ShardIndex) -> list[str]:
             sizes = counts.values()
             lines.append(f"  {len(counts)} classes of {min(sizes):,} to {max(sizes):,} samples")
             for label in sorted(counts, key=lambda label: counts[label], reverse=True)[:10]:
-                known = f" {index.classes[label]}" if 0 <= label < len(index.classes) else ""
+                known = f" {printable(index.classes[label])}" if 0 <= label < len(index.classes) else ""
                 lines.append(f"    {label:>5}{known}: {counts[label]:,}")
             if len(counts) > 10:
                 lines.append(f"    … {len(counts) - 10} more")
@@ -107,6 +107,8 @@ def contact_sheet(index: ShardIndex, split: Split, path: Path, *, count: int, si
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
+
+    from lzn_dist.evaluation.figures import literal
 
     shown = pictures(index, split, count, seed)
     if not shown:
@@ -124,7 +126,7 @@ def contact_sheet(index: ShardIndex, split: Split, path: Path, *, count: int, si
             if column == 0:
                 name = index.classes[picture.label] if 0 <= picture.label < len(index.classes) else str(picture.label)
                 name = re.sub(r"^n\d{8} ", "", name)  # ImageNet's WNIDs say little
-                axis.set_title(name[:20] if picture.label >= 0 else picture.key[-18:], fontsize=7)
+                axis.set_title(literal(name[:20] if picture.label >= 0 else picture.key[-18:]), fontsize=7)
             elif place < columns:
                 axis.set_title(f"view {column}", fontsize=7, color="0.4")
     figure.tight_layout(pad=0.3)

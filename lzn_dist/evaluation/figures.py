@@ -17,6 +17,7 @@ from matplotlib.figure import Figure
 from torch import Tensor
 
 from lzn_dist.run_folder import read_lines
+from lzn_dist.terminal import printable
 
 INK = "#22262e"
 # Ten hues of similar weight, ordered so that neighbours differ.
@@ -28,6 +29,11 @@ PALETTE = (
 def class_colour(label: int) -> str:
     """One colour a class, the same in every figure."""
     return PALETTE[label % len(PALETTE)]
+
+
+def literal(name: str) -> str:
+    """A name from outside, of a class say, as the text that it is: dollars begin no formula."""
+    return printable(name).replace("$", r"\$")
 
 
 def save(figure: Figure, path: Path, dpi: int = 100) -> Path:
@@ -62,7 +68,7 @@ def _image_figure(canvas: np.ndarray, title: str, width: float, rows: Sequence[s
     figure.text(left / total_w, 1 - 0.27 / total_h, title, color=INK, fontsize=11)
     for i, name in enumerate(rows):
         y = (0.1 + height * (1 - (i + 0.5) / len(rows))) / total_h
-        figure.text((left - 0.1) / total_w, y, name, ha="right", va="center", color=INK, fontsize=10)
+        figure.text((left - 0.1) / total_w, y, literal(name), ha="right", va="center", color=INK, fontsize=10)
     return save(figure, path)
 
 

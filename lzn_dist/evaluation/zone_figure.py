@@ -20,7 +20,7 @@ from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
 from torch import Tensor
 
-from lzn_dist.evaluation.figures import class_colour, save
+from lzn_dist.evaluation.figures import class_colour, literal, save
 from lzn_dist.keyed_random import make_key, normal, uniform
 from lzn_dist.zones import align, nearest_anchor
 
@@ -155,8 +155,8 @@ def zone_figure(
             place: dict[str, Any] = (
                 {"color": "white", "va": "center"} if short else {"color": class_colour(label), "va": "bottom"}
             )
-            axes.text(x, y if short else y + 0.025 * extent, class_names[label], ha="center", zorder=7, fontsize=12,
-                      fontweight="bold", **place)  # fmt: skip
+            axes.text(x, y if short else y + 0.025 * extent, literal(class_names[label]), ha="center", zorder=7,
+                      fontsize=12, fontweight="bold", **place)  # fmt: skip
     return save(figure, path)
 
 

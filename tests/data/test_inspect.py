@@ -21,7 +21,10 @@ from lzn_dist.data import (
     make_views,
     to_unit_range,
 )
+from lzn_dist.data.image_folder import ImageFolder
 from lzn_dist.data.prepare import Options, prepare
+from lzn_dist.evaluation.figures import sample_grid
+from lzn_dist.evaluation.zone_figure import toy_anchors, zone_figure
 
 
 def test_it_says_and_shows_what_is_there(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -80,3 +83,23 @@ def test_views_are_those_of_training(tmp_path: Path) -> None:
     expected = make_views([to_unit_range(v) for v in pixels], torch.from_numpy(rows), 0, 7, SimCLRPolicy())
     for found, view in zip(inspect.two_views(shown, 48, "simclr", 7), expected, strict=True):
         assert torch.equal(found, ((view[0] + 1) * 127.5).round().to(torch.uint8))
+
+
+def test_names_of_others_are_text(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Dollars are no formulas (a broken one ended the drawing), escape sequences move no cursor."""
+    names = ["$\\frac$", "a$", "\x1b[2Jbell\x07"]
+    for number, name in enumerate(names):
+        (folder := tmp_path / "in" / name).mkdir(parents=True)
+        Image.new("RGB", (16, 16), (80 * number, 0, 0)).save(folder / "$_{.png")
+    prepare(ImageFolder(tmp_path / "in"), Options(tmp_path / "shards"), quiet=True)
+    capsys.readouterr()
+    assert inspect.main([str(tmp_path / "shards"), "--size", "16", "--output", str(tmp_path / "sheet.png")]) == 0
+    told = capsys.readouterr().out
+    assert "$\\frac$: 1" in told and "\x1b" not in told and "\\x1b[2Jbell\\x07: 1" in told
+    images = torch.zeros(6, 3, 8, 8)
+    sample_grid(images, 2, tmp_path / "formula.png", ["$x$", *names[:2]])
+    sample_grid(images, 2, tmp_path / "text.png", ["x", *names[:2]])
+    drawn = [np.asarray(Image.open(tmp_path / f"{name}.png")) for name in ("formula", "text")]
+    assert not np.array_equal(*drawn)
+    anchors, labels = toy_anchors(3)
+    zone_figure(anchors, labels, tmp_path / "zones.png", lines=0, class_names=names)
