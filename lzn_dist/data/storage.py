@@ -196,9 +196,12 @@ def _filesystem(url: str, process: int) -> Any:
 async def _answer(system: Any, url: str, start: int, end: int, whole: bool) -> bytes:
     """fsspec's request for bytes of a file, which takes any answer for them: here it must say that it is they, and no
     more is read than was asked for."""
-    headers = {"Accept-Encoding": "identity"} | ({} if whole else {"Range": f"bytes={start}-{end - 1}"})
+    options = dict(system.kwargs)  # the user's own, of fsspec's configuration: headers, authorisation
+    headers = {**options.pop("headers", {}), "Accept-Encoding": "identity"}
+    if not whole:
+        headers["Range"] = f"bytes={start}-{end - 1}"
     session = await system.set_session()
-    async with session.get(system.encode_url(url), headers=headers) as response:
+    async with session.get(system.encode_url(url), headers=headers, **options) as response:
         system._raise_not_found_for_status(response, url)
         if response.headers.get("Content-Encoding", "identity") != "identity":
             raise ValueError(f"{url}: the server answers compressed, though it is asked not to")

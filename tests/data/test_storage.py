@@ -21,6 +21,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+import fsspec
 import numpy as np
 import pytest
 import torch
@@ -419,3 +420,24 @@ def test_links_in_a_cache_are_not_followed(server: tuple[str, Path], tmp_path: P
             remote.read("train-000000.tar", 0, 512)
         (remote.folder / name).unlink()
     assert thesis.read_text() == "my thesis"
+
+
+def test_requests_carry_what_fsspec_is_configured_with(
+    digits: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A token for a server, say: manifest and shards alike."""
+    (shutil.copytree(digits, tmp_path / "digits") / "all").touch()
+    monkeypatch.setitem(fsspec.config.conf, "http", {"headers": {"Authorization": "Bearer x"}})
+
+    def answer(handler: Any, content: bytes) -> None:
+        if handler.headers.get("Authorization") != "Bearer x":
+            handler.send_error(403)
+            return
+        first, last = 0, len(content) - 1
+        if asked := handler.headers.get("Range"):
+            first, last = (int(number) for number in asked.removeprefix("bytes=").split("-"))
+        span = {"Content-Range": f"bytes {first}-{last}/{len(content)}"} if asked else {}
+        respond(handler, 206 if asked else 200, span, content[first : last + 1])
+
+    remote = ShardIndex.load(start_other(tmp_path / "digits", answer), tmp_path / "cache", retry_seconds=1)
+    assert len(stream(remote).batch(0).labels) == 60
