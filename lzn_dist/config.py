@@ -23,7 +23,7 @@ from pydantic import (
     model_validator,
 )
 
-from lzn_dist.paths import expand_path
+from lzn_dist.paths import expand_path, without_secrets
 from lzn_dist.yaml_core import dump_yaml, parse_yaml, read_yaml
 
 UserPath = Annotated[str, AfterValidator(expand_path)]
@@ -32,7 +32,10 @@ ObjectiveName = Literal["lzn", "rectified_flow", "simclr", "moco", "supervised"]
 
 
 class ConfigError(ValueError):
-    """A configuration that cannot be run; the message names the key and what to do."""
+    """A configuration that cannot be run; the message names the key and what to do, without the secrets of URLs."""
+
+    def __init__(self, message: str) -> None:
+        super().__init__(without_secrets(message))
 
 
 class _Section(BaseModel):

@@ -1,4 +1,5 @@
-"""What people write for a path: `~`, `~user` and `$HOME` at its beginning are theirs, everywhere alike."""
+"""What people write for a path or a URL: `~`, `~user` and `$HOME` at a path's beginning are theirs, everywhere alike;
+a URL holds no secrets, since it is written down and passed on with every run."""
 
 from __future__ import annotations
 
@@ -6,15 +7,21 @@ import argparse
 import os
 import re
 from pathlib import Path
+from urllib.parse import urlsplit
 
 _VARIABLE = re.compile(r"\$(\{\w+\}|\w+)")
+_URL = re.compile(r"(?<=://)[^\s'\"<>]+")
 
 
 def expand_path(text: str) -> str:
     """A path with `~`, `~user`, `$HOME` or `${HOME}` at its beginning written out; URLs and all else stay as they are.
 
-    Raises ValueError for a user who is not known here, and for other variables, which a shell would have written out.
+    Raises ValueError for a user who is not known here, for other variables, which a shell would have written out, and
+    for URLs with a password, a query or a fragment, without saying them.
     """
+    if "://" in text:
+        check_url(text)
+        return text
     variable = _VARIABLE.match(text)
     if variable is not None:
         if variable[1].strip("{}") != "HOME":
@@ -26,6 +33,46 @@ def expand_path(text: str) -> str:
     if text.startswith("~") and expanded == text:
         raise ValueError(f"{text!r}: {text.split('/')[0]} is nobody's home here (a name that begins with ~: ./{text})")
     return expanded
+
+
+def check_url(text: str) -> None:
+    """A URL of shards holds no secrets and names a folder. A password would be copied into config.yaml, checkpoints and
+    job folders; a query, mostly a signature, is one file's, where shards are many.
+
+    Raises ValueError, without saying them.
+    """
+    for url in text.split("::"):  # fsspec's chains: simplecache::https://...
+        try:
+            parts = urlsplit(url)
+            login = parts.password is not None or (parts.username is not None and parts.scheme in ("http", "https"))
+            _ = parts.port  # what stands behind an @ or a colon too many
+        except ValueError:
+            raise ValueError(f"{without_secrets(text)} is not a URL of the form https://host/folder") from None
+        if login:
+            raise ValueError(
+                f"{without_secrets(text)} has a user or password in it, which would be written into every run: put "
+                f"them into ~/.netrc (machine {parts.hostname} login USER password PASSWORD; mode 0600), or where the "
+                "library for such URLs looks (fsspec's configuration, the cloud's own)"
+            )
+        if parts.query or parts.fragment:
+            raise ValueError(
+                f"{without_secrets(text)} has a query (? or #) in it, which a folder of shards cannot have: a signed "
+                "one is for a single file, and would be written into every run. Give the URL up to there, and the "
+                "credentials where the library for such URLs looks (~/.netrc, fsspec's configuration, the cloud's own)"
+            )
+
+
+def without_secrets(text: str) -> str:
+    """A message with the users, passwords, queries and fragments of its URLs cut out: servers and libraries say whole
+    URLs, also those of redirections to signed ones."""
+
+    def bare(match: re.Match[str]) -> str:
+        if "@" in match[0]:
+            return "…"
+        where, mark, _ = re.split(r"([?#]|$)", match[0], maxsplit=1)
+        return where + (f"{mark}…" if mark else "")
+
+    return _URL.sub(bare, text)
 
 
 def plain_name(name: object, what: str) -> str:

@@ -20,6 +20,8 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
+from lzn_dist.paths import check_url, without_secrets
+
 BLOCK = 4 << 20  # bytes of one range request
 _CONNECTIONS = 16
 _REQUEST_SECONDS = 60  # a request without an answer is made again after this
@@ -58,9 +60,14 @@ def is_remote(folder: str) -> bool:
 
 
 def open_storage(folder: str, cache: str | Path, retry_seconds: float) -> Storage:
-    """The storage of a path or a URL. cache: folder for remote bytes, by default one of the system's for such files."""
+    """The storage of a path or a URL. cache: folder for remote bytes, by default one of the system's for such files.
+
+    Logins are those of ~/.netrc (HTTP), of fsspec's configuration or of the cloud's own. Raises ValueError for a URL
+    with a password, a query or a fragment.
+    """
     if not is_remote(folder):
         return LocalStorage(Path(folder))
+    check_url(folder)
     return RemoteStorage(folder.rstrip("/"), Path(cache).expanduser() if cache else _own_cache(), retry_seconds)
 
 
@@ -185,8 +192,12 @@ def _filesystem(url: str, process: int) -> Any:
     """
     import fsspec
 
+    options: dict[str, Any] = {"skip_instance_cache": True}
+    if url.startswith(("http://", "https://")):  # logins of ~/.netrc, and the proxy that the environment names
+        own = fsspec.config.conf.get(url.partition(":")[0], {}).get("client_kwargs", {})
+        options["client_kwargs"] = {"trust_env": True, **own}
     try:
-        return fsspec.core.url_to_fs(url, skip_instance_cache=True)[0]
+        return fsspec.core.url_to_fs(url, **options)[0]
     except ImportError as error:
         raise ValueError(f"{url}: {error}") from error  # it names the package that is missing
     except ValueError as error:
@@ -328,7 +339,7 @@ class RemoteStorage:
             except (FileNotFoundError, PermissionError, ValueError):
                 raise
             except Exception as error:  # each library behind fsspec has errors of its own
-                said = f"{type(error).__name__}: {str(error)[:200]}"
+                said = f"{type(error).__name__}: {without_secrets(str(error))[:200]}"
                 status = getattr(error, "status", 0)
                 if 400 <= status < 500 and status not in (408, 429):  # refused: waiting does not mend it
                     short = " (it is shorter than its manifest says)" if status == 416 else ""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import errno
 import gzip
 import itertools
@@ -285,7 +286,7 @@ def start_other(folder: Path, answer: Callable[[Any, bytes], None]) -> str:
     proper = handler.answer
 
     def other(self: Any, head: bool) -> None:
-        path = folder / self.path.lstrip("/")
+        path = folder / self.path.partition("?")[0].lstrip("/")
         if head or not path.is_file() or not (path.suffix == ".tar" or (folder / "all").exists()):
             proper(self, head)
             return
@@ -305,6 +306,15 @@ def respond(handler: Any, status: int, headers: dict[str, str], *parts: bytes) -
     handler.end_headers()
     for part in parts:
         handler.wfile.write(part)
+
+
+def ranged(handler: Any, content: bytes) -> None:
+    """The right answer."""
+    first, last = 0, len(content) - 1
+    if asked := handler.headers.get("Range"):
+        first, last = (int(number) for number in asked.removeprefix("bytes=").split("-"))
+    span = {"Content-Range": f"bytes {first}-{last}/{len(content)}"} if asked else {}
+    respond(handler, 206 if asked else 200, span, content[first : last + 1])
 
 
 def shifted(handler: Any, content: bytes) -> None:
@@ -433,11 +443,46 @@ def test_requests_carry_what_fsspec_is_configured_with(
         if handler.headers.get("Authorization") != "Bearer x":
             handler.send_error(403)
             return
-        first, last = 0, len(content) - 1
-        if asked := handler.headers.get("Range"):
-            first, last = (int(number) for number in asked.removeprefix("bytes=").split("-"))
-        span = {"Content-Range": f"bytes {first}-{last}/{len(content)}"} if asked else {}
-        respond(handler, 206 if asked else 200, span, content[first : last + 1])
+        ranged(handler, content)
 
     remote = ShardIndex.load(start_other(tmp_path / "digits", answer), tmp_path / "cache", retry_seconds=1)
     assert len(stream(remote).batch(0).labels) == 60
+
+
+def test_logins_come_from_netrc(digits: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (shutil.copytree(digits, tmp_path / "digits") / "all").touch()
+    (tmp_path / "netrc").write_text("machine 127.0.0.1 login alice password s3cr3t\n")
+    (tmp_path / "netrc").chmod(0o600)
+    expected = "Basic " + base64.b64encode(b"alice:s3cr3t").decode()
+
+    def answer(handler: Any, content: bytes) -> None:
+        if handler.headers.get("Authorization") != expected:
+            handler.send_error(401)
+            return
+        ranged(handler, content)
+
+    url = start_other(tmp_path / "digits", answer)
+    monkeypatch.setenv("NETRC", str(tmp_path / "none"))
+    with pytest.raises(ValueError, match="401"):
+        ShardIndex.load(url, tmp_path / "cache", retry_seconds=1)
+    monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
+    assert len(stream(ShardIndex.load(url, tmp_path / "cache", retry_seconds=1)).batch(0).labels) == 60
+    assert not [path for path in tmp_path.rglob("*") if path.is_file() and b"s3cr3t" in path.read_bytes()][1:]
+
+
+@pytest.mark.parametrize(("status", "kind"), [(403, ValueError), (500, RemoteError)])
+def test_the_signature_of_a_redirection_is_not_said(
+    digits: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str], status: int, kind: type[Exception]
+) -> None:
+    (shutil.copytree(digits, tmp_path / "digits") / "all").touch()
+
+    def answer(handler: Any, content: bytes) -> None:
+        if "Signature" in handler.path:
+            handler.send_error(status)
+        else:
+            respond(handler, 302, {"Location": f"{handler.path}?Signature=s3cr3t"}, b"")
+
+    with pytest.raises(kind) as error:
+        ShardIndex.load(start_other(tmp_path / "digits", answer), tmp_path / "cache", retry_seconds=1)
+    assert f"{status}" in str(error.value)
+    assert "s3cr3t" not in str(error.value) + "".join(capfd.readouterr())
