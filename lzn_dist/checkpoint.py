@@ -43,6 +43,7 @@ from lzn_dist.distributed.topology import Topology
 from lzn_dist.models.ema import EMA
 from lzn_dist.networks import Networks, build_networks
 from lzn_dist.paths import expand_path
+from lzn_dist.run_folder import read_json
 from lzn_dist.step import Counters, TrainState
 
 FORMAT = 2
@@ -204,14 +205,12 @@ class RunRecord:
     @staticmethod
     def read(path: Path) -> RunRecord:
         try:
-            content = json.loads((path / "run.json").read_text())
-            if content["format"] != FORMAT:
-                raise CheckpointError(f"{path} has format {content['format']}, this version of lzn_dist reads {FORMAT}")
-            return RunRecord(**{**content, "counters": Counters(**content["counters"])})
-        except (OSError, KeyError, TypeError, AttributeError, ValueError) as error:
-            if isinstance(error, CheckpointError):
-                raise
-            raise CheckpointError(f"{path}/run.json cannot be read ({error!r}); name an older checkpoint") from error
+            found = read_json(path / "run.json", RunRecord)
+        except (OSError, ValueError) as error:
+            raise CheckpointError(f"{path}/run.json cannot be read ({error}); name an older checkpoint") from error
+        if found.format != FORMAT:
+            raise CheckpointError(f"{path} has format {found.format}, this version of lzn_dist reads {FORMAT}")
+        return found
 
     @staticmethod
     def checked(path: Path) -> RunRecord:

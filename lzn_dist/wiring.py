@@ -93,7 +93,7 @@ def _resolved(config: Config) -> Config:
         found: dict[str, int] = {}
         if data.num_classes < 0:
             found["num_classes"] = len(index.classes)
-            if not index.manifest:
+            if not index.identity:
                 raise ConfigError(f"{index.folder} has no manifest, which counts the classes: set data.num_classes")
         if not data.image_size or not data.image_channels:
             images = first_images(index)

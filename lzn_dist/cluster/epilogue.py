@@ -12,8 +12,9 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
-from lzn_dist.cluster.job import FAILURES, Job, failures_at_once, note, read_status
+from lzn_dist.cluster.job import FAILURES, Job, failures_at_once, note, readable_status
 from lzn_dist.cluster.watch import last_error
 from lzn_dist.exit_status import FINISHED, PREEMPTED, REFUSED
 
@@ -43,7 +44,7 @@ def main(run: Path, status: int) -> int:
     if requeue:
         return subprocess.run(["scontrol", "requeue", number]).returncode
     if status:
-        found = {"state": "failed", "step": 0, **read_status(run)}
+        found: dict[str, Any] = {"state": "failed", "step": 0, **readable_status(run)}
         # preempted and without a requeue is as the run says; a failure keeps its own words, and the decision is added
         if status != PREEMPTED:
             found |= {"state": "failed", "why": why}

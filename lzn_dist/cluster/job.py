@@ -9,12 +9,16 @@ from __future__ import annotations
 
 import json
 import time
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from pydantic import ConfigDict
+from typing_extensions import TypedDict  # typing's own tells pydantic less before Python 3.12
+
 from lzn_dist.exit_status import FINISHED, PREEMPTED
-from lzn_dist.run_folder import read_lines
+from lzn_dist.run_folder import read_json, read_lines
 
 FAILURES = 3  # so many failed starts in a row without a single new step, and the job is not requeued
 
@@ -59,42 +63,56 @@ class Job:
 
     @staticmethod
     def load(run: str | Path) -> Job | None:
-        """The newest submission of a run; None where there is none."""
+        """The newest submission of a run; None where there is none. Raises ValueError where job.json is damaged."""
         try:
-            found = json.loads((Path(run) / "job" / "job.json").read_text())
-        except OSError:
+            return read_json(Path(run) / "job" / "job.json", Job)
+        except FileNotFoundError:
             return None
-        return Job(**{**found, "phases": tuple(found["phases"])})
 
 
-def step_of(run: str | Path) -> int:
-    """The step that status.json names; 0 where there is none."""
-    return int(read_status(run).get("step", 0))
+class Status(TypedDict, total=False):
+    """What status.json says of a run, of what others read, and more."""
+
+    __pydantic_config__ = ConfigDict(extra="allow")  # type: ignore[misc]
+
+    state: str
+    step: int
+    why: str
+    job: str
 
 
-def read_status(run: str | Path) -> dict[str, Any]:
-    """status.json; empty where there is none yet."""
+def read_status(run: str | Path) -> Status:
+    """status.json; empty where there is none yet. Raises ValueError where it is damaged."""
     try:
-        found: dict[str, Any] = json.loads((Path(run) / "status.json").read_text())
-        return found
-    except (OSError, json.JSONDecodeError):
+        return read_json(Path(run) / "status.json", Status)
+    except FileNotFoundError:
         return {}
+
+
+def readable_status(run: str | Path) -> Status:
+    """The same; empty where it is damaged too: the run writes it anew."""
+    with suppress(OSError, ValueError):
+        return read_status(run)
+    return {}
 
 
 def note(run: str | Path, event: str, **facts: Any) -> None:
     """Add a line to attempts.jsonl."""
     with (Path(run) / "job" / "attempts.jsonl").open("a") as file:
-        file.write(json.dumps({"event": event, "time": time.time(), "step": step_of(run), **facts}) + "\n")
+        file.write(
+            json.dumps({"event": event, "time": time.time(), "step": readable_status(run).get("step", 0), **facts})
+            + "\n"
+        )
 
 
 def attempts(run: str | Path) -> list[dict[str, Any]]:
     """The lines of attempts.jsonl, oldest first."""
-    return [row for row in read_lines(Path(run) / "job" / "attempts.jsonl", ["time"]) if "event" in row]
+    return read_lines(Path(run) / "job" / "attempts.jsonl", ["time", "step"])
 
 
 def starts_of(run: str | Path, job_id: str) -> list[dict[str, Any]]:
     """The starts of one job."""
-    return [line for line in attempts(run) if line["event"] == "start" and line.get("job") == job_id]
+    return [line for line in attempts(run) if line.get("event") == "start" and line.get("job") == job_id]
 
 
 def wall_seconds(run: str | Path) -> float:
@@ -104,7 +122,7 @@ def wall_seconds(run: str | Path) -> float:
     for line in attempts(run):
         if began is not None:
             total += line["time"] - began
-        began = line["time"] if line["event"] == "start" else None
+        began = line["time"] if line.get("event") == "start" else None
     return total
 
 
@@ -112,8 +130,8 @@ def failures_at_once(run: str | Path) -> int:
     """How many of the newest ends in a row were failures whose start had made no step."""
     count, step = 0, None
     for line in reversed(attempts(run)):
-        if line["event"] == "end":
-            if line["status"] in (FINISHED, PREEMPTED):
+        if line.get("event") == "end":
+            if line.get("status") in (FINISHED, PREEMPTED):
                 break
             step = line["step"]
         elif step is not None:

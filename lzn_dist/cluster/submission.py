@@ -7,10 +7,13 @@ import json
 import re
 import shlex
 import shutil
+import stat
 import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -81,6 +84,12 @@ def check(request: Request) -> Config:
         absolute.append(f"data.cache={request.profile.scratch}")
     config = load_config(request.config, [*request.overrides, *absolute])
     run = Path(config.output_dir)
+    if not str(run).isprintable():
+        raise SubmissionError(f"output_dir {str(run)!r} has characters that a batch script cannot: choose another")
+    if not request.local and re.search(r"[%\\]", str(run)):
+        raise SubmissionError(
+            f"output_dir {run}: SLURM reads % and \\ in the names of logs as patterns: choose another"
+        )
     there = next(folder for folder in (run, *run.parents) if folder.exists())
     try:
         with tempfile.TemporaryFile(dir=there):  # permissions alone do not say it: quotas, read-only file systems
@@ -207,9 +216,24 @@ def submit(request: Request, config: Config, command: list[str]) -> Job:
     else:
         executor = submitit.SlurmExecutor(job.logs, python=request.profile.python)
         executor.update_parameters(**parameters(request, job))
-    job = replace(job, id=str(executor.submit(Task(job.run)).job_id))
+    with _private(job.logs):
+        job = replace(job, id=str(executor.submit(Task(job.run)).job_id))
     job.save()
     return job
+
+
+@contextmanager
+def _private(folder: Path) -> Iterator[None]:
+    """Batch scripts that are written into a folder are the user's alone from the first moment: a profile may export
+    keys."""
+    mode = stat.S_IMODE(folder.stat().st_mode)
+    folder.chmod(0o700)
+    try:
+        yield
+    finally:
+        for path in folder.glob("*.sh"):
+            path.chmod(0o600)
+        folder.chmod(mode)
 
 
 def _ask_slurm(text: str) -> None:

@@ -20,7 +20,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-from lzn_dist.cluster.job import Job, note, read_status, wall_seconds
+from lzn_dist.cluster.job import Job, note, readable_status, wall_seconds
 from lzn_dist.cluster.watch import MARKER
 from lzn_dist.exit_status import PREEMPTED
 from lzn_dist.yaml_core import read_yaml
@@ -83,7 +83,7 @@ def has_trained(run: str, job_id: str) -> bool:
 
     All ranks of a start find the same: training writes the job's number to status.json once all ranks are in it.
     """
-    return read_status(run).get("job") == job_id and (Path(run) / "checkpoints" / "latest").exists()
+    return readable_status(run).get("job") == job_id and (Path(run) / "checkpoints" / "latest").exists()
 
 
 @dataclass(frozen=True)

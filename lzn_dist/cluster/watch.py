@@ -6,13 +6,15 @@ import json
 import re
 import subprocess
 import time
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from lzn_dist.cluster.job import Job, attempts, read_status, starts_of, wall_seconds
 
+_T = TypeVar("_T")
 MARKER = "── start of rank"  # a task's first words on its standard error, at every start of the job
 _ERROR = re.compile(r"^(?:\[rank\d+\]:\s*)?((?:error: |[\w.]*(?:Error|Exception|Interrupt)\b).*)", re.MULTILINE)
 _SLURM_ERROR = re.compile(r"^(?:srun|slurmstepd\S*): error: (.*)", re.MULTILINE)
@@ -77,12 +79,14 @@ class Row:
 
 
 def look_at(run: Path) -> Row:
-    """A run as it stands now. Raises FileNotFoundError where the folder is no run."""
-    status, job = read_status(run), Job.load(run)
-    if not status and job is None:
+    """A run as it stands now, as far as its files can be read. Raises FileNotFoundError where the folder is no run."""
+    damaged: list[str] = []
+    status = _readable(lambda: read_status(run), damaged) or {}
+    job = _readable(lambda: Job.load(run), damaged)
+    if not status and job is None and not damaged:
         raise FileNotFoundError(f"{run} is no run: it has neither status.json nor job/job.json")
     found = queue(job.id) if job is not None and job.id and job.cluster == "slurm" else None
-    state = str(status.get("state", "submitted"))
+    state = status.get("state", "unknown" if damaged else "submitted")
     nodes = ""
     if found is not None and found[0] in ACTIVE:
         waiting = found[0] == "PENDING"
@@ -96,7 +100,7 @@ def look_at(run: Path) -> Row:
     seconds = wall_seconds(run)
     starts = starts_of(run, job.id) if job is not None else []
     lines = attempts(run)
-    if lines and lines[-1]["event"] == "start" and state == "running":
+    if lines and lines[-1].get("event") == "start" and state == "running":
         seconds += time.time() - lines[-1]["time"]
     error = last_error(job) if job is not None and job.logs.is_dir() else ""
     return Row(
@@ -104,8 +108,17 @@ def look_at(run: Path) -> Row:
         f"{step:,}" + (f" of {most:,}" if most else ""),
         f"{row['loss']:.4g}" if "loss" in row else "", f"{row['images_per_second']:,.0f}" if row else "",
         str(max(0, len(starts) - 1)), f"{seconds / 3600:.2f}" if seconds else "",
-        error or str(status.get("why", "") if state == "failed" else ""),
+        "; ".join(damaged) or error or (status.get("why", "") if state == "failed" else ""),
     )  # fmt: skip
+
+
+def _readable(read: Callable[[], _T], damaged: list[str]) -> _T | None:
+    """What a file says; where it cannot be read, None, and `damaged` is told."""
+    try:
+        return read()
+    except (OSError, ValueError) as error:
+        damaged.append(str(error))
+        return None
 
 
 def _last_row(path: Path) -> dict[str, Any]:

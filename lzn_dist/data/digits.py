@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import functools
 import os
+import secrets
 import shutil
-import tempfile
 from pathlib import Path
 
 import numpy as np
@@ -70,10 +70,10 @@ def write_digits(output: str | Path, samples_per_shard: int = SAMPLES_PER_SHARD)
     """
     output = Path(output).resolve()
     output.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(prefix=f".{output.name}.", dir=output.parent))
+    temporary = output.parent / f".{output.name}.{secrets.token_hex(4)}"
+    temporary.mkdir()  # with the user's umask, as mkdtemp would not
     try:
         prepare(Digits(), Options(temporary, samples_per_shard), quiet=True)
-        temporary.chmod(0o755)  # mkdtemp's folders are private
         try:
             os.rename(temporary, output)  # fails on a folder that is not empty
         except OSError as error:

@@ -16,17 +16,20 @@ import re
 import sys
 import tarfile
 import threading
+import zipfile
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
 from numpy.typing import NDArray
+from pydantic import Field
 
 from lzn_dist.data.storage import LocalStorage, Storage, is_remote, open_storage
 from lzn_dist.paths import plain_name
+from lzn_dist.run_folder import Text, parse_json
 
 MANIFEST = "manifest.json"
 _MANIFEST_BYTES = 256 << 20  # what a server may answer at most: a manifest of two million shards has as many bytes,
@@ -41,6 +44,7 @@ SPLITS = {
     "val": ("val", "valid", "validation", "dev", "devel", "development"),
     "test": ("test", "testing", "tst", "eval", "evaluation"),
 }
+_OFFSETS = "offsets."  # before the extension, in an index file
 ABSENT = -1  # the offset of a member that a sample lacks
 _SHARD_NAME = re.compile(r"(?P<split>.+)-\d+\.tar")
 
@@ -51,13 +55,16 @@ def split_name(name: str) -> str | None:
     return next((split for split, names in SPLITS.items() if plain in names), None)
 
 
+Count = Annotated[int, Field(ge=0, lt=2**53)]
+
+
 @dataclass(frozen=True)
 class Shard:
     """One tar. sha256 is empty where the tar was scanned without reading its contents."""
 
-    name: str
-    samples: int
-    bytes: int
+    name: Text
+    samples: Count
+    bytes: Count
     sha256: str = ""
 
 
@@ -187,7 +194,7 @@ def write_manifest(
     """Write manifest.json and the index files; the bytes are a function of the arguments."""
     entries: dict[str, Any] = {}
     for name, split in splits.items():
-        tables = {f"offsets.{extension}": table for extension, table in split.offsets.items()}
+        tables = {f"{_OFFSETS}{extension}": table for extension, table in split.offsets.items()}
         temporary = folder / f".{_index_name(name)}"
         with temporary.open("wb") as file:
             np.savez_compressed(file, keys=split.keys, **tables)  # type: ignore[arg-type]
@@ -204,17 +211,45 @@ def write_manifest(
 
 
 @dataclass(frozen=True)
+class _IndexFile:
+    name: Text
+    sha256: str
+
+
+@dataclass(frozen=True)
+class _Entry:
+    """A split in the manifest."""
+
+    samples: Count
+    index: _IndexFile
+    shards: list[Shard]
+
+
+@dataclass(frozen=True)
+class _Manifest:
+    """What is read of manifest.json."""
+
+    format: int
+    splits: dict[str, _Entry]
+    classes: list[Text]
+    source: Text = ""
+    counts: dict[str, list[Count]] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
 class ShardIndex:
     """Which shards a folder holds, by split, and where each sample lies in them.
 
-    identity: a hash of the manifest; empty for a folder that was scanned.
+    source: what they were made from; counts: by split, how many samples each class has; identity: a hash of the
+    manifest. All empty for a folder that was scanned.
     """
 
     folder: str
     storage: Storage
     splits: dict[str, Split]
     classes: tuple[str, ...] = ()
-    manifest: dict[str, Any] = field(default_factory=dict)
+    source: str = ""
+    counts: dict[str, list[int]] = field(default_factory=dict)
     identity: str = ""
 
     @staticmethod
@@ -234,20 +269,19 @@ class ShardIndex:
         except FileNotFoundError as error:
             raise FileNotFoundError(f"{folder} has no {MANIFEST}: {_how_to_write(folder)}") from error
         try:
-            manifest = json.loads(text)
-            if manifest["format"] != FORMAT:
-                raise ValueError(f"it has format {manifest['format']}, this version of lzn_dist reads {FORMAT}")
+            manifest = parse_json(text, _Manifest, MANIFEST)
+            if manifest.format != FORMAT:
+                raise ValueError(f"it has format {manifest.format}, this version of lzn_dist reads {FORMAT}")
             splits = {
-                plain_name(name, "a split"): _read_split(storage, entry) for name, entry in manifest["splits"].items()
+                plain_name(name, "a split"): _read_split(storage, entry) for name, entry in manifest.splits.items()
             }
-            classes = tuple(manifest["classes"])
-        except (json.JSONDecodeError, KeyError, TypeError, ValueError) as error:
+        except ValueError as error:
             raise ValueError(
                 f"{folder}/{MANIFEST}: not a manifest of shards ({error}): {_how_to_write(folder)}"
             ) from error
         identity = hashlib.sha256(text).hexdigest()
         storage.know(identity, {shard.name: shard.bytes for split in splits.values() for shard in split.shards})
-        index = ShardIndex(folder, storage, splits, classes, manifest, identity)
+        index = ShardIndex(folder, storage, splits, tuple(manifest.classes), manifest.source, manifest.counts, identity)
         index._check_sizes()
         return index
 
@@ -303,25 +337,44 @@ class ShardIndex:
                 )
 
 
-def _read_split(storage: Storage, entry: dict[str, Any]) -> Split:
-    name = plain_name(entry["index"]["name"], "an index")
-    for shard in entry["shards"]:
-        plain_name(shard["name"], "a shard")
+def _read_split(storage: Storage, entry: _Entry) -> Split:
+    """Raises ValueError where the index is not the one of these shards."""
+    name = plain_name(entry.index.name, "an index")
+    for shard in entry.shards:
+        plain_name(shard.name, "a shard")
     try:
-        content = storage.read_file(name, _INDEX_SAMPLE * int(entry["samples"]) + (1 << 20))
+        content = storage.read_file(name, _INDEX_SAMPLE * entry.samples + (1 << 20))
     except FileNotFoundError as error:
         raise ValueError(f"{name} is missing") from error
-    if hashlib.sha256(content).hexdigest() != entry["index"]["sha256"]:
+    if hashlib.sha256(content).hexdigest() != entry.index.sha256:
         raise ValueError(f"{name} is not the file that was written with it")
-    with np.load(io.BytesIO(content), allow_pickle=False) as tables:
-        prefix = "offsets."
-        offsets = {key.removeprefix(prefix): tables[key] for key in tables.files if key.startswith(prefix)}
-        split = Split(tuple(Shard(**shard) for shard in entry["shards"]), tables["keys"], offsets)
-    if not len(split.shards):
+    if not entry.shards:
         raise ValueError(f"{name} is of a split without samples")
-    if not len(split) == entry["samples"] == split.ends[-1]:
-        raise ValueError(f"{name} has {len(split)} samples, not {entry['samples']}")
-    return split
+    # whoever wrote the manifest wrote this too: the digest says nothing of what it is
+    try:
+        with zipfile.ZipFile(io.BytesIO(content)) as archive:
+            if sum(member.file_size for member in archive.infolist()) > _INDEX_SAMPLE * entry.samples + (1 << 20):
+                raise ValueError("it unpacks to far more than its samples need")
+        with np.load(io.BytesIO(content), allow_pickle=False) as tables:
+            keys = tables["keys"]
+            found = {key.removeprefix(_OFFSETS): tables[key] for key in tables.files if key.startswith(_OFFSETS)}
+    except Exception as error:  # numpy's header alone can raise SyntaxError, TokenError, MemoryError and others
+        raise ValueError(f"{name} is not an index ({error})") from error
+    if (
+        keys.dtype.kind != "S"
+        or keys.shape != (entry.samples,)
+        or entry.samples != sum(s.samples for s in entry.shards)
+    ):
+        raise ValueError(f"{name} has not the {entry.samples} samples of its shards")
+    sizes = np.repeat([shard.bytes for shard in entry.shards], [shard.samples for shard in entry.shards])
+    for extension, table in found.items():
+        if table.dtype != np.int64 or table.shape != (entry.samples, 2):
+            raise ValueError(f"{name}: {extension} has no first byte and size for each sample")
+        first, size = table.T
+        inside = (first >= 0) & (size >= 0) & (first <= sizes) & (size <= sizes - first)
+        if not np.all(inside | ((first == ABSENT) & (size == 0))):
+            raise ValueError(f"{name}: {extension} of a sample lies outside of its shard")
+    return Split(tuple(entry.shards), keys, found)
 
 
 def _how_to_write(folder: str) -> str:

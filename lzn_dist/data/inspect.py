@@ -64,10 +64,10 @@ def read_label(index: ShardIndex, split: Split, row: int) -> int:
 
 def count_labels(index: ShardIndex, name: str, split: Split) -> dict[int, int]:
     """How many samples each class has: as the manifest says, without one as the labels do."""
-    if counts := index.manifest.get("counts", {}).get(name):
+    if counts := index.counts.get(name):
         return dict(enumerate(counts))
     found: Counter[int] = Counter()
-    for row in range(len(split)) if not index.manifest else ():
+    for row in range(len(split)) if not index.identity else ():
         with contextlib.suppress(ValueError):
             found[read_label(index, split, row)] += 1
     del found[-1]
@@ -76,7 +76,7 @@ def count_labels(index: ShardIndex, name: str, split: Split) -> dict[int, int]:
 
 def describe(index: ShardIndex) -> list[str]:
     """Lines for people: splits, classes, sizes."""
-    lines = [f"{index.folder}: {index.manifest.get('source', 'no manifest')}"]
+    lines = [f"{index.folder}: {index.source or 'no manifest'}"]
     for name, split in index.splits.items():
         size = sum(shard.bytes for shard in split.shards)
         lines.append(f"{name}: {len(split):,} samples in {len(split.shards)} shards, {size / 1e9:.3f} GB")

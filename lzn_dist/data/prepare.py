@@ -41,6 +41,7 @@ from lzn_dist.data.pixels import convert, load_with_pillow
 from lzn_dist.exit_status import told
 from lzn_dist.keyed_random import make_key, permutation
 from lzn_dist.paths import path_argument
+from lzn_dist.run_folder import Text, read_json
 from lzn_dist.terminal import INTERRUPTED, steady_output
 
 PLAN = ".plan.json"  # what a folder is being filled with
@@ -214,7 +215,16 @@ def finish_image(content: bytes, item: Item, options: Options) -> tuple[str, byt
     return "png", buffer.getvalue()
 
 
-def write_shard(source: Source, options: Options, plan: Plan) -> dict[str, Any]:
+@dataclass
+class Part:
+    """What is known of a shard that is written. skipped: keys of its damaged images; example: what one was called."""
+
+    shard: Shard
+    skipped: list[Text]
+    example: list[Text]
+
+
+def write_shard(source: Source, options: Options, plan: Plan) -> Part:
     """Write one shard and what is known of it; returns that. Raises PrepareError for an image that is damaged."""
     skipped: list[str] = []
     examples: list[str] = []
@@ -241,23 +251,26 @@ def write_shard(source: Source, options: Options, plan: Plan) -> dict[str, Any]:
                 written += 1
         file.flush()
         os.fsync(file.fileno())
-    known = {"name": plan.name, "samples": written, "bytes": hashed.bytes, "sha256": hashed.hash.hexdigest()}
+    found = Part(Shard(plan.name, written, hashed.bytes, hashed.hash.hexdigest()), skipped, examples)
     temporary.rename(options.output / plan.name)
     part = options.output / PARTS / f"{plan.name}.json"
     temporary = part.with_suffix(f".{os.getpid()}.tmp")
-    temporary.write_text(json.dumps({"shard": known, "skipped": skipped, "example": examples}))
+    temporary.write_text(json.dumps(asdict(found)))
     temporary.rename(part)
-    return {"shard": known, "skipped": skipped}
+    return found
 
 
-def _finished(options: Options, plan: Plan) -> dict[str, Any] | None:
-    """What an earlier start knew of a shard that it finished; None where it is still to be written."""
+def _finished(options: Options, plan: Plan) -> Part | None:
+    """What an earlier start knew of a shard that it finished; None where it is still to be written, or that is
+    damaged."""
     try:
-        found: dict[str, Any] = json.loads((options.output / PARTS / f"{plan.name}.json").read_text())
+        found = read_json(options.output / PARTS / f"{plan.name}.json", Part)
         size = (options.output / plan.name).stat().st_size
-    except (OSError, json.JSONDecodeError):
+    except (OSError, ValueError):
         return None
-    return found if size == found["shard"]["bytes"] else None
+    whole = (plan.name, size, len(plan.items))
+    shard = found.shard
+    return found if (shard.name, shard.bytes, shard.samples + len(found.skipped)) == whole else None
 
 
 def prepare(source: Source, options: Options, *, dry_run: bool = False, quiet: bool = False) -> None:
@@ -315,7 +328,7 @@ def _write(
         hashes = hasher.submit(lambda: [_describe(path, stop) for path in source.archives()])  # beside the writing
         try:
             for found in _run(partial(write_shard, source, options), waiting, options.processes):
-                bar.update(found["shard"]["samples"] + len(found["skipped"]))
+                bar.update(found.shard.samples + len(found.skipped))
             archives = hashes.result()
         finally:
             stop.set()  # after an error or Ctrl-C nobody waits for the hash
@@ -324,18 +337,21 @@ def _write(
     counts: dict[str, list[int]] = {}
     for name, items in splits.items():
         parts = [part for plan in plans[name] if (part := _finished(options, plan)) is not None]
-        shards = [Shard(**part["shard"]) for part in parts if part["shard"]["samples"]]
+        shards = [part.shard for part in parts if part.shard.samples]
         if not shards:
             raise PrepareError(
                 f"split {name!r} has no image that can be decoded: fetch {source.name} again, and name another folder"
             )
-        written[name] = make_split((shard, *scan_tar(options.output / shard.name)) for shard in shards)
-        left_out = {key for part in parts for key in part["skipped"]}
+        try:
+            written[name] = make_split((shard, *scan_tar(options.output / shard.name)) for shard in shards)
+        except ValueError as error:  # damaged since it was finished
+            raise PrepareError(f"{error}: remove that file and repeat the command") from error
+        left_out = {key for part in parts for key in part.skipped}
         for part in parts:
             if account is not None:
-                account.taken -= len(part["skipped"])
-                for _ in part["skipped"]:
-                    account.leave_out("damaged: cannot be decoded", part["example"][0], image=True)
+                account.taken -= len(part.skipped)
+                for _ in part.skipped:
+                    account.leave_out("damaged: cannot be decoded", part.example[0], image=True)
         if left_out:
             skipped[name] = sorted(left_out)
         if classes:
@@ -350,7 +366,7 @@ def _write(
     return sum(map(len, skipped.values()))
 
 
-def _run(function: Callable[[Plan], dict[str, Any]], plans: Sequence[Plan], processes: int) -> Iterator[dict[str, Any]]:
+def _run(function: Callable[[Plan], Part], plans: Sequence[Plan], processes: int) -> Iterator[Part]:
     """Results as they come; few tasks wait at a time, so that an error or a stop ends soon."""
     if processes == 1:
         yield from map(function, plans)
@@ -358,7 +374,7 @@ def _run(function: Callable[[Plan], dict[str, Any]], plans: Sequence[Plan], proc
     # Ctrl-C reaches the workers too, which finish the shards under way: it is held back until they know that
     held = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     with ProcessPoolExecutor(processes, initializer=_start_worker) as pool:
-        waiting: set[Future[dict[str, Any]]] = set()
+        waiting: set[Future[Part]] = set()
         left = iter(plans)
         try:
             while True:
@@ -440,13 +456,26 @@ def _claim(folder: Path, plan: dict[str, Any]) -> Iterator[bool]:
         (folder / LOCK).unlink(missing_ok=True)  # not after an error: others may wait for this very file
 
 
+@dataclass
+class _Settings:
+    """What a folder of shards is made from, as its plan and its manifest say."""
+
+    source: str
+    listing: str
+    options: dict[str, Any]
+
+
 def _is_complete(folder: Path, plan: dict[str, Any]) -> bool:
     """Whether the folder has all of the plan. PrepareError where it holds something else, or a part of that."""
     complete = (folder / MANIFEST).is_file()
     if complete or (folder / PLAN).is_file():
-        theirs = json.loads((folder / (MANIFEST if complete else PLAN)).read_text())
-        theirs.get("options", {}).pop("skip_corrupt", None)  # earlier versions had it there
-        if changed := [key for key in plan if theirs.get(key) != plan[key]]:
+        path = folder / (MANIFEST if complete else PLAN)
+        try:
+            theirs = read_json(path, _Settings)
+        except ValueError as error:
+            raise PrepareError(f"{error}: remove {folder} and repeat the command, or name another folder") from error
+        theirs.options.pop("skip_corrupt", None)  # earlier versions had it there
+        if changed := [key for key in plan if getattr(theirs, key) != plan[key]]:
             raise PrepareError(
                 f"{folder} was {'written' if complete else 'begun'} with other settings ({', '.join(changed)}): repeat "
                 "the first command to go on, or name another folder"

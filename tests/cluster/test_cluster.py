@@ -93,6 +93,13 @@ def test_profiles(tmp_path: Path) -> None:
     (tmp_path / "a.yaml").write_text("partitions: x\n")
     with pytest.raises(ProfileError, match=r"partitions: Extra inputs .* Known keys: account, "):
         load_profile(str(tmp_path / "a.yaml"))
+    for text in (
+        'partition: "x\\necho hi"', 'srun: ["a\\n"]', "environment: {'A=1; B': c}", 'sbatch: {"a b": c}',
+        'sbatch: {a: "b\\nc"}', "a: &a [*a]",
+    ):  # fmt: skip
+        (tmp_path / "a.yaml").write_text(text + "\n")
+        with pytest.raises(ProfileError, match=r"a\.yaml"):
+            load_profile(str(tmp_path / "a.yaml"))
     (tmp_path / "b.yaml").write_text("{")
     with pytest.raises(ProfileError, match="not readable YAML"):
         load_profile(str(tmp_path / "b.yaml"))

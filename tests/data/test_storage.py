@@ -386,7 +386,8 @@ def test_names_in_a_manifest_stay_inside_its_folder(digits: Path, tmp_path: Path
     if place == "split" and name == 5:
         assert set(ShardIndex.load(folder).splits) == {"5"}
         return
-    with pytest.raises(ValueError, match=rf"manifest\.json: not a manifest of shards \(an? {place} is called "):
+    says = "manifest.json is damaged, .* should be text" if name == 5 else f"an? {place} is called "
+    with pytest.raises(ValueError, match=rf"manifest\.json: not a manifest of shards \({says}"):
         ShardIndex.load(folder)
 
 

@@ -27,8 +27,9 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
 
 @pytest.fixture(scope="session")
 def reference(cluster: Cluster, tmp_path_factory: pytest.TempPathFactory) -> Run:
-    """The undisturbed run on two nodes, after the checks that can be asked for."""
-    run = Run(cluster, tmp_path_factory.mktemp("runs") / "reference")
+    """The undisturbed run on two nodes, after the checks that can be asked for; its name is one that shells and YAML
+    would cut."""
+    run = Run(cluster, tmp_path_factory.mktemp("runs") / "reference #1")
     run.submit("--preflight", "--verify")
     assert run.until_ended() == "COMPLETED", run.logs()[-4000:]
     return run

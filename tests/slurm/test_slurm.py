@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import secrets
 import subprocess
 import sys
 from pathlib import Path
@@ -103,6 +105,8 @@ def test_a_job_that_fails_at_once_comes_back_twice_and_says_why_it_ends(cluster:
     (["--profile", "{wrong}"], "SLURM refuses the job: .*[Pp]artition.*partitions here: high, main"),
     (["--nodes", "64"], "SLURM refuses the job: "),
     (["output_dir=/proc/run"], "output_dir /proc/run cannot be written"),
+    (["output_dir=run%j"], "reads % and .* in the names of logs as patterns"),
+    (["output_dir=run\nscancel"], "output_dir '.*run.nscancel' has characters that a batch script cannot"),
     (["data.shards=nowhere", "data.embedded=none"], "no shards"),
     (["latent.stepz=3"], "unknown key 'latent.stepz'"),
     (["data.global_batch=25"], "global batch of 25 cannot be split evenly over 2 ranks"),
@@ -130,12 +134,21 @@ def test_what_cannot_run_is_refused_before_anything_is_queued(
     assert not (tmp_path / "run" / "job").exists()
 
 
+def current_umask() -> int:
+    os.umask(found := os.umask(0o077))
+    return found
+
+
 def test_a_run_that_is_in_the_queue_is_not_submitted_again(
     cluster: Cluster, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     profile = tmp_path / "held.yaml"
-    profile.write_text("sbatch: {hold: true}\n")
+    key = secrets.token_hex(8)
+    profile.write_text(f"{{sbatch: {{hold: true}}, setup: [export A_KEY={key}], environment: {{B_KEY: {key}}}}}\n")
     run = Run(cluster, tmp_path / "run").submit("--profile", str(profile))
+    holding = [path for path in run.folder.rglob("*") if path.is_file() and key.encode() in path.read_bytes()]
+    assert holding and all(path.stat().st_mode & 0o077 == 0 for path in holding)
+    assert (next(run.folder.glob("job/*/logs")).stat().st_mode & 0o077) == 0o077 & ~current_umask()
     for name in ("SLURM_CONF", "PATH"):
         monkeypatch.setenv(name, cluster.environment[name])
     monkeypatch.chdir(tmp_path)
