@@ -12,7 +12,7 @@ import io
 import pickle
 import zipfile
 from pathlib import Path, PosixPath, PurePosixPath
-from typing import Any
+from typing import IO, Any
 
 import torch
 import torch.distributed.checkpoint as dcp
@@ -20,6 +20,8 @@ from torch.distributed.checkpoint import metadata as described
 from torch.distributed.checkpoint.filesystem import _StorageInfo
 from torch.distributed.checkpoint.planner import LoadPlan, LoadPlanner
 from torch.futures import Future
+
+from lzn_dist.terminal import one_line
 
 SUMS = "SHA256SUMS"  # of the small files, as `sha256sum --check` reads it; older checkpoints have none
 
@@ -64,9 +66,13 @@ class CheckedReader(dcp.FileSystemReader):
         if not isinstance(found, described.Metadata) or not isinstance(found.storage_data, dict):
             raise ValueError(".metadata describes no checkpoint")
         for info in found.storage_data.values():
-            name = info.relative_path
+            name, place = info.relative_path, (info.offset, info.length)
             if not isinstance(name, str) or PurePosixPath(name).name != name or not name.endswith(".distcp"):
                 raise ValueError(f".metadata names a file {name!r}, which is none of a checkpoint's")
+            if not all(isinstance(number, int) and number >= 0 for number in place):
+                raise ValueError(f".metadata has {place} for a place in {name}")
+            if sum(place) > (self._folder / name).stat().st_size:
+                raise ValueError(f"{name} is shorter than .metadata says")
         if getattr(found, "storage_meta", None) is None:
             found.storage_meta = described.StorageMeta()
         return found
@@ -82,14 +88,31 @@ class CheckedReader(dcp.FileSystemReader):
     def _check(self, info: _StorageInfo, tensor: str) -> None:
         with (self._folder / info.relative_path).open("rb") as file:
             file.seek(info.offset)
-            content = file.read(info.length)
-        try:
-            with zipfile.ZipFile(io.BytesIO(content)) as saved:
-                damaged = saved.testzip()
-        except (zipfile.BadZipFile, EOFError, NotImplementedError, RuntimeError, ValueError) as error:
-            raise ValueError(f"{tensor} in {info.relative_path} cannot be read: {error}") from error
-        if damaged is not None:
-            raise ValueError(f"{tensor} in {info.relative_path} is not what was written: its checksum differs")
+            check_saved(io.BytesIO(file.read(info.length)), f"{tensor} in {info.relative_path}")
+
+
+def check_saved(file: IO[bytes], name: str) -> None:
+    """What torch.save wrote, against the CRC-32 of each of its parts. Raises ValueError, naming it."""
+    try:
+        with zipfile.ZipFile(file) as saved:
+            if any(part.compress_type != zipfile.ZIP_STORED for part in saved.infolist()):
+                raise ValueError("it is compressed, as torch.save's are not")
+            damaged = saved.testzip()
+    except (zipfile.BadZipFile, EOFError, NotImplementedError, RuntimeError, ValueError) as error:
+        raise ValueError(f"{name} cannot be read: {error}") from error
+    if damaged is not None:
+        raise ValueError(f"{name} is not what was written: its checksum differs")
+
+
+def read_saved(path: Path, device: torch.device) -> Any:
+    """A small file of torch.save's: tensors and plain values, checked. Raises OSError and ValueError, naming it."""
+    content = io.BytesIO(path.read_bytes())
+    check_saved(content, str(path))
+    content.seek(0)
+    try:
+        return torch.load(content, map_location=device, weights_only=True)
+    except (pickle.UnpicklingError, RuntimeError, EOFError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"{path} cannot be read: {one_line(error)}") from error
 
 
 def write_sums(folder: Path, names: list[str]) -> None:

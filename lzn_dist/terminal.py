@@ -37,6 +37,11 @@ def printable(text: str) -> str:
     return "".join(sign if sign.isprintable() else repr(sign)[1:-1] for sign in text)
 
 
+def one_line(error: BaseException) -> str:
+    """What an error says, however many lines it has for that."""
+    return " ".join(str(error).split())[:300] or type(error).__name__
+
+
 class _Steady(io.RawIOBase):
     """A descriptor for writing. One that takes nothing more (a pipe without a reader, a closed terminal, a full disk)
     is pointed at the null device: for this stream, and for whoever else writes to that descriptor."""

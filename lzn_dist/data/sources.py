@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import gzip
 import io
+import lzma
 import os
 import pickle
 import tarfile
@@ -21,6 +22,7 @@ from tqdm import tqdm
 
 from lzn_dist.data.index import IMAGE_EXTENSIONS, tar_members
 from lzn_dist.data.prepare import Item, PrepareError, Source
+from lzn_dist.terminal import one_line
 
 NO_LABEL = -1
 
@@ -68,15 +70,25 @@ def _members(path: Path, file: io.RawIOBase | None = None) -> Iterable[tarfile.T
         raise PrepareError(f"{error}; fetch it again") from error
 
 
+_UNPACKED = 1 << 30  # bytes: CIFAR10 has 186 MB, ImageNet's devkit 3
+
+
 def _unpack(path: Path) -> dict[str, bytes]:
-    """The files in a small .tar.gz by their paths. Raises PrepareError where it is damaged."""
+    """The files in a small .tar.gz by their paths. Raises PrepareError where it is damaged, or not small unpacked."""
     try:
         with tarfile.open(path) as tar:
-            files = {m.name: tar.extractfile(m).read() for m in tar if m.isfile()}  # type: ignore[union-attr]
-            while tar.fileobj.read(1 << 20):
-                pass  # at the very end gzip compares its check sum
+            files: dict[str, bytes] = {}
+            assert tar.fileobj is not None
+            for member in tar:  # to find the next, what lies between is unpacked too
+                if tar.fileobj.tell() + member.size > _UNPACKED:
+                    raise PrepareError(f"{path} unpacks to more than {_UNPACKED >> 30} GiB: this is not the archive")
+                if member.isfile():
+                    files[member.name] = tar.extractfile(member).read()  # type: ignore[union-attr]
+            while tar.fileobj.read(1 << 20):  # at the very end gzip compares its check sum
+                if tar.fileobj.tell() > _UNPACKED:
+                    raise PrepareError(f"{path} unpacks to more than {_UNPACKED >> 30} GiB: this is not the archive")
             return files
-    except (tarfile.TarError, gzip.BadGzipFile, zlib.error, EOFError) as error:
+    except (tarfile.TarError, gzip.BadGzipFile, zlib.error, lzma.LZMAError, EOFError) as error:
         why = " ".join(str(error).split())  # tarfile has several lines
         raise PrepareError(f"{path} is not a readable archive ({why}): fetch it again") from error
 
@@ -97,8 +109,11 @@ def read_devkit(path: Path) -> tuple[list[str], list[str], list[str]]:
     contents = {name: content for file, content in files.items() for name in names if file.endswith(name)}
     if len(contents) != len(names):
         raise PrepareError(f"{path} is not ILSVRC2012_devkit_t12.tar.gz: it lacks {' or '.join(names)}")
-    synsets = loadmat(io.BytesIO(contents[names[0]]), squeeze_me=True, struct_as_record=False)["synsets"]
-    leaves = {int(s.ILSVRC2012_ID): (str(s.WNID), str(s.words)) for s in np.atleast_1d(synsets) if not s.num_children}
+    try:
+        found = loadmat(io.BytesIO(contents[names[0]]), squeeze_me=True, struct_as_record=False)["synsets"]
+        leaves = {int(s.ILSVRC2012_ID): (str(s.WNID), str(s.words)) for s in np.atleast_1d(found) if not s.num_children}
+    except Exception as error:  # whatever a damaged file makes of scipy's reader
+        raise PrepareError(f"{path}: meta.mat cannot be read ({one_line(error)}): fetch it again") from error
     order = sorted(leaves.values())
     try:
         truth = [leaves[int(line)][0] for line in contents[names[1]].split()]
@@ -243,6 +258,14 @@ class CIFAR10(Source):
     def _load(self) -> dict[str, tuple[np.ndarray, np.ndarray]]:
         """By split: pixels uint8 [n, 3072] (all red, all green, all blue; row by row) and labels [n]."""
         files = {PurePosixPath(path).name: content for path, content in _unpack(self.archive).items()}
+        try:
+            return self._parse(files)
+        except PrepareError:
+            raise
+        except Exception as error:  # whatever others' bytes make of the reader
+            raise PrepareError(f"{self.archive} is not the published archive ({one_line(error)})") from error
+
+    def _parse(self, files: dict[str, bytes]) -> dict[str, tuple[np.ndarray, np.ndarray]]:
         binary = "batches.meta.txt" in files
         suffix = ".bin" if binary else ""
         batches = {
@@ -310,6 +333,8 @@ class AFHQCat(Source):
         return {split: items for split, items in found.items() if items}
 
     def read(self, item: Item) -> bytes:
+        if item.size > _UNPACKED:
+            raise ValueError(f"it unpacks to {item.size:,} bytes")
         try:
             return _zip(self.archive, os.getpid()).read(item.where)
         except (zipfile.BadZipFile, zlib.error, EOFError) as error:

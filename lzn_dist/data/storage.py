@@ -14,6 +14,7 @@ import sys
 import tempfile
 import threading
 import time
+import zlib
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
@@ -130,16 +131,17 @@ class LocalStorage:
 
 
 class _CachedShard:
-    """The local copy of a shard: a sparse file, and a file with one byte a block, 1 where the block is there.
+    """The local copy of a shard: a sparse file, and beside it one with each block's CRC-32, 0 where there is none yet.
 
-    Processes share both. A block counts as there only once its bytes are on the disk; whoever fetches one holds a
-    lock on its byte, so that the others wait for it instead of fetching it too.
+    Processes share both. A block counts as there only once its bytes are on the disk, and, for a process that has not
+    fetched it itself, if they have that checksum; whoever fetches one holds a lock on its entry, so that the others
+    wait for it instead of fetching it too.
     """
 
     def __init__(self, path: Path, size: int) -> None:
         self.folder, self.size, self.blocks = path.parent, size, -(-size // BLOCK)
         self.data = _Descriptor(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW)
-        self.there = _Descriptor(path.with_name(f"{path.name}.blocks"), os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW)
+        self.sums = _Descriptor(path.with_name(f"{path.name}.crc32"), os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW)
         if os.fstat(self.data.number).st_size != size:
             os.ftruncate(self.data.number, size)
         self.known = bytearray(self.blocks)
@@ -147,10 +149,15 @@ class _CachedShard:
     def missing(self, offset: int, size: int) -> list[int]:
         """The blocks of a span that are not there yet."""
         wanted = range(offset // BLOCK, min(self.blocks, -(-(offset + size) // BLOCK)))
-        if not all(self.known[block] for block in wanted):
-            present = os.pread(self.there.number, self.blocks, 0)
-            self.known[: len(present)] = present
+        for block in wanted:
+            self.known[block] = self.known[block] or self._is_there(block)
         return [block for block in wanted if not self.known[block]]
+
+    def _is_there(self, block: int) -> bool:
+        entry = os.pread(self.sums.number, 4, 4 * block)
+        if entry in (b"", bytes(4)):
+            return False
+        return entry == _crc32(os.pread(self.data.number, BLOCK, block * BLOCK))
 
     def fill(self, block: int, get: Callable[[int, int], bytes]) -> None:
         """Fetch a block unless another process has done it meanwhile."""
@@ -159,7 +166,7 @@ class _CachedShard:
         # the system, which counts by process, and would be refused
         while True:
             try:
-                fcntl.lockf(self.there.number, fcntl.LOCK_EX | fcntl.LOCK_NB, 1, block)
+                fcntl.lockf(self.sums.number, fcntl.LOCK_EX | fcntl.LOCK_NB, 4, 4 * block)
                 break
             except OSError as error:
                 if error.errno not in (errno.EACCES, errno.EAGAIN):
@@ -172,14 +179,18 @@ class _CachedShard:
             try:
                 os.pwrite(self.data.number, content, start)
                 os.fdatasync(self.data.number)
-                os.pwrite(self.there.number, b"\1", block)
+                os.pwrite(self.sums.number, _crc32(content), 4 * block)
             except OSError as error:
                 raise OSError(
                     error.errno, f"{error.strerror}: copies of shards go to {self.folder}; free it or set data.cache"
                 ) from error
             self.known[block] = 1
         finally:
-            fcntl.lockf(self.there.number, fcntl.LOCK_UN, 1, block)
+            fcntl.lockf(self.sums.number, fcntl.LOCK_UN, 4, 4 * block)
+
+
+def _crc32(content: bytes) -> bytes:
+    return (zlib.crc32(content) or 1).to_bytes(4, "little")
 
 
 @functools.cache

@@ -11,6 +11,7 @@ import hashlib
 import json
 import os
 import statistics
+import sys
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import reduce
@@ -27,9 +28,11 @@ from lzn_dist.evaluation.data import EvaluationData
 from lzn_dist.evaluation.distribution import Moments, frechet_distance_of, inception_score, precision_recall
 from lzn_dist.evaluation.inception import InceptionOutput
 from lzn_dist.model import LZN
+from lzn_dist.terminal import one_line
 
 MANIFOLD = 10_000  # samples of each side for precision and recall, which compare all pairs; as published evaluators do
 
+_REAL = np.dtype(np.float64)  # of moments
 Network = Callable[[Tensor], InceptionOutput]
 
 
@@ -57,13 +60,20 @@ class Statistics:
 
     @staticmethod
     def load(path: Path) -> Statistics:
-        """What `save` wrote."""
-        with np.load(path) as file:
-            pool, spatial = (
-                Moments(int(file["count"]), file[f"{kind}_mean"], file[f"{kind}_covariance"])
-                for kind in ("pool", "spatial")
-            )
-            return Statistics(pool, spatial, file["first"], np.zeros((0, 0), np.float32))
+        """What `save` wrote. Raises ValueError, naming the file, where that is damaged; zipfile compares checksums."""
+        try:
+            with np.load(path, allow_pickle=False) as file:
+                count, first = int(file["count"]), file["first"]
+                found = {kind: (file[f"{kind}_mean"], file[f"{kind}_covariance"]) for kind in ("pool", "spatial")}
+            for mean, covariance in found.values():
+                if mean.ndim != 1 or covariance.shape != 2 * mean.shape or {mean.dtype, covariance.dtype} != {_REAL}:
+                    raise ValueError("its moments have other shapes than moments have")
+            if first.dtype != np.float32 or first.shape != (min(count, MANIFOLD), len(found["pool"][0])):
+                raise ValueError("its features have another shape than features have")
+        except Exception as error:  # numpy's header alone can raise SyntaxError, TokenError, MemoryError and others
+            raise ValueError(f"{path} is damaged ({one_line(error)})") from error
+        pool, spatial = (Moments(count, *found[kind]) for kind in ("pool", "spatial"))
+        return Statistics(pool, spatial, first, np.zeros((0, 0), np.float32))
 
 
 def fid_values(
@@ -107,8 +117,8 @@ def real_statistics(data: EvaluationData, network: Network, weights: str, cache:
     depends = [data.index.identity, data.names["train"], weights, settings.image_size, settings.resize,
                settings.image_channels, settings.scaled_decoding, MANIFOLD]  # fmt: skip
     path = cache / f"inception-{hashlib.sha256(json.dumps(depends).encode()).hexdigest()[:16]}.npz"
-    if data.index.identity and once(path.is_file):
-        return once(lambda: Statistics.load(path))
+    if data.index.identity and (kept := once(lambda: _kept(path))) is not None:
+        return kept
     batches = data.batches("train")
 
     def images(number: int) -> Tensor:
@@ -119,6 +129,17 @@ def real_statistics(data: EvaluationData, network: Network, weights: str, cache:
     if data.index.identity and found.pool.count == data.index.samples(data.names["train"]):
         once(lambda: found.save(path))
     return found
+
+
+def _kept(path: Path) -> Statistics | None:
+    """What the cache has; None where it has nothing, or something damaged, which is told and made anew."""
+    if not path.is_file():
+        return None
+    try:
+        return Statistics.load(path)
+    except ValueError as error:
+        print(f"{error}: measuring the real images again", file=sys.stderr, flush=True)
+        return None
 
 
 def sampled_statistics(model: LZN, network: Network, samples: int, seed: int) -> Statistics:

@@ -16,6 +16,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from lzn_dist.checkpoint_reader import read_saved
 from lzn_dist.config import ConfigError
 from lzn_dist.data import Batch
 from lzn_dist.distributed import Topology
@@ -23,6 +24,7 @@ from lzn_dist.distributed.launch import everywhere
 from lzn_dist.distributed.spread import spread
 from lzn_dist.evaluation.data import EvaluationData
 from lzn_dist.model import LZN
+from lzn_dist.terminal import one_line
 from lzn_dist.tracking import BadSamples
 from lzn_dist.wiring import open_stream, prepare_samples
 
@@ -115,12 +117,16 @@ def _begin(model: LZN, settings: ProbeSettings, path: Path) -> tuple[nn.Linear, 
     optimizer = torch.optim.AdamW(probe.parameters(), lr=settings.lr, weight_decay=0.0)
     if not path.is_file():
         return probe, optimizer, 0
-    found = torch.load(path, map_location=model.device, weights_only=True)
-    if (found["step"], found["batch"], found["lr"]) != (model.step, settings.batch, settings.lr):
-        raise ConfigError(f"{path} is of another checkpoint or other settings: remove it to begin anew")
-    probe.load_state_dict(found["probe"])
-    optimizer.load_state_dict(found["optimizer"])
-    return probe, optimizer, int(found["epoch"])
+    try:
+        found = read_saved(path, model.device)
+        told, epoch = (found["step"], found["batch"], found["lr"]), int(found["epoch"])
+        if told == (model.step, settings.batch, settings.lr):
+            probe.load_state_dict(found["probe"])
+            optimizer.load_state_dict(found["optimizer"])
+            return probe, optimizer, epoch
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RuntimeError) as error:
+        raise ConfigError(f"{path} is damaged ({one_line(error)}): remove it to begin anew") from error
+    raise ConfigError(f"{path} is of another checkpoint or other settings: remove it to begin anew")
 
 
 def _average(tensors: list[Tensor], topology: Topology) -> None:

@@ -12,8 +12,8 @@ the published names and order, so that both go in as they are.
 
 from __future__ import annotations
 
-import pickle
 import runpy
+import zipfile
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -91,12 +91,21 @@ def load_reference_checkpoint(path: str | Path, case: str, ema: bool = True) -> 
     """
     _check_case(case)
     try:
+        with zipfile.ZipFile(path) as saved:  # torch.load does not look at the checksums that torch.save writes
+            if (damaged := saved.testzip()) is not None:
+                raise ValueError(f"the checksum of {damaged} differs")
         content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
-        raise ValueError(f"{path} is no checkpoint of the authors': {error}") from error
+    except FileNotFoundError:
+        raise
+    except Exception as error:  # of the zip, of the pickle, of what it builds: a file from others can hold anything
+        why = " ".join(str(error).split())[:300]
+        raise ValueError(f"{path} is no checkpoint of the authors', or damaged: {why}") from error
     if not isinstance(content, Mapping):
         raise ValueError(f"{path} is no checkpoint of the authors': it holds a {type(content).__name__}")
-    found = build_case(case, int(content.get("iteration", 0)))
+    step = content.get("iteration", 0)
+    if not isinstance(step, int) or step < 0:
+        raise ValueError(f"{path} is no checkpoint of the authors': its iteration is {step!r:.100}")
+    found = build_case(case, step)
     parts = found.parts()
     for name in ("encoder", "decoder", "label_anchor"):
         if (name in content) != (name in parts):
@@ -108,7 +117,11 @@ def load_reference_checkpoint(path: str | Path, case: str, ema: bool = True) -> 
     return found
 
 
-def _fill(network: nn.Module, state: Mapping[str, torch.Tensor], what: str) -> None:
+def _fill(network: nn.Module, state: Any, what: str) -> None:
+    if not isinstance(state, Mapping) or not all(
+        isinstance(name, str) and isinstance(value, torch.Tensor) for name, value in state.items()
+    ):
+        raise ValueError(f"{what}: it holds no tensors by name")
     given = {name.removeprefix(PREFIX): value for name, value in state.items()}
     ours = {name: tuple(value.shape) for name, value in network.state_dict().items()}
     theirs = {name: tuple(value.shape) for name, value in given.items()}
@@ -119,14 +132,15 @@ def _fill(network: nn.Module, state: Mapping[str, torch.Tensor], what: str) -> N
 
 
 @torch.no_grad()
-def _fill_averages(network: nn.Module, state: Mapping[str, Any] | None, what: str) -> None:
-    if state is None or "shadow_params" not in state:
+def _fill_averages(network: nn.Module, state: Any, what: str) -> None:
+    if not isinstance(state, Mapping) or not isinstance(averages := state.get("shadow_params"), list):
         raise ValueError(f"{what}: no averaged weights; load with ema=False")
-    averages = state["shadow_params"]
     trainable = [(name, parameter) for name, parameter in network.named_parameters() if parameter.requires_grad]
     if len(averages) != len(trainable):
         raise ValueError(f"{what}: {len(averages)} averages for {len(trainable)} trainable parameters")
     for (name, parameter), average in zip(trainable, averages, strict=True):
+        if not isinstance(average, torch.Tensor):
+            raise ValueError(f"{what}: the average of {name} is a {type(average).__name__}")
         if parameter.shape != average.shape:
             raise ValueError(f"{what}: the average of {name} is {tuple(average.shape)}, not {tuple(parameter.shape)}")
         parameter.copy_(average)

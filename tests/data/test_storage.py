@@ -190,16 +190,36 @@ def test_what_waiting_does_not_mend_is_refused_at_once(
 
 
 def test_half_a_block_is_no_block(server: tuple[str, Path], index: ShardIndex, tmp_path: Path) -> None:
-    """Killed between the bytes and the mark, or before: the block is fetched again."""
+    """Killed between the bytes and the checksum, or before: the block is fetched again."""
     url, _ = server
     expected = stream(index).batch(0).pixels
     assert torch.equal(stream(ShardIndex.load(url, tmp_path / "cache")).batch(0).pixels, expected)
     folder = next((tmp_path / "cache").iterdir())
     for path in folder.glob("*.tar"):
         path.write_bytes(b"\0" * path.stat().st_size)
-    for path in folder.glob("*.blocks"):
+    for path in folder.glob("*.crc32"):
         path.write_bytes(b"")
     assert torch.equal(stream(ShardIndex.load(url, tmp_path / "cache")).batch(0).pixels, expected)
+
+
+@pytest.mark.parametrize("suffix", ["tar", "crc32"])
+def test_a_damaged_block_is_fetched_again(
+    server: tuple[str, Path], index: ShardIndex, tmp_path: Path, small_blocks: int, suffix: str
+) -> None:
+    """And it alone."""
+    url, log = server
+    expected = stream(index).batch(0).pixels
+    assert torch.equal(stream(ShardIndex.load(url, tmp_path / "cache")).batch(0).pixels, expected)
+    path = max(next((tmp_path / "cache").iterdir()).glob(f"*.{suffix}"))
+    content = bytearray(path.read_bytes())
+    sums = path.with_suffix(".tar.crc32") if suffix == "tar" else path
+    block = next(n for n in range(sums.stat().st_size // 4) if sums.read_bytes()[4 * n : 4 * n + 4] != bytes(4))
+    content[block * small_blocks + 1000 if suffix == "tar" else 4 * block + 1] ^= 4
+    path.write_bytes(content)
+    before = log.read_text().splitlines()
+    assert torch.equal(stream(ShardIndex.load(url, tmp_path / "cache")).batch(0).pixels, expected)
+    again = [line for line in log.read_text().splitlines()[len(before) :] if line.endswith(".tar")]
+    assert len(again) == 1 and again[0].startswith(f"bytes={block * small_blocks}-")
 
 
 def test_a_full_disk_is_no_lost_server(
@@ -425,7 +445,7 @@ def test_links_in_a_cache_are_not_followed(server: tuple[str, Path], tmp_path: P
     (thesis := tmp_path / "thesis").write_text("my thesis")
     remote = ShardIndex.load(server[0], tmp_path / "cache").storage
     assert isinstance(remote, RemoteStorage)
-    for name in ("train-000000.tar", "train-000000.tar.blocks"):
+    for name in ("train-000000.tar", "train-000000.tar.crc32"):
         (remote.folder / name).symlink_to(thesis)
         with pytest.raises(OSError, match="symbolic links"):
             remote.read("train-000000.tar", 0, 512)

@@ -111,6 +111,21 @@ def test_what_is_no_such_file_is_refused(tmp_path: Path) -> None:
         load_reference_checkpoint(tmp_path / "list.pt", "case_study_2")
     path = write(tmp_path / "file.pt", "case_study_2")
     content = torch.load(path, weights_only=True)
+    whole = path.read_bytes()
+    path.write_bytes(whole[: len(whole) // 2] + bytes([whole[len(whole) // 2] ^ 1]) + whole[len(whole) // 2 + 1 :])
+    with pytest.raises(ValueError, match=r"the checksum of \S+ differs"):
+        load_reference_checkpoint(path, "case_study_2")
+    for odd, message in (
+        ({"iteration": "x"}, "its iteration is 'x'"),
+        ({"encoder": {"a": 1}}, "it holds no tensors by name"),
+        ({"encoder": 3}, "it holds no tensors by name"),
+        ({"encoder_ema": []}, "no averaged weights"),
+        ({"encoder_ema": {"shadow_params": 5}}, "no averaged weights"),
+        ({"encoder_ema": {"shadow_params": [1] * len(content["encoder_ema"]["shadow_params"])}}, "is a int"),
+    ):
+        torch.save(content | odd, path)
+        with pytest.raises(ValueError, match=message):
+            load_reference_checkpoint(path, "case_study_2")
     content["encoder_ema"]["shadow_params"].pop()
     torch.save(content, path)
     with pytest.raises(ValueError, match=r"encoder_ema: \d+ averages for \d+ trainable parameters"):
