@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import fcntl
 import json
+import math
 import os
 import re
 import shutil
@@ -335,8 +336,13 @@ def load_networks(run_or_checkpoint: str | Path) -> tuple[Networks, Config, int]
     Raises CheckpointError for a folder without a complete checkpoint or one of another model.
     """
     with held_checkpoint(run_or_checkpoint) as path:
-        RunRecord.checked(path)
+        record = RunRecord.checked(path)
         config = load_config(path / "config.yaml")
+        with torch.device("meta"):  # a file from others may describe networks that no memory holds
+            shapes = _shapes(build_networks(config))
+        check_model(shapes, record, path)
+        if sum(map(math.prod, shapes.values())) > sum(file.stat().st_size for file in path.glob("*.distcp")):
+            raise CheckpointError(f"{path} is damaged: its files are too small for the networks in its config.yaml")
         networks = build_networks(config)
         record = load_weights(networks, path, averaged=True)
     return networks.eval(), config, record.counters.step

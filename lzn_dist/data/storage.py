@@ -284,7 +284,10 @@ class RemoteStorage:
 
             return bytes(sync(system.loop, _answer, system, url, start, end, whole, timeout=_REQUEST_SECONDS))
         patience = {"timeout": _REQUEST_SECONDS} if system.async_impl else {}
-        return bytes(system.cat_file(url, start=start, end=end, **patience))
+        found = bytes(system.cat_file(url, start=start, end=end, **patience))
+        if len(found) > end - start:
+            raise ValueError(f"{url}: more than the bytes {start}-{end - 1} that were asked for")
+        return found
 
     def know(self, identity: str, sizes: dict[str, int]) -> None:
         self.sizes = sizes
