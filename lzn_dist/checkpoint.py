@@ -423,7 +423,7 @@ class CheckpointWriter:
         save_config(self.config, temporary / "config.yaml")
         _write_text(temporary / "run.json", json.dumps(asdict(record)))
         _sync(temporary / "config.yaml")
-        write_sums(temporary, [".metadata", "run.json", "config.yaml"])
+        write_sums(temporary)
         _sync(temporary / SUMS)
         _sync(temporary)
         with self.held():

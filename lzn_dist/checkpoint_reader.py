@@ -23,7 +23,8 @@ from torch.futures import Future
 
 from lzn_dist.terminal import one_line
 
-SUMS = "SHA256SUMS"  # of the small files, as `sha256sum --check` reads it; older checkpoints have none
+SMALL_FILES = (".metadata", "run.json", "config.yaml")
+SUMS = "SHA256SUMS"  # of these, as `sha256sum --check` reads it; older checkpoints have none
 
 _DTYPES = {("torch", name): value for name, value in vars(torch).items() if isinstance(value, torch.dtype)}
 # exactly these: through any whole module something that runs commands can be reached
@@ -115,9 +116,9 @@ def read_saved(path: Path, device: torch.device) -> Any:
         raise ValueError(f"{path} cannot be read: {one_line(error)}") from error
 
 
-def write_sums(folder: Path, names: list[str]) -> None:
+def write_sums(folder: Path) -> None:
     """Beside files that are complete; synced by the caller."""
-    lines = [f"{hashlib.sha256((folder / name).read_bytes()).hexdigest()}  {name}\n" for name in names]
+    lines = [f"{hashlib.sha256((folder / name).read_bytes()).hexdigest()}  {name}\n" for name in SMALL_FILES]
     (folder / SUMS).write_text("".join(lines))
 
 
@@ -127,9 +128,9 @@ def check_sums(folder: Path) -> None:
         lines = (folder / SUMS).read_text().splitlines()
     except FileNotFoundError:
         return
-    for line in lines:
-        digest, _, name = line.partition("  ")
-        if name not in (".metadata", "run.json", "config.yaml"):
-            raise ValueError(f"{SUMS} is damaged")
+    sums = {name: digest for digest, _, name in (line.partition("  ") for line in lines)}
+    if set(sums) != set(SMALL_FILES):
+        raise ValueError(f"{SUMS} is damaged")
+    for name, digest in sums.items():
         if hashlib.sha256((folder / name).read_bytes()).hexdigest() != digest:
             raise ValueError(f"{name} is not what was written: its checksum differs from the one in {SUMS}")

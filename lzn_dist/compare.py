@@ -23,7 +23,7 @@ import subprocess
 import sys
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple
 
@@ -32,7 +32,7 @@ from tqdm import tqdm
 
 from lzn_dist.config import ConfigError, load_config
 from lzn_dist.paths import expand_path, folder_or_url, path_argument
-from lzn_dist.run_folder import read_lines, write_json
+from lzn_dist.run_folder import read_json, read_lines, write_json
 from lzn_dist.terminal import command
 from lzn_dist.wiring import changed_keys, resolve
 from lzn_dist.yaml_core import read_yaml
@@ -79,6 +79,14 @@ class Comparison(_Part):
         return {row.name: row for table in self.tables for row in table.rows}
 
 
+@dataclass
+class _Result:
+    """What is read of evaluation.json, besides the measures."""
+
+    step: int
+    measured_on: dict[str, Any] = field(default_factory=dict)
+
+
 @dataclass(frozen=True)
 class Job:
     """One row with one seed, ready to run."""
@@ -93,10 +101,9 @@ class Job:
 
     def finished(self) -> bool:
         try:
-            result = json.loads((self.folder / "evaluation.json").read_text())
-        except (OSError, json.JSONDecodeError):
+            return read_json(self.folder / "evaluation.json", _Result).step == self.max_steps
+        except (OSError, ValueError):
             return False
-        return bool(result["step"] == self.max_steps)
 
 
 def read_comparison(path: Path, given: dict[str, Any] | None = None) -> Comparison:
@@ -222,7 +229,8 @@ def values_of(comparison: Comparison, table: Table, row: Row) -> dict[str, list[
         result = json.loads((run / "evaluation.json").read_text())
         for measure in table.measures:
             name = row.measures.get(measure, row.prefix + measure)
-            if (not row.reads or row.prefix or measure in row.measures) and name in result:
+            known = isinstance(result.get(name), int | float)
+            if (not row.reads or row.prefix or measure in row.measures) and known:
                 values.setdefault(measure, []).append(result[name])
         if not row.reads:
             cost = _cost(run)
@@ -237,7 +245,7 @@ def same_images(comparison: Comparison) -> str:
     for row in comparison.rows.values():
         for seed in comparison.seeds:
             run = _folder(comparison, row.reads or row.name, seed)
-            told = json.loads((run / "evaluation.json").read_text()).get("measured_on", {})
+            told = read_json(run / "evaluation.json", _Result).measured_on
             found[f"split {told.get('split', 'test')}, {told.get('images', '?')} images"] = str(run)
     if len(found) > 1:
         places = "; ".join(f"{run}: {images}" for images, run in found.items())

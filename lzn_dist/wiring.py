@@ -44,7 +44,10 @@ def open_stream(config: Config, topology: Topology, *, labelled: bool = False) -
     have another size; ValueError or OSError, naming the shards.
     """
     data, simclr = config.data, config.task == "representation" and config.data.views == "simclr"
-    index = ShardIndex.load(data.shards, data.cache, data.retry_seconds)
+    try:
+        index = ShardIndex.load(data.shards, data.cache, data.retry_seconds)
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
     if index.samples("train") < 2:
         raise ConfigError(f"{index.folder} has a single training image: zones are made between two at least")
     if data.global_batch < 2 and config.objective != "rectified_flow":

@@ -1,13 +1,15 @@
 #!/usr/bin/env bash
 # What is real but slow: runs that are killed at random moments, again and again, and must end as if nothing had been;
 # then the same on a real SLURM, where one may be started (tests/slurm/cluster.py): time limits, preemption, lost nodes.
-# Random folders and tars are prepared, launchers get signals; the published configurations take steps at full size.
+# Random folders and tars are prepared, launchers get signals; the published configurations take steps at full size. Every
+# kind of file that is kept is damaged 10,000 times in all, and used.
 # Arguments go to tests/soak/kills.py (--runs N --engine NAME --seed N).
 . "$(dirname "$0")/../launch/setup.sh" "[test]"
 export WANDB_MODE=offline
 python -m pytest -m soak
 python tests/soak/signals.py
 python tests/soak/fuzz_folders.py
+python tests/soak/fuzz_files.py
 python tests/soak/published_configs.py
 python tests/soak/kills.py "$@"
 python tests/soak/cluster_faults.py

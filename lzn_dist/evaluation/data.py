@@ -55,14 +55,17 @@ class EvaluationData:
     names: of the splits "train" and "test"; the latter is `evaluation.split`, else the set's test, else its val, by
     whatever name. held_out: whether it has one; where it has none, "test" is the training images: for figures, and for
     measures that the user asked for by evaluation.split=train. Raises FileNotFoundError where the shards are not there,
-    ConfigError for a split that there is not.
+    ConfigError for a split that there is not, and for a manifest that cannot be read.
     """
 
     def __init__(self, config: Config) -> None:
         self.config = config
         if config.data.embedded == "digits":
             once(lambda: ensure_digits(config.data.shards))
-        self.index = ShardIndex.load(config.data.shards, config.data.cache, config.data.retry_seconds)
+        try:
+            self.index = ShardIndex.load(config.data.shards, config.data.cache, config.data.retry_seconds)
+        except ValueError as error:
+            raise ConfigError(str(error)) from error
         self.asked = config.evaluation.split
         if self.asked and self.asked not in self.index.splits:
             raise ConfigError(
