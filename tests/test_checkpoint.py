@@ -33,7 +33,7 @@ from lzn_dist.checkpoint import (
     resume_state,
     set_aside,
 )
-from lzn_dist.config import Config
+from lzn_dist.config import Config, load_config, save_config
 from lzn_dist.networks import build_networks
 from lzn_dist.step import TrainState, train_step
 
@@ -379,6 +379,36 @@ def test_code_in_the_metadata_does_not_run(tmp_path: Path) -> None:
         (path / ".metadata").write_bytes(pickle.dumps(described))
         with pytest.raises(CheckpointError, match=r"names a file .*, which is none of a checkpoint's"):
             load_weights(build_networks(small_config()), path)
+
+
+def test_networks_larger_than_their_file_are_not_built(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A configuration and a run.json from others may describe what no memory holds."""
+    path = without_sums(saved(tmp_path))
+    config = load_config(path / "config.yaml")
+    large = config.model_copy(update={"latent": config.latent.model_copy(update={"dim": 10**9})})
+    save_config(large, path / "config.yaml")
+    with pytest.raises(CheckpointError, match="is of another model than the configuration describes"):
+        load_networks(path)
+    with torch.device("meta"):
+        shapes = {name: list(value.shape) for name, value in build_networks(large).state_dict().items()}
+    record = json.loads((path / "run.json").read_text())
+    (path / "run.json").write_text(json.dumps(record | {"shapes": shapes}))
+    with pytest.raises(CheckpointError, match="its files are too small for the networks"):
+        load_networks(path)
+
+
+@pytest.mark.parametrize(
+    "place", [{"offset": -1}, {"length": 1 << 50}, {"offset": "x"}, {"relative_path": "../x.distcp"}]
+)
+def test_metadata_stays_within_its_files(tmp_path: Path, place: dict[str, object]) -> None:
+    path = without_sums(saved(tmp_path))
+    metadata = pickle.loads((path / ".metadata").read_bytes())
+    for info in metadata.storage_data.values():
+        for name, value in place.items():
+            object.__setattr__(info, name, value)
+    (path / ".metadata").write_bytes(pickle.dumps(metadata))
+    with pytest.raises(CheckpointError, match=r"is damaged .*\.metadata"):
+        load_networks(path)
 
 
 def test_one_flipped_byte_is_noticed_or_changes_nothing(tmp_path: Path) -> None:

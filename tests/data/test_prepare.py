@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import gzip
 import hashlib
 import io
 import json
@@ -13,6 +14,7 @@ import subprocess
 import sys
 import tarfile
 import time
+import tracemalloc
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
@@ -22,7 +24,7 @@ import pytest
 from PIL import Image
 from published import NAMES, WNIDS, add, afhq, cifar10, encode, imagenet, picture
 
-from lzn_dist.data import CentreCrop, ShardedDataset, ShardIndex, Split, write_manifest
+from lzn_dist.data import CentreCrop, ShardedDataset, ShardIndex, Split, sources, write_manifest
 from lzn_dist.data.image_folder import ImageFolder
 from lzn_dist.data.index import IMAGE_EXTENSIONS
 from lzn_dist.data.pixels import decode
@@ -354,6 +356,26 @@ def test_a_split_without_a_good_image_is_refused(tmp_path: Path) -> None:
     write_manifest(tmp_path / "shards", {"val": Split((), np.array([], "S1"), {})}, source="", tool="")
     with pytest.raises(ValueError, match=r"val\.index\.npz is of a split without samples"):
         ShardIndex.load(tmp_path / "shards")
+
+
+@pytest.mark.parametrize("where", ["a member", "behind the end"])
+def test_an_archive_that_unpacks_without_end_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, where: str
+) -> None:
+    """Three thousandths of its size on the disk."""
+    cifar10(tmp_path)
+    path = tmp_path / "cifar-10-binary.tar.gz"
+    if where == "a member":
+        with tarfile.open(path, "w:gz") as tar:
+            add(tar, "cifar-10-batches-bin/data_batch_1.bin", bytes(40 << 20))
+    else:
+        path.write_bytes(gzip.compress(gzip.decompress(path.read_bytes()) + bytes(40 << 20)))
+    monkeypatch.setattr(sources, "_UNPACKED", 1 << 20)
+    tracemalloc.start()
+    with pytest.raises(PrepareError, match="unpacks to more than"):
+        CIFAR10(path).splits()
+    assert tracemalloc.get_traced_memory()[1] < 20 << 20
+    tracemalloc.stop()
 
 
 @pytest.mark.parametrize("name", ["ILSVRC2012_devkit_t12.tar.gz", "cifar-10-python.tar.gz", "cifar-10-binary.tar.gz"])

@@ -5,6 +5,8 @@ from __future__ import annotations
 import base64
 import errno
 import gzip
+import hashlib
+import io
 import itertools
 import json
 import multiprocessing
@@ -408,6 +410,51 @@ def test_names_in_a_manifest_stay_inside_its_folder(digits: Path, tmp_path: Path
         return
     says = "manifest.json is damaged, .* should be text" if name == 5 else f"an? {place} is called "
     with pytest.raises(ValueError, match=rf"manifest\.json: not a manifest of shards \({says}"):
+        ShardIndex.load(folder)
+
+
+def _index(samples: int, **changes: Any) -> bytes:
+    """An index file of samples of 10 bytes each; changes: other tables, None for none."""
+    offsets = np.stack([np.arange(samples) * 10, np.full(samples, 10)], axis=1)
+    tables = {"keys": np.array([b"%d" % row for row in range(samples)]), "offsets.png": offsets} | changes
+    np.savez_compressed(file := io.BytesIO(), **{name: value for name, value in tables.items() if value is not None})
+    return file.getvalue()
+
+
+@pytest.mark.parametrize(
+    ("content", "says"),
+    [
+        (lambda n: b"no zip", "is not an index"),
+        (lambda n: _index(n, keys=None), "is not an index"),
+        (lambda n: _index(n - 1), "has not the"),
+        (lambda n: _index(n, keys=np.arange(n)), "has not the"),
+        (lambda n: _index(n, keys=np.array(b"x")), "has not the"),
+        (lambda n: _index(n, keys=np.array(["x"] * n, dtype=object)), "is not an index"),  # a pickle
+        (lambda n: _index(n, **{"offsets.png": np.zeros((n, 3), np.int64)}), "no first byte and size"),
+        (lambda n: _index(n, **{"offsets.png": np.zeros((n, 2))}), "no first byte and size"),
+        (lambda n: _index(n, **{"offsets.png": np.full((n, 2), -2)}), "outside of its shard"),
+        (lambda n: _index(n, **{"offsets.png": np.full((n, 2), 1 << 62)}), "outside of its shard"),
+        (lambda n: _index(n, **{"offsets.png": np.full((n, 2), [0, 1 << 40])}), "outside of its shard"),
+        (lambda n: _index(n, more=np.zeros(64 << 20, np.uint8)), "unpacks to far more"),
+    ],
+)
+def test_an_index_that_is_none_is_refused(
+    digits: Path, tmp_path: Path, content: Callable[[int], bytes], says: str
+) -> None:
+    """Whoever wrote it wrote its digest too."""
+    shutil.copytree(digits, folder := tmp_path / "copy")
+    manifest = json.loads((folder / "manifest.json").read_text())
+    entry = manifest["splits"]["train"]
+
+    def write(content: bytes) -> None:
+        (folder / entry["index"]["name"]).write_bytes(content)
+        entry["index"]["sha256"] = hashlib.sha256(content).hexdigest()
+        (folder / "manifest.json").write_text(json.dumps(manifest))
+
+    write(_index(entry["samples"]))
+    assert len(ShardIndex.load(folder).split("train")) == entry["samples"]
+    write(content(entry["samples"]))
+    with pytest.raises(ValueError, match=rf"manifest\.json: not a manifest of shards \(train\.index\.npz.* {says}"):
         ShardIndex.load(folder)
 
 

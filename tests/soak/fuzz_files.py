@@ -94,7 +94,8 @@ def damaged(content: bytes, chance: random.Random) -> tuple[bytes, str]:
         return content[:place], f"cut to {place}"
     if kind < 0.25:
         end = min(len(content), place + chance.choice((4, 512, 4096)))
-        return content[:place] + bytes(end - place) + content[end:], f"zeros from {place} to {end}"
+        if any(content[place:end]):
+            return content[:place] + bytes(end - place) + content[end:], f"zeros from {place} to {end}"
     change = 1 << chance.randrange(8) if kind < 0.7 else chance.randrange(1, 256)
     return content[:place] + bytes([content[place] ^ change]) + content[place + 1 :], f"byte {place} ^ {change:#x}"
 
