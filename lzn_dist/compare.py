@@ -200,7 +200,7 @@ def run_job(job: Job, launch: str, threads: int) -> None:
                 status = process.wait()
                 _running.discard(process)
             if status:
-                last = (job.folder / "log.txt").read_text().strip().splitlines()[-3:]
+                last = (job.folder / "log.txt").read_text(errors="replace").strip().splitlines()[-3:]
                 raise RuntimeError(f"{job.row.name}, seed {job.seed}, failed: {' '.join(last)} ({job.folder}/log.txt)")
 
 

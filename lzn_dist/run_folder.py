@@ -84,7 +84,8 @@ def read_lines(path: Path, needs: Collection[str] = ("step",)) -> list[dict[str,
 
 def _lines(path: Path, needs: Collection[str]) -> Iterator[tuple[str, dict[str, Any] | None]]:
     """Each line with what it says, None where that cannot be read."""
-    text = path.read_text(errors="surrogateescape") if path.is_file() else ""
+    # as bytes: a carriage return is damage, and no end of a line
+    text = path.read_bytes().decode(errors="surrogateescape") if path.is_file() else ""
     for number, line in enumerate(text.split("\n")[:-1], start=1):
         row = None
         with suppress(ValueError, RecursionError):
@@ -202,7 +203,7 @@ class RunFolder:
                     continue
                 kept = [line for line, row in _lines(self.path / name, ["step"]) if row is None or row["step"] <= step]
                 temporary = self.path / f"{name}.tmp"
-                temporary.write_text("".join(f"{line}\n" for line in kept), errors="surrogateescape")
+                temporary.write_bytes("".join(f"{line}\n" for line in kept).encode(errors="surrogateescape"))
                 temporary.replace(self.path / name)
 
     def append(self, name: str, row: dict[str, Any]) -> None:

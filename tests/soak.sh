@@ -7,9 +7,9 @@
 . "$(dirname "$0")/../launch/setup.sh" "[test]"
 export WANDB_MODE=offline
 python -m pytest -m soak
-python tests/soak/signals.py
-python tests/soak/fuzz_folders.py
-python tests/soak/fuzz_files.py
-python tests/soak/published_configs.py
-python tests/soak/kills.py "$@"
-python tests/soak/cluster_faults.py
+python -m tests.soak.signals
+python -m tests.soak.fuzz_folders
+python -m tests.soak.fuzz_files
+python -m tests.soak.published_configs
+python -m tests.soak.kills "$@"
+python -m tests.soak.cluster_faults

@@ -19,7 +19,6 @@ from typing import IO
 
 import pytest
 import torch
-from small_run import small_config, small_samples, small_state
 
 from lzn_dist.checkpoint import (
     CheckpointError,
@@ -36,6 +35,7 @@ from lzn_dist.checkpoint import (
 from lzn_dist.config import Config, load_config, save_config
 from lzn_dist.networks import build_networks
 from lzn_dist.step import TrainState, train_step
+from tests.helpers.small_run import small_config, small_samples, small_state
 
 
 def writer(
@@ -315,6 +315,7 @@ def test_a_checkpoint_that_goes_while_it_is_being_locked_is_let_go(
         assert path.name == "step_00000004"
 
 
+@pytest.mark.process
 def test_loading_beside_a_writer_that_keeps_one(tmp_path: Path) -> None:
     written(tmp_path, [1], "keep_last=1")
     ended = threading.Event()
@@ -411,6 +412,7 @@ def test_metadata_stays_within_its_files(tmp_path: Path, place: dict[str, object
         load_networks(path)
 
 
+@pytest.mark.process
 def test_one_flipped_byte_is_noticed_or_changes_nothing(tmp_path: Path) -> None:
     """In any file of a checkpoint; without checksums a third of those in tensors became other weights."""
     path, state = saved(tmp_path), build_networks(small_config())

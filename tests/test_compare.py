@@ -73,6 +73,7 @@ def test_mean_and_deviation_are_over_seeds() -> None:
     assert compare.mean_and_deviation([0.5]) == (0.5, 0.0)
 
 
+@pytest.mark.process
 def test_a_comparison_from_training_to_table_and_figure(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Two rows, one of them for as long as the other took; a second call finds everything done. The file's overrides
     and evaluate's options reach all rows."""

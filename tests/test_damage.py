@@ -3,17 +3,13 @@
 from __future__ import annotations
 
 import random
-import sys
 from collections import Counter
 from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
 
-sys.path.append(str(Path(__file__).parent / "soak"))
-from fuzz_files import World, damaged, fuzz
-
 from lzn_dist.data import storage
+from tests.soak.fuzz_files import World, damaged, fuzz
 
 
 @pytest.fixture(scope="module")
@@ -23,6 +19,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[World]:
     storage.BLOCK = block
 
 
+@pytest.mark.process
 def test_damage_is_refused_told_or_mended(world: World, capfd: pytest.CaptureFixture[str]) -> None:
     ends: Counter[str] = Counter()
     for kind, end, lost in fuzz(world, 132, seed=0):

@@ -17,14 +17,6 @@ from typing import Any, NoReturn
 import pytest
 from torch.distributed.checkpoint import FileSystemWriter
 
-sys.path += [str(Path(__file__).parent / "data"), str(Path(__file__).parent / "distributed")]
-from launching import ROOT, accelerate
-from range_server import serve
-from small_run import small_config
-from test_shards import damage
-from test_storage import free_port, start_server
-from test_train import SMALL, rows
-
 from lzn_dist import train
 from lzn_dist.checkpoint import find_checkpoint
 from lzn_dist.config import ConfigError, load_config
@@ -33,6 +25,10 @@ from lzn_dist.distributed import Topology
 from lzn_dist.run_folder import RunFolder
 from lzn_dist.step import StepResult, TrainState
 from lzn_dist.wiring import open_stream
+from tests.helpers.launching import ROOT, accelerate
+from tests.helpers.messy import damage
+from tests.helpers.range_server import free_port, serve, start_server
+from tests.helpers.small_run import SMALL_RUN, rows, small_config
 
 TRAIN = ROOT / "lzn_dist" / "train.py"
 CONFIG = ROOT / "configs" / "digits_joint.yaml"
@@ -49,7 +45,7 @@ def test_damaged_samples_are_replaced_told_and_in_the_end_too_many(
     shards = write_digits(tmp_path / "digits")
     whole = Path(shutil.copytree(shards, tmp_path / "whole"))
     run, strict = tmp_path / "run", tmp_path / "strict"
-    arguments = [*SMALL, "checkpoint_every=30", "precision=float32", "evaluate_every=0", "data.embedded=none"]
+    arguments = [*SMALL_RUN, "checkpoint_every=30", "precision=float32", "evaluate_every=0", "data.embedded=none"]
     arguments += ["max_steps=9", "data.global_batch=144"]  # an epoch
     order = open_stream(load_config(CONFIG, [*arguments, f"data.shards={shards}"]), Topology())
     names = [damage(shards, kind, int(order.indices(k)[0])) for kind, k in (("png", 1), ("cls", 3), ("png", 5))]
@@ -122,13 +118,14 @@ def two_data_sets(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.mark.process
 def test_a_lost_server_stops_all_ranks_with_a_checkpoint_and_the_run_goes_on_exactly(tmp_path: Path) -> None:
     """Two ranks stream over http; the server dies for longer than they wait, and comes back: as if it never had."""
     shards = write_digits(tmp_path / "digits", samples_per_shard=20)
     for row in (1, 700, 1400):
         damage(shards, "png", row)
     port, log = free_port(), tmp_path / "requests.log"
-    common = [CONFIG, *SMALL, "precision=float32", "data.embedded=none", "max_steps=55", "checkpoint_every=40",
+    common = [CONFIG, *SMALL_RUN, "precision=float32", "data.embedded=none", "max_steps=55", "checkpoint_every=40",
               "data.streams=2", "data.shuffle_window=30", "data.cache_decoded=false"]  # fmt: skip
     reference, run = tmp_path / "reference", tmp_path / "run"
     done = accelerate("ddp", TRAIN, *common, f"data.shards={shards}", f"output_dir={reference}", cwd=tmp_path)
@@ -216,6 +213,7 @@ def test_a_full_disk_stops_the_run_in_one_line_that_names_the_folder(
     shards.shutdown()
 
 
+@pytest.mark.process
 def test_a_server_lost_in_the_evaluation_ends_the_run_as_in_training(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
@@ -252,6 +250,6 @@ def test_a_server_lost_in_the_evaluation_ends_the_run_as_in_training(
 
 
 def remote_arguments(port: int, run: Path, cache: Path) -> list[str]:
-    return [str(CONFIG), *SMALL, "precision=float32", "data.embedded=none", "data.streams=2", "data.shuffle_window=10",
-            f"data.shards=http://127.0.0.1:{port}", f"data.cache={cache}", f"output_dir={run}",
-            "data.cache_decoded=false"]  # fmt: skip
+    return [str(CONFIG), *SMALL_RUN, "precision=float32", "data.embedded=none", "data.streams=2",
+            "data.shuffle_window=10", "data.cache_decoded=false", f"data.shards=http://127.0.0.1:{port}",
+            f"data.cache={cache}", f"output_dir={run}"]  # fmt: skip

@@ -8,12 +8,12 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from small_run import small_config
 from torch import Tensor
 
 from lzn_dist.inputs import as_count, as_images, as_labels
 from lzn_dist.model import LZN
 from lzn_dist.networks import build_networks
+from tests.helpers.small_run import small_config
 
 PIXELS = torch.randint(0, 256, (3, 1, 8, 8), generator=torch.Generator().manual_seed(0)).to(torch.uint8)
 UNIT = PIXELS.float() / 127.5 - 1

@@ -9,7 +9,6 @@ from pathlib import Path
 import pytest
 import torch
 from PIL import Image
-from small_run import ROOT
 
 from lzn_dist.config import Config, ConfigError, load_config
 from lzn_dist.data.image_folder import ImageFolder
@@ -18,6 +17,7 @@ from lzn_dist.distributed import Topology
 from lzn_dist.networks import build_networks, level_sizes
 from lzn_dist.step import train_step
 from lzn_dist.wiring import changed_keys, open_stream, prepare_samples, resolve, single_state
+from tests.helpers.small_run import ROOT
 
 
 def shards(folder: Path, count: int, size: tuple[int, int] = (24, 24), mode: str = "RGB") -> Path:

@@ -7,7 +7,6 @@ import os
 import shutil
 import signal
 import subprocess
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -15,9 +14,20 @@ from pathlib import Path
 import pytest
 import torch
 
-sys.path += [str(Path(__file__).parent / "distributed"), str(Path(__file__).parent / "soak")]
-from kills import SETTINGS, STEPS, Outcome, compare, complete, differences, log_of, ranks, rows, start, tensors
-from launching import ROOT, accelerate
+from tests.helpers.launching import ROOT, accelerate
+from tests.soak.kills import (
+    SETTINGS,
+    STEPS,
+    Outcome,
+    compare,
+    complete,
+    differences,
+    log_of,
+    ranks,
+    rows,
+    start,
+    tensors,
+)
 
 FAULTY = Path(__file__).parent / "distributed" / "faulty_train.py"
 
@@ -29,6 +39,7 @@ def wait_for(condition: Callable[[], bool], process: subprocess.Popen[bytes]) ->
         time.sleep(0.02)
 
 
+@pytest.mark.process
 def test_killed_and_told_to_end_a_run_goes_on_as_if_nothing_had_been(tmp_path: Path) -> None:
     """All ranks killed, then SIGTERM to a single one: in the end bit for bit what the undisturbed run is."""
     reference, run = tmp_path / "reference", tmp_path / "run"
@@ -61,6 +72,7 @@ def test_killed_and_told_to_end_a_run_goes_on_as_if_nothing_had_been(tmp_path: P
     assert outcome.problems == []
 
 
+@pytest.mark.process
 @pytest.mark.parametrize(
     "engine,micro_batch",
     [pytest.param("ddp", 0, marks=pytest.mark.soak), ("zero2", 7), pytest.param("zero3", 0, marks=pytest.mark.soak),

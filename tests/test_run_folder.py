@@ -85,6 +85,7 @@ def test_nothing_is_made_before_the_folder_is_taken(tmp_path: Path) -> None:
         assert not folder.path.exists()
 
 
+@pytest.mark.process
 def test_who_holds_the_lock_is_named(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
@@ -181,7 +182,16 @@ def test_one_damaged_line_loses_no_other(tmp_path: Path, capsys: pytest.CaptureF
     """In the middle: before, all that followed it were dropped as a run went on, unsaid."""
     folder = RunFolder(tmp_path).take()
     lines = [f'{{"step": {step}, "loss": 1.0}}' for step in range(1, 7)]
-    damaged = [b'x"step": 2}', b"\xff\x00", b"[1]", b'{"loss": 1.0}', b'{"step": "2"}', b"[" * 100_000, b""]
+    damaged = [
+        b'x"step": 2}',
+        b'{"step"\r 2}',
+        b"\xff\x00",
+        b"[1]",
+        b'{"loss": 1.0}',
+        b'{"step": "2"}',
+        b"[" * 100_000,
+        b"",
+    ]
     for line in damaged:
         content = [text.encode() for text in lines]
         content[1] = line

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import pytest
 import torch
-from small_run import small_config, small_samples, small_state
 from torch import nn
 
 from lzn_dist.config import ConfigError
@@ -17,6 +16,7 @@ from lzn_dist.models import ResNetEncoder
 from lzn_dist.networks import Networks, build_networks
 from lzn_dist.step import TrainState, compute_gradients, make_optimizer, train_step
 from lzn_dist.stopwatch import Stopwatch
+from tests.helpers.small_run import small_config, small_samples, small_state
 
 
 def gradients(state: TrainState, task: str) -> dict[str, torch.Tensor]:

@@ -8,11 +8,11 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from small_run import small_config
 
 from lzn_dist.config import ConfigError
 from lzn_dist.run_folder import RunFolder
 from lzn_dist.tracking import Tracker, wandb_mode
+from tests.helpers.small_run import small_config
 
 
 class Trackers:

@@ -136,7 +136,7 @@ def _last_row(path: Path) -> dict[str, Any]:
 
 def _max_steps(run: Path) -> int:
     try:
-        match = re.search(r"^max_steps: (\d+)", (run / "config.yaml").read_text(), re.MULTILINE)
+        match = re.search(r"^max_steps: (\d+)", (run / "config.yaml").read_text(errors="replace"), re.MULTILINE)
     except OSError:
         return 0
     return int(match[1]) if match else 0

@@ -342,10 +342,16 @@ def _write(
             raise PrepareError(
                 f"split {name!r} has no image that can be decoded: fetch {source.name} again, and name another folder"
             )
-        try:
-            written[name] = make_split((shard, *scan_tar(options.output / shard.name)) for shard in shards)
-        except ValueError as error:  # damaged since it was finished
-            raise PrepareError(f"{error}: remove that file and repeat the command") from error
+        scanned = []
+        for shard in shards:
+            try:
+                keys, members = scan_tar(path := options.output / shard.name)
+                if len(keys) != shard.samples:
+                    raise ValueError(f"{path} has {len(keys)} samples, {shard.samples} were written")
+            except ValueError as error:  # damaged since it was finished
+                raise PrepareError(f"{error}: remove that file and repeat the command") from error
+            scanned.append((shard, keys, members))
+        written[name] = make_split(scanned)
         left_out = {key for part in parts for key in part.skipped}
         for part in parts:
             if account is not None:

@@ -118,7 +118,7 @@ def _has_gpu() -> bool:
 def _flag_of_launcher(name: str) -> str:
     """The value of a flag that accelerate passes on to DeepSpeed alone: from its command line, where it can be read."""
     try:
-        words = Path(f"/proc/{os.getppid()}/cmdline").read_text().split("\0")
+        words = Path(f"/proc/{os.getppid()}/cmdline").read_text(errors="replace").split("\0")
     except (OSError, UnicodeDecodeError):
         return ""
     if not any("accelerate" in word for word in words[:4]):

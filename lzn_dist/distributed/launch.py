@@ -79,7 +79,12 @@ def _read_deepspeed() -> dict[str, Any]:
     # the launch configurations name their JSON relative to the project
     for path in (Path(name), PROJECT / name):
         if name and path.is_file():
-            found: dict[str, Any] = json.loads(path.read_text())
+            try:
+                found = json.loads(path.read_bytes())
+            except ValueError as error:
+                raise ConfigError(f"{path} is not readable JSON: {error}") from error
+            if not isinstance(found, dict):
+                raise ConfigError(f"{path} is no configuration of DeepSpeed: it has no keys")
             return found
     raise ConfigError(
         f"no DeepSpeed configuration {name or '(none named)'}: launch with launch/zero2.yaml, which names zero2.json"

@@ -157,7 +157,7 @@ def _is_open(path: Path) -> bool:
 def _is_remote(path: Path) -> bool:
     """Whether other machines may see this folder, by the type of its mount."""
     kind, longest = "", -1
-    for line in Path("/proc/self/mounts").read_text().splitlines():
+    for line in Path("/proc/self/mounts").read_text(errors="replace").splitlines():
         _, mount, fstype, *_ = line.split(" ")
         mount = mount.replace("\\040", " ")
         if path.resolve().is_relative_to(mount) and len(mount) > longest:

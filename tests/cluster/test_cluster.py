@@ -35,6 +35,7 @@ def submit(folder: Path, *arguments: str, **environment: str) -> subprocess.Comp
     )
 
 
+@pytest.mark.process
 def test_dry_run_prints_the_script_and_needs_no_slurm(tmp_path: Path) -> None:
     profile = tmp_path / "mine.yaml"
     settings = [
@@ -62,6 +63,7 @@ def test_dry_run_prints_the_script_and_needs_no_slurm(tmp_path: Path) -> None:
     assert not (tmp_path / "runs").exists()
 
 
+@pytest.mark.process
 def test_local_runs_the_same_on_this_machine(tmp_path: Path) -> None:
     done = submit(tmp_path, "output_dir=run", *SMALL, "--local", "--ranks-per-node", "2", "--engine", "zero2")
     assert done.returncode == 0, done.stdout + done.stderr
@@ -105,6 +107,7 @@ def test_profiles(tmp_path: Path) -> None:
         load_profile(str(tmp_path / "b.yaml"))
 
 
+@pytest.mark.process
 def test_launch_environments_are_those_of_accelerate() -> None:
     """What `accelerate launch` sets for the same file, as far as training reads it."""
     names = ("ACCELERATE_USE_DEEPSPEED", "ACCELERATE_DEEPSPEED_CONFIG_FILE", "ACCELERATE_USE_FSDP", "FSDP_VERSION")

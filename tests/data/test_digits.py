@@ -73,6 +73,7 @@ def test_bytes_are_deterministic(digits: Path, tmp_path: Path) -> None:
         assert (digits / name).read_bytes() == (again / name).read_bytes(), name
 
 
+@pytest.mark.process
 def test_manifest_describes_the_tars(digits: Path) -> None:
     manifest = json.loads((digits / "manifest.json").read_text())
     assert manifest["classes"] == [str(c) for c in range(10)]
@@ -109,6 +110,7 @@ def test_an_existing_folder_is_kept(digits: Path, tmp_path: Path) -> None:
         write_digits(digits, samples_per_shard=100)
 
 
+@pytest.mark.process
 def test_processes_that_race_do_no_harm(digits: Path, tmp_path: Path) -> None:
     folder = tmp_path / "new" / "digits"
     with multiprocessing.get_context("fork").Pool(4) as pool:
@@ -118,6 +120,7 @@ def test_processes_that_race_do_no_harm(digits: Path, tmp_path: Path) -> None:
     assert check(folder, quiet=True) == []
 
 
+@pytest.mark.process
 def test_script(digits: Path, tmp_path: Path) -> None:
     root = Path(__file__).parents[2]
     command = [sys.executable, str(root / "data_prep" / "digits.py"), "--output", str(tmp_path / "digits")]

@@ -9,12 +9,12 @@ import sys
 from pathlib import Path
 
 import pytest
-from messy import PICTURES, check_folder, check_tar
 
 from lzn_dist.data import ShardIndex
 from lzn_dist.data.image_folder import ImageFolder, image_kind, make_keys, read_table, sort_classes
 from lzn_dist.data.index import split_name
 from lzn_dist.data.prepare import Options, PrepareError, prepare
+from tests.helpers.messy import PICTURES, check_folder, check_tar
 
 ROOT = Path(__file__).parents[2]
 PNG = PICTURES["PNG", 0]
@@ -234,6 +234,7 @@ def test_a_table_that_cannot_be_meant(row: str, says: str, tmp_path: Path) -> No
         ImageFolder(folder, table=tmp_path / "t.csv").splits()
 
 
+@pytest.mark.process
 def test_the_account_is_printed_and_kept_and_survives_a_restart(tmp_path: Path) -> None:
     folder = make(tmp_path / "my photos #1", *grid("x", each=4), "x/cat/a.jpg", "x/cat/a.png", "x/cat/caf\udce9.png")
     (folder / "x" / "cat" / "broken.png").write_bytes(PNG[:-30])

@@ -4,19 +4,18 @@ from __future__ import annotations
 
 import json
 import math
-import sys
 from pathlib import Path
 
-from published import imagenet
-from test_prepare import imagenet_arguments, script
+import pytest
 
-sys.path.append(str(Path(__file__).parents[1] / "distributed"))
-from launching import ROOT, accelerate
+from tests.helpers.launching import ROOT, accelerate, data_prep
+from tests.helpers.published import imagenet, imagenet_arguments
 
 
+@pytest.mark.process
 def test_shards_stream_into_resnet_50_on_two_ranks(tmp_path: Path) -> None:
     imagenet(tmp_path / "published", per_class=6, val=6, size=(150, 200))
-    script("imagenet", *imagenet_arguments(tmp_path / "published"), "--output", tmp_path / "shards")
+    data_prep("imagenet", *imagenet_arguments(tmp_path / "published"), "--output", tmp_path / "shards")
     run = tmp_path / "run"
     done = accelerate(
         "ddp", ROOT / "lzn_dist" / "train.py", ROOT / "configs" / "imagenet_representation.yaml",

@@ -9,8 +9,6 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from published import add, encode, imagenet, picture
-from test_prepare import imagenet_source
 
 from lzn_dist.data import (
     RandomResizedCrops,
@@ -25,6 +23,7 @@ from lzn_dist.data.image_folder import ImageFolder
 from lzn_dist.data.prepare import Options, prepare
 from lzn_dist.evaluation.figures import sample_grid
 from lzn_dist.evaluation.zone_figure import toy_anchors, zone_figure
+from tests.helpers.published import add, encode, imagenet, imagenet_source, picture
 
 
 def test_it_says_and_shows_what_is_there(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -22,7 +22,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
-from published import NAMES, WNIDS, add, afhq, cifar10, encode, imagenet, picture
 
 from lzn_dist.data import CentreCrop, ShardedDataset, ShardIndex, Split, sources, write_manifest
 from lzn_dist.data.image_folder import ImageFolder
@@ -30,18 +29,21 @@ from lzn_dist.data.index import IMAGE_EXTENSIONS
 from lzn_dist.data.pixels import decode
 from lzn_dist.data.prepare import Item, Options, PrepareError, check, prepare
 from lzn_dist.data.sources import CIFAR10, AFHQCat, ImageNet, read_devkit
+from tests.helpers.launching import data_prep
+from tests.helpers.published import (
+    NAMES,
+    WNIDS,
+    add,
+    afhq,
+    cifar10,
+    encode,
+    imagenet,
+    imagenet_arguments,
+    imagenet_source,
+    picture,
+)
 
 ROOT = Path(__file__).parents[2]
-
-
-def script(name: str, *arguments: object, status: int = 0) -> str:
-    command = [sys.executable, str(ROOT / "data_prep" / f"{name}.py"), *map(str, arguments)]
-    done = subprocess.run(
-        command, capture_output=True, text=True, timeout=200, env={**os.environ, "OMP_NUM_THREADS": "1"}
-    )
-    assert done.returncode == status, done.stdout + done.stderr
-    assert "Traceback" not in done.stderr
-    return done.stdout + done.stderr
 
 
 def members(folder: Path, split: str) -> dict[str, bytes]:
@@ -55,23 +57,11 @@ def members(folder: Path, split: str) -> dict[str, bytes]:
     return found
 
 
-def imagenet_arguments(folder: Path) -> list[object]:
-    return [
-        "--train", folder / "ILSVRC2012_img_train.tar", "--val", folder / "ILSVRC2012_img_val.tar",
-        "--devkit", folder / "ILSVRC2012_devkit_t12.tar.gz",
-    ]  # fmt: skip
-
-
-def imagenet_source(folder: Path) -> ImageNet:
-    return ImageNet(
-        folder / "ILSVRC2012_img_train.tar", folder / "ILSVRC2012_img_val.tar", folder / "ILSVRC2012_devkit_t12.tar.gz"
-    )
-
-
+@pytest.mark.process
 def test_imagenet(tmp_path: Path) -> None:
     images = imagenet(tmp_path / "published")
     output = tmp_path / "shards"
-    said = script(
+    said = data_prep(
         "imagenet", *imagenet_arguments(tmp_path / "published"), "--output", output, "--samples-per-shard", 5,
         "--processes", 2,
     )  # fmt: skip
@@ -94,20 +84,21 @@ def test_imagenet(tmp_path: Path) -> None:
     for archive in manifest["archives"]:
         content = (tmp_path / "published" / archive["name"]).read_bytes()
         assert (archive["bytes"], archive["sha256"]) == (len(content), hashlib.sha256(content).hexdigest())
-    assert "no problems" in script("check", output, "--decode", "--processes", 2)
+    assert "no problems" in data_prep("check", output, "--decode", "--processes", 2)
     # all classes in the first shards: the shuffle is global, and repeatable
     first = [name for name in members(output, "train")][:20]
     assert len({name.split("_")[0] for name in first}) == 3
-    script("imagenet", *imagenet_arguments(tmp_path / "published"), "--output", tmp_path / "again",
+    data_prep("imagenet", *imagenet_arguments(tmp_path / "published"), "--output", tmp_path / "again",
            "--samples-per-shard", 5, "--processes", 1)  # fmt: skip
     for path in output.iterdir():
         assert (tmp_path / "again" / path.name).read_bytes() == path.read_bytes(), path.name
 
 
+@pytest.mark.process
 @pytest.mark.parametrize("kind", ["python", "binary"])
 def test_cifar10(tmp_path: Path, kind: str) -> None:
     data = cifar10(tmp_path)
-    script("cifar10", "--archive", tmp_path / f"cifar-10-{kind}.tar.gz", "--output", tmp_path / "shards")
+    data_prep("cifar10", "--archive", tmp_path / f"cifar-10-{kind}.tar.gz", "--output", tmp_path / "shards")
     for split, (pixels, labels) in data.items():
         found = members(tmp_path / "shards", split)
         assert len(found) == 2 * len(labels)
@@ -131,9 +122,10 @@ def test_a_pickle_that_runs_code_does_not(tmp_path: Path) -> None:
     assert not (tmp_path / "owned").exists()
 
 
+@pytest.mark.process
 def test_afhq_cat(tmp_path: Path) -> None:
     cats = afhq(tmp_path)
-    script("afhq_cat", "--archive", tmp_path / "afhq.zip", "--output", tmp_path / "shards", "--processes", 2)
+    data_prep("afhq_cat", "--archive", tmp_path / "afhq.zip", "--output", tmp_path / "shards", "--processes", 2)
     for split, count in (("train", 5), ("test", 2)):
         found = members(tmp_path / "shards", split)
         assert len(found) == 2 * count
@@ -143,6 +135,7 @@ def test_afhq_cat(tmp_path: Path) -> None:
                 assert found[f"{key}.jpg"] == content and found[f"{key}.cls"] == b"0"
 
 
+@pytest.mark.process
 @pytest.mark.parametrize("name", ["celeba_hq", "lsun_bedroom"])
 def test_folders_without_labels_resized(tmp_path: Path, name: str) -> None:
     folder = tmp_path / "images"
@@ -150,7 +143,7 @@ def test_folders_without_labels_resized(tmp_path: Path, name: str) -> None:
     pictures = {f"0/a/{i}": picture(i, 60, 90) for i in range(3)} | {"tall": picture(9, 100, 40)}
     for key, pixels in pictures.items():
         (folder / f"{key}.png").write_bytes(encode(pixels, "PNG"))
-    script(name, "--folder", folder, "--output", tmp_path / "shards", "--resize", 32, "--crop")
+    data_prep(name, "--folder", folder, "--output", tmp_path / "shards", "--resize", 32, "--crop")
     found = members(tmp_path / "shards", "train")
     assert sorted(found) == sorted(f"{key}.png" for key in pictures)
     for key, pixels in pictures.items():
@@ -184,6 +177,7 @@ def test_an_image_of_too_many_pixels_is_a_damaged_one(tmp_path: Path) -> None:
     assert Image.MAX_IMAGE_PIXELS is not None  # importing changes nothing for others
 
 
+@pytest.mark.process
 def test_image_folder_by_folders_and_by_table(tmp_path: Path) -> None:
     folder = tmp_path / "images"
     for split, count in (("train", 4), ("val", 2)):
@@ -191,7 +185,7 @@ def test_image_folder_by_folders_and_by_table(tmp_path: Path) -> None:
             (folder / split / name).mkdir(parents=True)
             for i in range(count):
                 (folder / split / name / f"x.{i}.jpeg").write_bytes(encode(picture(i)))
-    script("image_folder", "--folder", folder, "--output", tmp_path / "shards", "--resize", 24, "--quality", 90)
+    data_prep("image_folder", "--folder", folder, "--output", tmp_path / "shards", "--resize", 24, "--quality", 90)
     found = members(tmp_path / "shards", "val")
     assert sorted(found) == sorted(f"{n}/x_{i}.{e}" for n in ("cat", "dog") for i in range(2) for e in ("cls", "jpg"))
     assert found["dog/x_1.cls"] == b"1" and Image.open(io.BytesIO(found["cat/x_0.jpg"])).size == (30, 24)
@@ -200,12 +194,12 @@ def test_image_folder_by_folders_and_by_table(tmp_path: Path) -> None:
 
     table = tmp_path / "table.csv"
     table.write_text("path,label,split\ntrain/dog/x.1.jpeg,wolf,train\ntrain/cat/x.2.jpeg,lynx,test\n")
-    script("image_folder", "--folder", folder, "--csv", table, "--output", tmp_path / "table")
+    data_prep("image_folder", "--folder", folder, "--csv", table, "--output", tmp_path / "table")
     assert members(tmp_path / "table", "test")["train/cat/x_2.cls"] == b"0"
     assert members(tmp_path / "table", "train")["dog/x_1.jpg"] == (folder / "train/dog/x.1.jpeg").read_bytes()
     assert ShardIndex.load(tmp_path / "table").classes == ("lynx", "wolf")
     table.write_text("path,label\ntrain/dog/none.jpeg,wolf\n")
-    said = script("image_folder", "--folder", folder, "--csv", table, "--output", tmp_path / "no", status=2)
+    said = data_prep("image_folder", "--folder", folder, "--csv", table, "--output", tmp_path / "no", status=2)
     assert "table.csv, line 2: there is no" in said
     for rows, why in (
         ("train/dog/x.1.jpeg,wolf\n\ntrain/cat/x.2.jpeg,", r"line 4: train/cat/x\.2\.jpeg has no label, others have"),
@@ -232,9 +226,12 @@ def test_what_is_written_can_be_read(tmp_path: Path) -> None:
     assert (pixels.float().std(dim=(0, 2, 3, 4)) > 10).all()
 
 
+@pytest.mark.process
 def test_dry_run_writes_nothing(tmp_path: Path) -> None:
     imagenet(tmp_path / "published")
-    said = script("imagenet", *imagenet_arguments(tmp_path / "published"), "--output", tmp_path / "shards", "--dry-run")
+    said = data_prep(
+        "imagenet", *imagenet_arguments(tmp_path / "published"), "--output", tmp_path / "shards", "--dry-run"
+    )
     assert "train: 21 images" in said and "3 classes: n01440764 tench" in said and "nothing was written" in said
     assert not (tmp_path / "shards").exists()
 
@@ -247,6 +244,7 @@ def many(folder: Path, count: int) -> Path:
     return folder
 
 
+@pytest.mark.process
 @pytest.mark.parametrize("how,whom", [
     (signal.SIGINT, os.killpg), (signal.SIGKILL, os.killpg), (signal.SIGKILL, os.kill),
 ], ids=["interrupt", "kill", "kill the parent alone"])  # fmt: skip
@@ -278,7 +276,7 @@ def test_stopped_it_goes_on_where_it_was(
     assert 3 <= len(known) < 20
     with pytest.raises(PrepareError, match=r"was begun with other settings \(options\)"):
         prepare(ImageFolder(folder), Options(output, samples_per_shard=6, resize=100), quiet=True)
-    script("image_folder", *arguments)
+    data_prep("image_folder", *arguments)
     for path in (tmp_path / "whole").iterdir():
         assert (output / path.name).read_bytes() == path.read_bytes(), path.name
     assert all((output / name).stat().st_mtime_ns == kept[name] for name in known)
@@ -302,14 +300,15 @@ def test_two_preparations_do_not_write_to_one_folder(tmp_path: Path) -> None:
     assert sorted(p.name for p in output.iterdir()) == ["manifest.json", "train-000000.tar", "train.index.npz"]
 
 
+@pytest.mark.process
 def test_a_damaged_image_is_named_and_may_be_left_out(tmp_path: Path) -> None:
     folder = many(tmp_path / "images", 3)
     content = (folder / "a" / "1.png").read_bytes()
     (folder / "a" / "1.png").write_bytes(content[: len(content) // 2])
-    said = script("image_folder", "--folder", folder, "--output", tmp_path / "shards", status=2)
+    said = data_prep("image_folder", "--folder", folder, "--output", tmp_path / "shards", status=2)
     assert "a/1.png cannot be decoded" in said and "--skip-corrupt" in said
     assert not (tmp_path / "shards" / "manifest.json").exists()
-    said = script("image_folder", "--folder", folder, "--output", tmp_path / "new", "--skip-corrupt")
+    said = data_prep("image_folder", "--folder", folder, "--output", tmp_path / "new", "--skip-corrupt")
     assert "1 damaged images left out" in said
     manifest = json.loads((tmp_path / "new" / "manifest.json").read_text())
     assert manifest["skipped"] == {"train": ["a/1"]} and manifest["splits"]["train"]["samples"] == 5
@@ -330,6 +329,7 @@ def test_an_error_does_not_wait_for_the_archives_hash(tmp_path: Path) -> None:
     assert time.monotonic() - began < 10
 
 
+@pytest.mark.process
 def test_what_is_left_out_is_counted_by_split(tmp_path: Path) -> None:
     """Keys may be the same in two splits."""
     for split in ("train", "val"):
@@ -407,20 +407,24 @@ def test_a_cat_damaged_in_its_zip_may_be_left_out(tmp_path: Path) -> None:
     assert json.loads((tmp_path / "new" / "manifest.json").read_text())["skipped"] == {"train": ["flickr_cat_000002"]}
 
 
+@pytest.mark.process
 def test_check_finds_what_changed(tmp_path: Path) -> None:
     folder = many(tmp_path / "images", 3)
     output = tmp_path / "shards"
-    script("image_folder", "--folder", folder, "--output", output, "--samples-per-shard", 2)
+    data_prep("image_folder", "--folder", folder, "--output", output, "--samples-per-shard", 2)
     path = output / "train-000001.tar"
     content = bytearray(path.read_bytes())
     content[700] ^= 1
     path.write_bytes(content)
-    assert script("check", output, status=1).splitlines()[0] == f"{path}: its SHA-256 is not the one in manifest.json"
+    assert (
+        data_prep("check", output, status=1).splitlines()[0] == f"{path}: its SHA-256 is not the one in manifest.json"
+    )
     path.write_bytes(content[:-512])
-    assert f"{path} has" in script("check", output, status=2)
-    assert "has no manifest.json" in script("check", folder, status=2)
+    assert f"{path} has" in data_prep("check", output, status=2)
+    assert "has no manifest.json" in data_prep("check", folder, status=2)
 
 
+@pytest.mark.process
 def test_check_finds_an_index_of_other_shards(tmp_path: Path) -> None:
     """Shards and index as the manifest says, but not of each other."""
     output = tmp_path / "shards"
@@ -507,6 +511,7 @@ def test_no_space_is_said_before_any_work(tmp_path: Path, monkeypatch: pytest.Mo
     assert not list((tmp_path / "shards").glob("*.tar"))
 
 
+@pytest.mark.process
 def test_what_is_complete_is_left_alone_and_checked(tmp_path: Path) -> None:
     folder = many(tmp_path / "images", 2)
     prepare(ImageFolder(folder), Options(tmp_path / "shards"), quiet=True)

@@ -18,7 +18,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
-from published import imagenet
+
+from tests.helpers.published import imagenet
 
 ROOT = Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text()
@@ -119,6 +120,7 @@ def shell(command: list[str], folder: Path) -> str:
     return done.stdout
 
 
+@pytest.mark.process
 def test_the_commands_run_in_their_order(checkout: Path) -> None:
     for command in commands():
         start = listed(command, RUN | ELSEWHERE)

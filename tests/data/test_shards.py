@@ -42,6 +42,7 @@ from lzn_dist.data import (
 from lzn_dist.data.index import sample_of, scan_tar
 from lzn_dist.data.prepare import check
 from lzn_dist.data.shards import _Ahead, check_divisible
+from tests.helpers.messy import damage
 
 TRAIN = 1437
 
@@ -254,6 +255,7 @@ def test_epochs(index: ShardIndex, global_batch: int) -> None:
     assert [batches.batch(k).epoch for k in (0, n - 1, n)] == [0, 0, 1]
 
 
+@pytest.mark.process
 @pytest.mark.parametrize("workers", [0, 2])
 @pytest.mark.parametrize("cache_decoded", [False, True])
 def test_iterate_is_batch_from_any_step(index: ShardIndex, workers: int, cache_decoded: bool) -> None:
@@ -277,6 +279,7 @@ def test_leaving_early_ends_the_thread_and_changes_nothing(index: ShardIndex) ->
     assert_equal(next(batches.iterate(1, 1000)), stream(index).batch(1))
 
 
+@pytest.mark.process
 @pytest.mark.parametrize("workers", [0, 1])
 def test_a_wait_for_data_can_be_interrupted_and_is_told(
     index: ShardIndex, workers: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
@@ -295,6 +298,7 @@ def test_a_wait_for_data_can_be_interrupted_and_is_told(
     release.set()
 
 
+@pytest.mark.process
 @pytest.mark.parametrize("when", ["between two batches", "while a batch is handed over"])
 def test_a_loader_process_that_ends_is_an_error(index: ShardIndex, when: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """At the batch that is missing, and nowhere else: not in what the process does when it happens."""
@@ -317,6 +321,7 @@ def test_a_loader_process_that_ends_is_an_error(index: ShardIndex, when: str, mo
             next(batches)
 
 
+@pytest.mark.process
 def test_loaders_work_under_a_long_temporary_folder(
     index: ShardIndex, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -399,6 +404,7 @@ def test_missing_shards(tmp_path: Path, digits: Path) -> None:
         ShardIndex.load(folder)
 
 
+@pytest.mark.process
 def test_truncated_shard_and_wrong_hash(tmp_path: Path, digits: Path) -> None:
     folder = Path(shutil.copytree(digits, tmp_path / "digits"))
     path = folder / "train-000001.tar"
@@ -431,16 +437,7 @@ def test_a_damaged_header_is_not_the_end_of_a_shard(header: int, tmp_path: Path,
         ShardIndex.load(folder)
 
 
-def damage(folder: Path, extension: str, row: int, split_name: str = "train") -> str:
-    """Overwrite a member of a sample; returns what messages call the sample."""
-    split = ShardIndex.load(folder).split(split_name)
-    offset, size = split.offsets[extension][row].tolist()
-    with open(folder / split.shard_of(row).name, "r+b") as file:
-        file.seek(offset)
-        file.write(b"?" * size)
-    return f"{folder}/{split.shard_of(row).name}: sample {split.key(row)}"
-
-
+@pytest.mark.process
 @pytest.mark.parametrize("workers", [0, 1])
 @pytest.mark.parametrize("extension,what", [("png", "not a whole image"), ("cls", r"its label is b'\?'")])
 @pytest.mark.parametrize("cache_decoded", [False, True])
@@ -536,6 +533,7 @@ def test_views_that_differ_are_not_kept(index: ShardIndex) -> None:
         make_dataset(index, reading=RandomResizedCrops(8, 0), cache_decoded=True)
 
 
+@pytest.mark.process
 @pytest.mark.parametrize("world_size,workers,streams", [(2, 0, 4), (1, 2, 4), (4, 1, 4), (2, 3, 1)])
 def test_random_crops_are_the_same_on_any_ranks_and_workers(
     index: ShardIndex, world_size: int, workers: int, streams: int

@@ -12,10 +12,8 @@ import json
 import multiprocessing
 import os
 import shutil
-import socket
 import stat
 import subprocess
-import sys
 import tempfile
 import threading
 import time
@@ -28,31 +26,12 @@ import fsspec
 import numpy as np
 import pytest
 import torch
-from range_server import serve
 
 from lzn_dist.data import BatchStream, Exact, SampleOrder, ShardedDataset, ShardIndex
 from lzn_dist.data import index as index_module
 from lzn_dist.data import storage as storage_module
 from lzn_dist.data.storage import RemoteError, RemoteStorage
-
-SERVER = Path(__file__).parent / "range_server.py"
-
-
-def free_port() -> int:
-    with socket.socket() as found:
-        found.bind(("127.0.0.1", 0))
-        return int(found.getsockname()[1])
-
-
-def start_server(folder: Path, port: int, log: Path) -> subprocess.Popen[bytes]:
-    process = subprocess.Popen([sys.executable, str(SERVER), str(folder), str(port), str(log)])
-    while True:
-        assert process.poll() is None
-        try:
-            socket.create_connection(("127.0.0.1", port), timeout=1).close()
-            return process
-        except OSError:
-            time.sleep(0.02)
+from tests.helpers.range_server import free_port, serve, start_server
 
 
 def start_mute(folder: Path, mute: threading.Event) -> str:
@@ -75,10 +54,10 @@ def start_mute(folder: Path, mute: threading.Event) -> str:
 def server(digits: Path, tmp_path: Path) -> Iterator[tuple[str, Path]]:
     """The digits' URL, and the log of requests."""
     log = tmp_path / "requests.log"
-    process = start_server(digits, port := free_port(), log)
-    yield f"http://127.0.0.1:{port}", log
-    process.kill()
-    process.wait()
+    running = serve(digits, 0, log)
+    threading.Thread(target=running.serve_forever, daemon=True).start()
+    yield f"http://127.0.0.1:{running.server_port}", log
+    running.shutdown()
 
 
 def stream(index: ShardIndex, workers: int = 0, rank: int = 0, world_size: int = 1) -> BatchStream:
@@ -97,7 +76,7 @@ def small_blocks(monkeypatch: pytest.MonkeyPatch) -> int:
     return 16_384
 
 
-@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("workers", [0, pytest.param(2, marks=pytest.mark.process)])
 def test_the_same_batches_as_from_the_folder(
     server: tuple[str, Path], index: ShardIndex, tmp_path: Path, workers: int, small_blocks: int
 ) -> None:
@@ -136,6 +115,7 @@ def test_only_what_is_needed_is_fetched(server: tuple[str, Path], tmp_path: Path
     assert len(found) < sum(-(-shard.bytes // small_blocks) for shard in table.shards)
 
 
+@pytest.mark.process
 def test_a_server_that_dies_and_comes_back(
     digits: Path, index: ShardIndex, tmp_path: Path, small_blocks: int, capfd: pytest.CaptureFixture[str]
 ) -> None:
@@ -240,6 +220,7 @@ def test_a_full_disk_is_no_lost_server(
     assert time.monotonic() - began < 30
 
 
+@pytest.mark.process
 def test_a_forked_worker_leaves_its_parents_connections_alone(server: tuple[str, Path], tmp_path: Path) -> None:
     """A worker that closed them would take them from the event queue which it shares with its parent."""
     storage = ShardIndex.load(server[0], tmp_path / "cache").storage

@@ -11,7 +11,6 @@ from pathlib import Path
 
 import torch
 from accelerate import PartialState
-from launching import ROOT, SMALL
 from torch import Tensor
 
 from lzn_dist.config import load_config
@@ -22,6 +21,7 @@ from lzn_dist.evaluation.inception import InceptionOutput
 from lzn_dist.evaluation.linear_probe import ProbeSettings, published_probe
 from lzn_dist.model import LZN
 from lzn_dist.networks import build_networks
+from tests.helpers.launching import ROOT, SMALL
 
 CELLS = [
     ("joint", []), ("generation", ["objective=rectified_flow"]),

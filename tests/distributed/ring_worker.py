@@ -14,11 +14,9 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "zones"))
-from cases import Batch, make
-
 from lzn_dist.distributed.ring import RingField, ring_field
 from lzn_dist.zones import align, alignment_loss, compute_latents, velocity
+from tests.helpers.zone_cases import Batch, make
 
 
 @dataclass(frozen=True)

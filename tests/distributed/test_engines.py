@@ -11,7 +11,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from launching import ROOT, SMALL, accelerate
+
+from tests.helpers.launching import ROOT, SMALL, accelerate
+
+pytestmark = pytest.mark.process
 
 WORKER = Path(__file__).with_name("verify_worker.py")
 Cell = dict[str, Any]

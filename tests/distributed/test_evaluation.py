@@ -6,10 +6,10 @@ import json
 from pathlib import Path
 
 import pytest
-from launching import accelerate
 
 from lzn_dist.data import write_digits
 from lzn_dist.distributed.spread import once, spread
+from tests.helpers.launching import accelerate
 
 WORKER = Path(__file__).with_name("evaluation_worker.py")
 
@@ -21,6 +21,7 @@ def test_spread_keeps_the_order_and_raises_what_is_raised() -> None:
     assert once(lambda: "once") == "once"
 
 
+@pytest.mark.process
 def test_one_two_and_four_ranks_measure_the_same(tmp_path: Path) -> None:
     shards = write_digits(tmp_path / "digits")
     found = []

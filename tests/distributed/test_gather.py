@@ -9,12 +9,12 @@ from pathlib import Path
 import pytest
 import torch
 
-sys.path.insert(0, str(Path(__file__).parent))
-from worker import uneven_objective
+from tests.distributed.worker import uneven_objective
 
 WORKER = Path(__file__).with_name("worker.py")
 
 
+@pytest.mark.process
 @pytest.mark.parametrize("world", [2, 4])
 def test_uneven_shares_give_the_gradients_of_one_process(world: int, tmp_path: Path) -> None:
     subprocess.run(

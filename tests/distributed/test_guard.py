@@ -57,6 +57,7 @@ def test_what_is_ignored_at_the_start_stays_ignored(number: signal.Signals) -> N
         signal.signal(number, before)
 
 
+@pytest.mark.process
 def test_a_second_interrupt_ends_a_process_that_hears_nothing(tmp_path: Path) -> None:
     """It waits in C with the signals' Python handlers held back, as in a collective; not so the launcher's own repeat
     of the first. The last words may hang, too."""
@@ -82,6 +83,7 @@ def test_a_second_interrupt_ends_a_process_that_hears_nothing(tmp_path: Path) ->
             process.kill()
 
 
+@pytest.mark.process
 def test_a_process_ends_with_its_launcher(tmp_path: Path) -> None:
     """A launcher that is killed, or ends without a word to its process: SIGTERM, as from one that passes it on."""
     program = (
@@ -115,6 +117,7 @@ def test_a_long_step_is_reported_once_and_time_between_steps_is_not(capfd: pytes
     assert "step 7 has taken over 0.2 s" in said[0] and "rank 0" in said[0] and "'decode'" in said[0]
 
 
+@pytest.mark.process
 def test_the_rank_that_is_behind_is_named(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=3", str(WORKER)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=200)

@@ -14,11 +14,11 @@ import pytest
 import torch
 from torch import Tensor
 
-sys.path.insert(0, str(Path(__file__).parent))
-from ring_worker import AGAIN, CASES, run, starts
-
 from lzn_dist.distributed.ring import ring_field
 from lzn_dist.zones import align
+from tests.distributed.ring_worker import AGAIN, CASES, run, starts
+
+pytestmark = pytest.mark.process
 
 WORKER = Path(__file__).with_name("ring_worker.py")
 

@@ -17,7 +17,6 @@ from typing import Any
 from unittest.mock import patch
 
 import torch
-from launching import ROOT, SMALL
 from torch import Tensor
 
 from lzn_dist.config import load_config
@@ -26,6 +25,7 @@ from lzn_dist.distributed.anchors import _GatherAnchors
 from lzn_dist.distributed.launch import Launch, build_accelerator
 from lzn_dist.distributed.zero import ZeroEngine
 from lzn_dist.verify import verify
+from tests.helpers.launching import ROOT, SMALL
 
 
 @contextmanager

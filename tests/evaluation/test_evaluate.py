@@ -4,10 +4,10 @@ import re
 from pathlib import Path
 
 import pytest
-from test_report import tiny
 
 from lzn_dist import evaluate
 from lzn_dist.data import CorruptSampleError
+from tests.helpers.hand_made import tiny
 
 
 def test_a_missing_run_is_one_clear_error(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -26,10 +26,10 @@ def test_overrides_are_of_what_evaluation_may_change(tmp_path: Path, capsys: pyt
 
 
 def test_table_and_json_tell_the_same(
-    tmp_path: Path, digits_folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, digits: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(evaluate, "shared_checkpoint", lambda named, held: named)
-    monkeypatch.setattr(evaluate, "load", lambda path: tiny("joint", digits_folder))
+    monkeypatch.setattr(evaluate, "load", lambda path: tiny("joint", digits))
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     assert (
         evaluate.main(
@@ -65,11 +65,11 @@ def test_table_and_json_tell_the_same(
     ],
 )
 def test_a_probe_that_cannot_be_is_refused_before_anything_is_measured(
-    task: str, objective: str, batch: int, says: str, tmp_path: Path, digits_folder: Path,
+    task: str, objective: str, batch: int, says: str, tmp_path: Path, digits: Path,
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],
 ) -> None:  # fmt: skip
     monkeypatch.setattr(evaluate, "shared_checkpoint", lambda named, held: named)
-    monkeypatch.setattr(evaluate, "load", lambda path: tiny(task, digits_folder, objective))
+    monkeypatch.setattr(evaluate, "load", lambda path: tiny(task, digits, objective))
     monkeypatch.setattr(evaluate, "evaluate_model", lambda *args, **more: pytest.fail("measured"))
     assert evaluate.main([str(tmp_path), "--probe-epochs", "1", "--probe-batch", str(batch)]) == 2
     error = capsys.readouterr().err
@@ -85,14 +85,14 @@ def test_a_probe_that_cannot_be_is_refused_before_anything_is_measured(
     ],
 )
 def test_data_that_fails_is_one_line(
-    error: Exception, status: int, tmp_path: Path, digits_folder: Path,
+    error: Exception, status: int, tmp_path: Path, digits: Path,
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],
 ) -> None:  # fmt: skip
     def fail(*args: object, **more: object) -> None:
         raise error
 
     monkeypatch.setattr(evaluate, "shared_checkpoint", lambda named, held: named)
-    monkeypatch.setattr(evaluate, "load", lambda path: tiny("joint", digits_folder))
+    monkeypatch.setattr(evaluate, "load", lambda path: tiny("joint", digits))
     monkeypatch.setattr(evaluate, "evaluate_model", fail)
     assert evaluate.main([str(tmp_path)]) == status
     assert capsys.readouterr().err == f"error: {error}\n" and not (tmp_path / "evaluation.json").exists()

@@ -7,7 +7,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from test_report import tiny
 from torch import Tensor
 
 from lzn_dist.config import override
@@ -15,6 +14,7 @@ from lzn_dist.evaluation import EvaluationData
 from lzn_dist.evaluation.distribution import Moments, frechet_distance_of, inception_score, precision_recall
 from lzn_dist.evaluation.fid import fid_values, real_statistics, sampled_statistics
 from lzn_dist.evaluation.inception import InceptionOutput
+from tests.helpers.hand_made import tiny
 
 
 class Projection:
@@ -31,8 +31,8 @@ class Projection:
         return InceptionOutput(pool.numpy(), spatial.numpy(), logits.softmax(1).numpy())
 
 
-def test_values_are_those_of_all_features_at_once(digits_folder: Path, tmp_path: Path) -> None:
-    model = tiny("joint", digits_folder)
+def test_values_are_those_of_all_features_at_once(digits: Path, tmp_path: Path) -> None:
+    model = tiny("joint", digits)
     data, network = EvaluationData(model.config), Projection()
     values = fid_values(model, data, network, weights="w", cache=tmp_path, samples=530, seeds=[3, 4])
     assert network.seen == 1437 + 2 * 530
@@ -52,8 +52,8 @@ def test_values_are_those_of_all_features_at_once(digits_folder: Path, tmp_path:
     assert values["fid_real_images"] == 1437 and values["fid_seeds"] == 2
 
 
-def test_real_images_are_looked_at_once(digits_folder: Path, tmp_path: Path) -> None:
-    model = tiny("generation", digits_folder)
+def test_real_images_are_looked_at_once(digits: Path, tmp_path: Path) -> None:
+    model = tiny("generation", digits)
     data, network = EvaluationData(model.config), Projection()
     first = real_statistics(data, network, "w", tmp_path)
     again = real_statistics(data, network, "w", tmp_path)
@@ -66,9 +66,9 @@ def test_real_images_are_looked_at_once(digits_folder: Path, tmp_path: Path) -> 
     assert network.seen == 2 * 1437 and len(list(tmp_path.iterdir())) == 2
 
 
-def test_statistics_of_shards_without_a_manifest_are_not_kept(digits_folder: Path, tmp_path: Path) -> None:
+def test_statistics_of_shards_without_a_manifest_are_not_kept(digits: Path, tmp_path: Path) -> None:
     (tmp_path / "shards").mkdir()
-    for shard in digits_folder.glob("*.tar"):
+    for shard in digits.glob("*.tar"):
         (tmp_path / "shards" / shard.name).symlink_to(shard)
     model, network = tiny("generation", tmp_path / "shards"), Projection()
     model.config = override(model.config, ["data.embedded=none"])
@@ -77,14 +77,12 @@ def test_statistics_of_shards_without_a_manifest_are_not_kept(digits_folder: Pat
     assert network.seen == 2 * 1437 and not (tmp_path / "cache").exists()
 
 
-def test_a_save_that_fails_leaves_no_statistics(
-    digits_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_save_that_fails_leaves_no_statistics(digits: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def stop(file: object, **arrays: object) -> None:
         file.write(b"half")  # type: ignore[attr-defined]
         raise OSError("disk full")
 
-    data = EvaluationData(tiny("generation", digits_folder).config)
+    data = EvaluationData(tiny("generation", digits).config)
     with monkeypatch.context() as patch:
         patch.setattr(np, "savez", stop)
         with pytest.raises(OSError, match="disk full"):
@@ -94,8 +92,8 @@ def test_a_save_that_fails_leaves_no_statistics(
     assert network.seen == 1437
 
 
-def test_a_single_sample_in_the_last_batch_counts(digits_folder: Path) -> None:
-    model, network = tiny("generation", digits_folder), Projection()
+def test_a_single_sample_in_the_last_batch_counts(digits: Path) -> None:
+    model, network = tiny("generation", digits), Projection()
     found = sampled_statistics(model, network, 513, seed=0)
     whole = Projection()(model.generate(513))
     assert found.pool.count == 513 and np.array_equal(found.first, whole.pool)

@@ -7,7 +7,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from test_report import tiny
 
 from lzn_dist import evaluate
 from lzn_dist.config import ConfigError, override
@@ -15,6 +14,7 @@ from lzn_dist.evaluation import EvaluationData, evaluate_model
 from lzn_dist.evaluation.data import Unmeasurable
 from lzn_dist.evaluation.probe import FeatureSet, few_label_probe, knn_accuracy, linear_probe
 from lzn_dist.model import LZN
+from tests.helpers.hand_made import tiny
 
 
 def of_split(task: str, digits: Path, folder: Path, held_out: str) -> LZN:
@@ -30,8 +30,8 @@ def of_split(task: str, digits: Path, folder: Path, held_out: str) -> LZN:
 
 
 @pytest.mark.parametrize("task", ["joint", "representation", "generation"])
-def test_without_held_out_images_their_measures_are_left_out(task: str, digits_folder: Path, tmp_path: Path) -> None:
-    model = of_split(task, digits_folder, tmp_path / "data", "")
+def test_without_held_out_images_their_measures_are_left_out(task: str, digits: Path, tmp_path: Path) -> None:
+    model = of_split(task, digits, tmp_path / "data", "")
     data = EvaluationData(model.config)
     assert data.measured_on == {"split": "train", "images": 1437, "held_out": False}
     left_out: dict[str, str] = {}
@@ -50,15 +50,15 @@ def test_without_held_out_images_their_measures_are_left_out(task: str, digits_f
 
 
 @pytest.mark.parametrize("name", ["validation", "Test", "dev"])
-def test_held_out_splits_by_other_names_are_found(name: str, digits_folder: Path, tmp_path: Path) -> None:
-    model = of_split("representation", digits_folder, tmp_path / "data", name)
+def test_held_out_splits_by_other_names_are_found(name: str, digits: Path, tmp_path: Path) -> None:
+    model = of_split("representation", digits, tmp_path / "data", name)
     data = EvaluationData(model.config)
     assert data.measured_on == {"split": name, "images": 300, "held_out": True}
     assert set(evaluate_model(model, data=data, quick=True)) >= {"knn", "probe_10_labels"}
 
 
-def test_a_split_that_is_not_there_is_refused(digits_folder: Path) -> None:
-    model = tiny("joint", digits_folder)
+def test_a_split_that_is_not_there_is_refused(digits: Path) -> None:
+    model = tiny("joint", digits)
     with pytest.raises(ConfigError, match=r"evaluation\.split=holdout: .* but test, train"):
         EvaluationData(override(model.config, ["evaluation.split=holdout"]))
 
@@ -83,10 +83,10 @@ def test_what_cannot_be_computed_says_why() -> None:
 
 
 def test_results_are_printed_where_they_cannot_be_written(
-    digits_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    digits: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(evaluate, "shared_checkpoint", lambda named, held: named)
-    monkeypatch.setattr(evaluate, "load", lambda path: tiny("joint", digits_folder))
+    monkeypatch.setattr(evaluate, "load", lambda path: tiny("joint", digits))
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     (tmp_path / "file").touch()
     arguments = [str(tmp_path), "--quick", "--no-figures", "evaluation.samples_per_class=1", "--output"]
@@ -103,7 +103,7 @@ def test_results_are_printed_where_they_cannot_be_written(
     assert "accuracy_centre" in told.out and f"No space left on device: {tmp_path}/out/evaluation.json" in told.err
     monkeypatch.undo()
     monkeypatch.setattr(evaluate, "shared_checkpoint", lambda named, held: named)
-    monkeypatch.setattr(evaluate, "load", lambda path: tiny("joint", digits_folder))
+    monkeypatch.setattr(evaluate, "load", lambda path: tiny("joint", digits))
     monkeypatch.setattr(evaluate, "write_figures", full)
     del arguments[2]
     assert evaluate.main([*arguments, str(tmp_path / "out")]) == 0
@@ -112,9 +112,9 @@ def test_results_are_printed_where_they_cannot_be_written(
 
 
 def test_the_published_probe_needs_held_out_images_too(
-    digits_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    digits: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    model = of_split("representation", digits_folder, tmp_path / "data", "")
+    model = of_split("representation", digits, tmp_path / "data", "")
     monkeypatch.setattr(evaluate, "shared_checkpoint", lambda named, held: named)
     monkeypatch.setattr(evaluate, "load", lambda path: model)
     monkeypatch.setenv("OMP_NUM_THREADS", "1")

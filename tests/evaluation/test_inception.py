@@ -110,6 +110,7 @@ def torch_fidelity_at_hand(monkeypatch: pytest.MonkeyPatch) -> None:
             setattr(sys.modules[parent], child, module)
 
 
+@pytest.mark.process
 @pytest.mark.timeout(300)
 @pytest.mark.usefixtures("torch_fidelity_at_hand")
 def test_features_and_measures_equal_torch_fidelity(tmp_path: Path) -> None:

@@ -7,17 +7,17 @@ from pathlib import Path
 
 import pytest
 import torch
-from test_report import tiny
 
 from lzn_dist.config import ConfigError, override
 from lzn_dist.data import ShardIndex
 from lzn_dist.data.storage import RemoteError
 from lzn_dist.evaluation import EvaluationData, linear_probe
 from lzn_dist.evaluation.linear_probe import ProbeSettings, published_probe
+from tests.helpers.hand_made import tiny
 
 
-def test_it_learns_and_a_stopped_probe_goes_on_exactly(digits_folder: Path, tmp_path: Path) -> None:
-    model = tiny("representation", digits_folder)
+def test_it_learns_and_a_stopped_probe_goes_on_exactly(digits: Path, tmp_path: Path) -> None:
+    model = tiny("representation", digits)
     data = EvaluationData(model.config)
     losses: list[float] = []
     settings = ProbeSettings(epochs=3, batch=128, lr=3e-2)
@@ -41,9 +41,9 @@ def test_it_learns_and_a_stopped_probe_goes_on_exactly(digits_folder: Path, tmp_
 
 
 def test_damage_is_told_and_bounded_and_what_another_rank_cannot_read_ends_this_one(
-    digits_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+    digits: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    folder = Path(shutil.copytree(digits_folder, tmp_path / "digits"))
+    folder = Path(shutil.copytree(digits, tmp_path / "digits"))
     with open(folder / "train-000000.tar", "r+b") as file:
         for offset, size in ShardIndex.load(folder).split("train").offsets["png"][:3].tolist():
             file.seek(offset)
@@ -62,7 +62,7 @@ def test_damage_is_told_and_bounded_and_what_another_rank_cannot_read_ends_this_
         published_probe(model, EvaluationData(model.config), settings, tmp_path / "lost")
 
 
-def test_too_large_a_batch_is_refused(digits_folder: Path, tmp_path: Path) -> None:
-    model = tiny("representation", digits_folder)
+def test_too_large_a_batch_is_refused(digits: Path, tmp_path: Path) -> None:
+    model = tiny("representation", digits)
     with pytest.raises(ConfigError, match="linear probe: "):
         published_probe(model, EvaluationData(model.config), ProbeSettings(batch=8192), tmp_path)

@@ -4,7 +4,6 @@ import numpy as np
 import pytest
 import scipy.linalg
 import torch
-from hand_made import CLASSES, class_images
 
 from lzn_dist.data import EvaluationBatch
 from lzn_dist.evaluation.accuracy import Proportion, classification_accuracy
@@ -12,6 +11,7 @@ from lzn_dist.evaluation.frechet import DigitClassifier, frechet_distance
 from lzn_dist.evaluation.generation import balanced_labels, disagreement, image_errors, interpolate, recognised, slerp
 from lzn_dist.evaluation.probe import FeatureSet, few_label_probe, knn_accuracy, linear_probe
 from lzn_dist.model import LZN
+from tests.helpers.hand_made import CLASSES, class_images
 
 
 def random_covariance(seed: int, d: int) -> np.ndarray:

@@ -2,13 +2,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from hand_made import CLASSES, DIM, class_images, hand_made
 
 from lzn_dist import model as model_module
 from lzn_dist.config import load_config, override
 from lzn_dist.data import ShardedDataset, ShardIndex, whole_images
 from lzn_dist.model import LZN, MissingCapability
 from lzn_dist.networks import build_networks
+from tests.helpers.hand_made import CLASSES, DIM, class_images, hand_made
 
 ROOT = Path(__file__).parents[2]
 SIZES = ["encoder.channels=8", "decoder.channels=8", "latent.dim=8", "flow.sampler_steps=2"]
@@ -29,12 +29,12 @@ def test_rows_that_fill_up_a_batch_are_the_first_images(joint: LZN) -> None:
     assert joint._filled(images, batches[1][0])[:, 0].tolist() == [8, 9, 10, 0, 1, 2, 3, 4]
 
 
-def test_a_single_image_is_seen_beside_training_images(joint: LZN, digits_folder: Path, tmp_path: Path) -> None:
+def test_a_single_image_is_seen_beside_training_images(joint: LZN, digits: Path, tmp_path: Path) -> None:
     """By itself an image would have the whole space as its zone, and the same centre as any other."""
     images = class_images(torch.arange(CLASSES))
-    joint.config = override(joint.config, [f"data.shards={digits_folder}"])
+    joint.config = override(joint.config, [f"data.shards={digits}"])
     assert [int(joint.classify(image[None])) for image in images] == [0, 1, 2, 3]
-    others = ShardIndex.load(digits_folder)
+    others = ShardIndex.load(digits)
     first = ShardedDataset(others, "train", 1, whole_images(8)).fixed_batches(8)[0].images
     latents = joint.latents(torch.cat((images[:1], first[:7])), 0.0)
     seen = []

@@ -5,17 +5,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from hand_made import CLASSES, class_images
 from PIL import Image
 
-from lzn_dist.config import Config, ConfigError, override
+from lzn_dist.config import ConfigError, override
 from lzn_dist.evaluation import EvaluationData, evaluate_model, figures, report
 from lzn_dist.evaluation import data as report_data
 from lzn_dist.evaluation.frechet import frechet_distance
 from lzn_dist.evaluation.report import generation_values, health_values
 from lzn_dist.evaluation.zone_figure import toy_anchors, toy_zone_figure, trajectories, zone_figure, zone_of
-from lzn_dist.model import LZN
-from lzn_dist.networks import build_networks
+from tests.helpers.hand_made import CLASSES, class_images, tiny
 
 
 def pixels_of(path: Path) -> np.ndarray:
@@ -76,22 +74,6 @@ def test_training_curves(tmp_path: Path) -> None:
     assert drawn(figures.training_curves(tmp_path, tmp_path / "t.png"))
 
 
-def tiny(task: str, folder: Path, objective: str = "lzn", by_class: bool = False) -> LZN:
-    config = Config.model_validate(
-        {
-            "task": task, "objective": objective, "output_dir": "unused", "max_steps": 1,
-            "data": {"shards": str(folder), "embedded": "digits"},
-            "latent": {"dim": 8, "steps": 4},
-            "encoder": {"channels": 32, "channel_multipliers": (1,)},
-            "decoder": {"channels": 32, "channel_multipliers": (1,), "class_conditional": by_class},
-            "evaluation": {"batch": 200, "samples_per_class": 2, "alignment_steps": 10, "noise_scales": (0.0, 0.5)},
-            "flow": {"sampler_steps": 2},
-        }
-    )  # fmt: skip
-    torch.manual_seed(0)
-    return LZN(build_networks(config), config, step=1)
-
-
 HEALTH = {
     f"zones.{key}"
     for key in ("entropy", "effective_anchors", "mean", "variance", "correlation", "kurtosis", "normality_p",
@@ -109,8 +91,8 @@ JOINT = {
 
 
 @pytest.mark.parametrize("task", ["joint", "generation", "representation"])
-def test_what_is_measured_of_each_task(task: str, digits_folder: Path, tmp_path: Path) -> None:
-    model = tiny(task, digits_folder)
+def test_what_is_measured_of_each_task(task: str, digits: Path, tmp_path: Path) -> None:
+    model = tiny(task, digits)
     data = EvaluationData(model.config)
     values = evaluate_model(model, tmp_path, data=data)
     expected = {
@@ -154,9 +136,9 @@ CLASSIFIER = {"accuracy", "accuracy_low", "accuracy_high"}
 )  # fmt: skip
 def test_what_is_measured_of_baselines(
     task: str, objective: str, by_class: bool, measured: set[str], pictures: set[str],
-    digits_folder: Path, tmp_path: Path,
+    digits: Path, tmp_path: Path,
 ) -> None:  # fmt: skip
-    model = tiny(task, digits_folder, objective, by_class)
+    model = tiny(task, digits, objective, by_class)
     values = evaluate_model(model, tmp_path)
     assert {key for key in values if not key.startswith(("untrained.", "pixels."))} == measured
     assert all(np.isfinite(value) for value in values.values())
@@ -167,8 +149,8 @@ def test_what_is_measured_of_baselines(
         assert values["accuracy"] < 0.4  # untrained
 
 
-def test_data_holds_every_image_once(digits_folder: Path) -> None:
-    data = EvaluationData(tiny("joint", digits_folder).config)
+def test_data_holds_every_image_once(digits: Path) -> None:
+    data = EvaluationData(tiny("joint", digits).config)
     assert data.train.images.shape == (1437, 1, 8, 8) and data.test.images.shape == (360, 1, 8, 8)
     assert data.class_frequencies.sum().item() == pytest.approx(1.0)
     assert torch.bincount(data.test.labels).min() >= 33
@@ -178,8 +160,8 @@ def test_data_holds_every_image_once(digits_folder: Path) -> None:
     assert np.array_equal(features, data.test.pixels) and np.array_equal(labels, data.test.labels.numpy())
 
 
-def test_shards_without_labels_are_not_probed(digits_folder: Path) -> None:
-    model = tiny("representation", digits_folder)
+def test_shards_without_labels_are_not_probed(digits: Path) -> None:
+    model = tiny("representation", digits)
     data = EvaluationData(model.config)
     assert data.labelled
     unlabelled = {
@@ -191,18 +173,16 @@ def test_shards_without_labels_are_not_probed(digits_folder: Path) -> None:
     assert set(evaluate_model(model, None, data=data)) == HEALTH
 
 
-def test_features_of_a_large_split_are_those_of_its_first_images(
-    digits_folder: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_features_of_a_large_split_are_those_of_its_first_images(digits: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(report_data, "IN_MEMORY", 250)  # batches have 200
-    data = EvaluationData(tiny("joint", digits_folder).config)
+    data = EvaluationData(tiny("joint", digits).config)
     seen: list[int] = []
     features, labels = data.features("train", lambda images: (seen.append(len(images)), images.flatten(1))[1])
     assert features.shape == (250, 64) and len(labels) == 250 and seen == [200, 200]
 
 
-def test_frechet_distances_are_to_held_out_images(digits_folder: Path) -> None:
-    model = tiny("generation", digits_folder, "rectified_flow")
+def test_frechet_distances_are_to_held_out_images(digits: Path) -> None:
+    model = tiny("generation", digits, "rectified_flow")
     data = EvaluationData(model.config)
     values, judge = generation_values(model, data, False, 0), data.judge
     assert judge is not None
@@ -213,8 +193,8 @@ def test_frechet_distances_are_to_held_out_images(digits_folder: Path) -> None:
     assert values["frechet"] != pytest.approx(frechet_distance(judge.features(images), train), rel=1e-3)
 
 
-def test_a_dead_zone_shows_in_the_priors_classes(digits_folder: Path) -> None:
-    model = tiny("joint", digits_folder)
+def test_a_dead_zone_shows_in_the_priors_classes(digits: Path) -> None:
+    model = tiny("joint", digits)
     assert model.networks.label_anchors is not None
     anchors = next(model.networks.label_anchors.parameters())
     with torch.no_grad():
@@ -229,16 +209,16 @@ def test_a_dead_zone_shows_in_the_priors_classes(digits_folder: Path) -> None:
     assert generation_values(model, EvaluationData(model.config), True, 0)["rarest_class_prior"] > 0.0
 
 
-def test_evaluations_are_counted_without_a_judge(digits_folder: Path) -> None:
-    model = tiny("generation", digits_folder)
+def test_evaluations_are_counted_without_a_judge(digits: Path) -> None:
+    model = tiny("generation", digits)
     model.config = override(model.config, ["data.embedded=none", "flow.sampler_steps=3"])
     values = generation_values(model, EvaluationData(model.config), True, 0)
     assert values["evaluations"] == 3.0 and "frechet" not in values and "reconstruction_error" in values
 
 
-def test_zone_health_is_of_images_that_count(digits_folder: Path) -> None:
+def test_zone_health_is_of_images_that_count(digits: Path) -> None:
     """A batch larger than the split is filled up with repeated images: these are not zones of their own."""
-    model = tiny("representation", digits_folder)
+    model = tiny("representation", digits)
     found = []
     for batch in (360, 700):
         model.config = override(model.config, [f"evaluation.batch={batch}"])
@@ -246,22 +226,22 @@ def test_zone_health_is_of_images_that_count(digits_folder: Path) -> None:
     assert found[0] == found[1]
 
 
-def test_pixels_of_large_images_are_not_probed(digits_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_pixels_of_large_images_are_not_probed(digits: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(report, "PIXELS_COMPARED", 63)
-    model = tiny("representation", digits_folder)
+    model = tiny("representation", digits)
     values = report.probe_values(model, EvaluationData(model.config), False)
     assert "untrained.knn" in values and "pixels.knn" not in values
 
 
-def test_missing_inception_weights_are_named_before_anything_else(digits_folder: Path, tmp_path: Path) -> None:
-    model = tiny("generation", digits_folder)
+def test_missing_inception_weights_are_named_before_anything_else(digits: Path, tmp_path: Path) -> None:
+    model = tiny("generation", digits)
     model.config = override(model.config, [f"evaluation.inception={tmp_path / 'weights.pth'}", "data.shards=nowhere"])
     with pytest.raises(ConfigError, match=r"evaluation\.inception: .*(weights\.pth|lzn_dist\[measures\])"):
         evaluate_model(model, None)
 
 
-def test_evaluation_leaves_torchs_generator_alone(digits_folder: Path) -> None:
-    model = tiny("representation", digits_folder)
+def test_evaluation_leaves_torchs_generator_alone(digits: Path) -> None:
+    model = tiny("representation", digits)
     torch.manual_seed(3)
     before = torch.get_rng_state()
     evaluate_model(model, None)

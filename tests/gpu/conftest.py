@@ -1,12 +1,7 @@
 from __future__ import annotations
 
-import sys
-from pathlib import Path
-
 import pytest
 import torch
-
-sys.path += [str(Path(__file__).parents[1] / folder) for folder in ("distributed", "zones")]
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 import torch
-from cases import Batch, error, make, run
 
 from lzn_dist.keyed_random import make_key, normal, permutation, uniform
+from tests.helpers.zone_cases import Batch, error, make, run
 
 
 def test_random_numbers_are_the_cpus(gpu: torch.device) -> None:

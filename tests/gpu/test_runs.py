@@ -8,9 +8,9 @@ from typing import Any
 
 import pytest
 import torch
-from launching import ROOT, SMALL, accelerate
 
 import lzn_dist
+from tests.helpers.launching import ROOT, SMALL, accelerate
 
 ENGINES = ["cpu", "ddp", "zero1", "zero2", "zero3", "zero3_offload", "fsdp"]  # launch/cpu.yaml: one process, GPU or not
 

@@ -9,7 +9,6 @@ from typing import Any
 
 import pytest
 import torch
-from test_reference import assert_same_output, fill, read, wave
 
 import lzn_dist
 from lzn_dist.checkpoint import find_checkpoint, load_weights, resume_state
@@ -17,6 +16,7 @@ from lzn_dist.distributed.engine import TorchEngine
 from lzn_dist.models.reference_checkpoint import PREFIX, build_case, load_reference_checkpoint
 from lzn_dist.networks import build_networks
 from lzn_dist.wiring import single_state
+from tests.helpers.reference import assert_same_output, fill, read, wave
 
 
 def write(path: Path, case: str) -> Path:
@@ -35,6 +35,7 @@ def write(path: Path, case: str) -> Path:
     return path
 
 
+@pytest.mark.process
 @torch.no_grad()
 def test_case_2_gives_the_reference_outputs_and_becomes_a_run(tmp_path: Path) -> None:
     path = write(tmp_path / "case_2.pt", "case_study_2")

@@ -1,15 +1,12 @@
 from __future__ import annotations
 
 import os
-import sys
 from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
 
-sys.path.insert(0, str(Path(__file__).parent))
-from cluster import Cluster, missing
-from slurm_run import Run
+from tests.helpers.slurm_cluster import Cluster, missing
+from tests.helpers.slurm_run import Run
 
 
 @pytest.fixture(scope="session")

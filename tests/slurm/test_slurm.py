@@ -10,13 +10,13 @@ import sys
 from pathlib import Path
 
 import pytest
-from cluster import Cluster
-from slurm_run import ROOT, STEPS, Run
+import submit
 
 from lzn_dist.checkpoint import find_checkpoint
+from tests.helpers.slurm_cluster import Cluster
+from tests.helpers.slurm_run import ROOT, STEPS, Run
 
-sys.path.append(str(ROOT / "slurm"))
-import submit
+pytestmark = pytest.mark.process
 
 
 def assert_same(run: Run, reference: Run) -> None:

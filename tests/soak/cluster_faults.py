@@ -1,6 +1,6 @@
 """Faults on a real SLURM: each run must end as the undisturbed one, bit for bit, and by itself.
 
-    python tests/soak/cluster_faults.py [--only NAME ...]
+    python -m tests.soak.cluster_faults [--only NAME ...]
 
 time limit: a job of two minutes that needs more. preemption: a job of a higher partition takes the nodes. rank: one
 rank is killed with SIGKILL. zero2: a ZeRO-2 run over two nodes is signalled. several: a killed rank, a signal, a lost
@@ -20,10 +20,9 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-sys.path += [str(Path(__file__).parents[1] / "slurm"), str(Path(__file__).parent)]
-from cluster import Cluster, missing
-from kills import differences
-from slurm_run import SETTINGS, Run
+from tests.helpers.slurm_cluster import Cluster, missing
+from tests.helpers.slurm_run import SETTINGS, Run
+from tests.soak.kills import differences
 
 STEPS = 240
 LONG = [*(s for s in SETTINGS if not s.startswith(("max_steps", "checkpoint_every", "log_every"))),

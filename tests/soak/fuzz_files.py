@@ -1,6 +1,6 @@
 """Flipped bits, changed bytes, cuts and zeros in every kind of file that is kept, and then the use of it.
 
-python tests/soak/fuzz_files.py [--count N] [--seed S]
+python -m tests.soak.fuzz_files [--count N] [--seed S]
 
 A run and its job, its checkpoints, a data set, copies of a server's shards, a preparation that was stopped, statistics
 and a linear probe: of each file one copy after the other is damaged and used. It may be refused in one line, read as it
@@ -32,9 +32,6 @@ import torch
 from PIL import Image
 from tqdm import tqdm
 
-sys.path.append(str(Path(__file__).parents[1] / "data"))
-from range_server import serve
-
 import lzn_dist
 from lzn_dist import evaluate, train
 from lzn_dist.checkpoint import CheckpointError
@@ -56,6 +53,7 @@ from lzn_dist.evaluation.linear_probe import ProbeSettings, _begin
 from lzn_dist.run_folder import RunFolder, read_lines
 from lzn_dist.step import TrainState
 from lzn_dist.wiring import build_state, checkpoint_to_resume
+from tests.helpers.range_server import serve
 
 ROOT = Path(__file__).parents[2]
 SMALL = [

@@ -1,20 +1,18 @@
 """Many random folders and tars, prepared and read: samples written + left out by reason = files seen, no traceback.
 
-python tests/soak/fuzz_folders.py [--count N] [--seed S]
+python -m tests.soak.fuzz_folders [--count N] [--seed S]
 """
 
 from __future__ import annotations
 
 import argparse
-import sys
 import tempfile
 from collections import Counter
 from pathlib import Path
 
 from tqdm import tqdm
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "data"))
-from messy import check_folder, check_tar
+from tests.helpers.messy import check_folder, check_tar
 
 
 def main() -> None:

@@ -1,6 +1,6 @@
 """Kill training runs with SIGKILL at random moments, start them again at once, and compare with the undisturbed run.
 
-    python tests/soak/kills.py [--runs 20] [--seed 0] [--engine ddp]
+    python -m tests.soak.kills [--runs 20] [--seed 0] [--engine ddp]
 
 Each disturbed run is killed several times: one rank, all ranks, or the launcher alone, whose ranks live on as orphans
 beside the run's next incarnation. Orphans either run on (and mostly finish the run before the next incarnation is up)

@@ -1,7 +1,7 @@
 """The published configurations as they stand, at a smaller batch, on this CPU: data sets made true to their published
 format go through data_prep/, stream into the full-size networks, and take optimiser steps on 2 ranks.
 
-    python tests/soak/published_configs.py [--only cifar10_joint ...] [--steps 2]
+    python -m tests.soak.published_configs [--only cifar10_joint ...] [--steps 2]
 
 Prints a line a configuration; exit status 1 where one failed. The 256² networks need 8 GB and some minutes.
 """
@@ -19,9 +19,9 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+from tests.helpers.published import afhq, cifar10, encode, imagenet, picture
+
 ROOT = Path(__file__).parents[2]
-sys.path.append(str(ROOT / "tests" / "data"))
-from published import afhq, cifar10, encode, imagenet, picture  # noqa: E402
 
 
 def prepare_cifar10(source: Path, output: Path) -> list[str]:

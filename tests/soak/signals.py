@@ -1,6 +1,6 @@
 """Both real launchers with every signal, sent to the launcher alone and to its whole group, as a terminal does.
 
-    python tests/soak/signals.py
+    python -m tests.soak.signals
 
 Prints a row a case; exit status 1 where a run left no checkpoint of its last step, a status that says "running", a
 process, or a traceback of ours.

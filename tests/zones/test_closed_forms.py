@@ -6,12 +6,12 @@ import math
 
 import pytest
 import torch
-from cases import error
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
 from lzn_dist.zones import align, alignment_loss, compute_latents, nearest_anchor
+from tests.helpers.zone_cases import error
 
 NORMAL = torch.distributions.Normal(torch.tensor(0.0, dtype=torch.float64), 1.0)
 

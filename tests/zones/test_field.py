@@ -6,11 +6,11 @@ from collections.abc import Callable, Iterator
 
 import pytest
 import torch
-from cases import Batch, assert_equal, error, make, run
 from torch import Tensor
 
 from lzn_dist.zones import AnchorField, align, compute_latents, velocity
 from lzn_dist.zones.velocity import AnchorGradient, Block
+from tests.helpers.zone_cases import Batch, assert_equal, error, make, run
 
 
 def split(*sizes: int) -> Callable[[Tensor, Tensor | None], AnchorField]:

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
-from cases import error, make, run
 from torch import Tensor
 
 from lzn_dist.zones import align, alignment_loss, compute_latents
+from tests.helpers.zone_cases import error, make, run
 
 
 @pytest.mark.parametrize("steps", [20, 100])

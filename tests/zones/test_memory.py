@@ -6,11 +6,11 @@ from typing import Any
 
 import pytest
 import torch
-from cases import make
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from lzn_dist.zones import align, alignment_loss, compute_latents, velocity
+from tests.helpers.zone_cases import make
 
 B, N, D, TILE = 96, 1024, 8, 1 << 13
 

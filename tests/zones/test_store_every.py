@@ -6,11 +6,11 @@ import gc
 
 import pytest
 import torch
-from cases import make, run
 from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 
 from lzn_dist.zones import align, compute_latents
+from tests.helpers.zone_cases import make, run
 
 
 @pytest.mark.parametrize("store_every", [2, 3, 7, 20, 100])

@@ -12,10 +12,10 @@ from typing import Any
 
 import pytest
 import torch
-from cases import Batch, assert_equal, error, make, run
 
 from lzn_dist.zones import align, alignment_loss, compute_latents, trajectory, velocity
 from lzn_dist.zones.velocity import AnchorField, Posterior
+from tests.helpers.zone_cases import Batch, assert_equal, error, make, run
 
 SIZES = {16: (256, 256), 32: (60, 200), 256: (10, 256)}  # dim: (b, n)
 

@@ -143,3 +143,13 @@ def check_tar(work: Path, seed: int) -> None:
     assert sorted((key, part) for key, parts in zip(found, members, strict=True) for part in parts) == sorted(keys), (
         seed
     )
+
+
+def damage(folder: Path, extension: str, row: int, split_name: str = "train") -> str:
+    """Overwrite a member of a sample; returns what messages call the sample."""
+    split = ShardIndex.load(folder).split(split_name)
+    offset, size = split.offsets[extension][row].tolist()
+    with open(folder / split.shard_of(row).name, "r+b") as file:
+        file.seek(offset)
+        file.write(b"?" * size)
+    return f"{folder}/{split.shard_of(row).name}: sample {split.key(row)}"

@@ -6,7 +6,10 @@ LOG gets one line a request: its range and path.
 from __future__ import annotations
 
 import re
+import socket
+import subprocess
 import sys
+import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
@@ -50,6 +53,23 @@ def serve(folder: Path, port: int, log: Path | None, ranges: bool = True) -> Thr
             pass
 
     return ThreadingHTTPServer(("127.0.0.1", port), Handler)
+
+
+def free_port() -> int:
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        return int(found.getsockname()[1])
+
+
+def start_server(folder: Path, port: int, log: Path) -> subprocess.Popen[bytes]:
+    process = subprocess.Popen([sys.executable, __file__, str(folder), str(port), str(log)])
+    while True:
+        assert process.poll() is None
+        try:
+            socket.create_connection(("127.0.0.1", port), timeout=1).close()
+            return process
+        except OSError:
+            time.sleep(0.02)
 
 
 if __name__ == "__main__":

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import importlib.util
+import io
 import os
 import subprocess
 import sys
+from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
+from unittest.mock import patch
 
 ROOT = Path(__file__).parents[2]
 SMALL = [
@@ -29,3 +33,15 @@ def accelerate(
     return subprocess.run(
         command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=timeout, cwd=cwd
     )
+
+
+def data_prep(name: str, *arguments: object, status: int = 0) -> str:
+    """A script of data_prep/, in this process; what it said."""
+    spec = importlib.util.spec_from_file_location(f"data_prep_{name}", ROOT / "data_prep" / f"{name}.py")
+    assert spec is not None and spec.loader is not None
+    script = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(script)
+    said = io.StringIO()
+    with patch.object(sys, "argv", [name, *map(str, arguments)]), redirect_stdout(said), redirect_stderr(said):
+        assert script.main() == status, said.getvalue()
+    return said.getvalue()

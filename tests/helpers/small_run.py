@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import torch
@@ -12,7 +13,7 @@ from lzn_dist.objectives import Samples
 from lzn_dist.step import TrainState
 from lzn_dist.wiring import single_state
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 SIZES = [
     "encoder.channels=8", "decoder.channels=8", "latent.dim=8", "latent.steps=5", "alignment.steps=5",
     "decoder.attention_resolutions=[]", "optimizer.warmup_steps=2", "encoder.dropout=0.2",
@@ -35,3 +36,16 @@ def small_samples(batch: int = 0, count: int = 12, dtype: torch.dtype = torch.fl
 
     index = torch.arange(count) + 100 * batch
     return Samples(batch, index, torch.arange(count), tuple(images() for _ in range(views)), index % 10)
+
+
+SMALL_RUN = [
+    "evaluation.samples_per_class=2", "evaluation.alignment_steps=5", "flow.sampler_steps=2",
+    "data.global_batch=24", "encoder.channels=8", "decoder.channels=8", "latent.dim=8", "latent.steps=6",
+    "alignment.steps=6", "decoder.attention_resolutions=[]", "encoder.dropout=0.1", "decoder.dropout=0.1",
+    "optimizer.warmup_steps=2", "log_every=1", "checkpoint_every=2", "tracking.wandb=disabled", "precision=float64",
+    "cpu_threads=1",
+]  # fmt: skip
+
+
+def rows(folder: Path, name: str = "metrics.jsonl") -> list[dict[str, float]]:
+    return [json.loads(line) for line in (folder / name).read_text().splitlines()]

@@ -11,7 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from cluster import Cluster
+from tests.helpers.slurm_cluster import Cluster
 
 ROOT = Path(__file__).parents[2]
 STEPS = 60

@@ -12,6 +12,8 @@ import numpy as np
 from PIL import Image
 from scipy.io import savemat
 
+from lzn_dist.data.sources import ImageNet
+
 WNIDS = {"n02119789": "kit fox, Vulpes macrotis", "n01440764": "tench, Tinca tinca", "n03400231": "frying pan"}
 
 
@@ -118,3 +120,16 @@ def afhq(folder: Path) -> dict[str, bytes]:
                     if animal == "cat":
                         cats[f"{'train' if split == 'train' else 'test'}/flickr_cat_{number:06d}"] = content
     return cats
+
+
+def imagenet_arguments(folder: Path) -> list[object]:
+    return [
+        "--train", folder / "ILSVRC2012_img_train.tar", "--val", folder / "ILSVRC2012_img_val.tar",
+        "--devkit", folder / "ILSVRC2012_devkit_t12.tar.gz",
+    ]  # fmt: skip
+
+
+def imagenet_source(folder: Path) -> ImageNet:
+    return ImageNet(
+        folder / "ILSVRC2012_img_train.tar", folder / "ILSVRC2012_img_val.tar", folder / "ILSVRC2012_devkit_t12.tar.gz"
+    )

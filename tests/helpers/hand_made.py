@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import torch
 from torch import Tensor, nn
 
 from lzn_dist.config import Config
 from lzn_dist.model import LZN
-from lzn_dist.networks import Networks
+from lzn_dist.networks import Networks, build_networks
 
 CLASSES, DIM = 4, 6
 
@@ -82,3 +84,19 @@ def hand_made(task: str, **values: object) -> LZN:
     decoder = None if task == "representation" else Decoder(task == "joint")
     networks = Networks(Encoder(), decoder, Labels() if task == "joint" else None)
     return LZN(networks, make_config(task, **values))
+
+
+def tiny(task: str, folder: Path, objective: str = "lzn", by_class: bool = False) -> LZN:
+    config = Config.model_validate(
+        {
+            "task": task, "objective": objective, "output_dir": "unused", "max_steps": 1,
+            "data": {"shards": str(folder), "embedded": "digits"},
+            "latent": {"dim": 8, "steps": 4},
+            "encoder": {"channels": 32, "channel_multipliers": (1,)},
+            "decoder": {"channels": 32, "channel_multipliers": (1,), "class_conditional": by_class},
+            "evaluation": {"batch": 200, "samples_per_class": 2, "alignment_steps": 10, "noise_scales": (0.0, 0.5)},
+            "flow": {"sampler_steps": 2},
+        }
+    )  # fmt: skip
+    torch.manual_seed(0)
+    return LZN(build_networks(config), config, step=1)

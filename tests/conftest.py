@@ -1,0 +1,45 @@
+from __future__ import annotations
+
+import multiprocessing.process
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NoReturn
+
+import pytest
+import torch
+
+from lzn_dist.data import ShardIndex, write_digits
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    """These batches are small: more threads only wait for each other."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(autouse=True)
+def processes_are_marked(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What starts a process is slow, and says so."""
+    if request.node.get_closest_marker("process"):
+        return
+
+    def refuse(*_: Any, **__: Any) -> NoReturn:
+        pytest.fail("it starts a process: mark it pytest.mark.process, or test what it tests in this one")
+
+    for owner, name in ((subprocess.Popen, "__init__"), (multiprocessing.process.BaseProcess, "start")):
+        monkeypatch.setattr(owner, name, refuse)
+
+
+@pytest.fixture(scope="session")
+def digits(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The digits' shards; not to be changed."""
+    return write_digits(tmp_path_factory.mktemp("data") / "digits")
+
+
+@pytest.fixture(scope="session")
+def index(digits: Path) -> ShardIndex:
+    return ShardIndex.load(digits)

@@ -1,0 +1,1 @@
+"""What tests share: small runs, launchers, data sets, servers, networks whose right answers are known."""
