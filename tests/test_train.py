@@ -91,7 +91,8 @@ def test_a_resumed_run_logs_what_the_undisturbed_run_logs(
     whole, parts = rows(tmp_path / "whole"), rows(tmp_path / "parts")
     assert [row["step"] for row in parts] == [1, 2, 3, 4, 5]
     assert [row["loss"] for row in parts] == [row["loss"] for row in whole]
-    assert all(torch.equal(v, weights(tmp_path / "parts")[k]) for k, v in weights(tmp_path / "whole").items())
+    again = weights(tmp_path / "parts")
+    assert all(torch.equal(value, again[name]) for name, value in weights(tmp_path / "whole").items())
 
 
 @pytest.mark.process
@@ -139,6 +140,7 @@ def test_a_server_that_is_away_at_the_start_may_come_back(tmp_path: Path, capfd:
     assert "127.0.0.1:9/digits" in refused(capfd.readouterr().err)
 
 
+@pytest.mark.process  # wandb asks git
 def test_wandb_is_online_where_it_knows_the_user(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("WANDB_MODE", "WANDB_API_KEY"):
         monkeypatch.delenv(name, raising=False)
