@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import multiprocessing.process
+import os
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
@@ -10,6 +11,9 @@ import pytest
 import torch
 
 from lzn_dist.data import ShardIndex, write_digits
+
+# processes that tests start by a file's name find lzn_dist and tests.helpers
+os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, (str(Path(__file__).parents[1]), os.environ.get("PYTHONPATH"))))
 
 
 @pytest.fixture(autouse=True)

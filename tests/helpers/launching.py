@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import importlib.util
 import io
 import os
+import runpy
 import subprocess
 import sys
 from contextlib import redirect_stderr, redirect_stdout
@@ -37,11 +37,12 @@ def accelerate(
 
 def data_prep(name: str, *arguments: object, status: int = 0) -> str:
     """A script of data_prep/, in this process; what it said."""
-    spec = importlib.util.spec_from_file_location(f"data_prep_{name}", ROOT / "data_prep" / f"{name}.py")
-    assert spec is not None and spec.loader is not None
-    script = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(script)
-    said = io.StringIO()
-    with patch.object(sys, "argv", [name, *map(str, arguments)]), redirect_stdout(said), redirect_stderr(said):
-        assert script.main() == status, said.getvalue()
-    return said.getvalue()
+    out, err = io.StringIO(), io.StringIO()
+    with patch.object(sys, "argv", [name, *map(str, arguments)]), redirect_stdout(out), redirect_stderr(err):
+        try:
+            runpy.run_path(str(ROOT / "data_prep" / f"{name}.py"), run_name="__main__")
+        except SystemExit as end:
+            assert (end.code or 0) == status, out.getvalue() + err.getvalue()
+        else:
+            assert status == 0, out.getvalue() + err.getvalue()
+    return out.getvalue() + err.getvalue()
