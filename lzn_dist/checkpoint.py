@@ -41,10 +41,10 @@ from lzn_dist.config import Config, load_config, save_config
 from lzn_dist.distributed.engine import MOMENTS, Engine
 from lzn_dist.distributed.pieces import Piece, PieceLoader, PieceSaver, share, whole
 from lzn_dist.distributed.topology import Topology
+from lzn_dist.json_files import read_json
 from lzn_dist.models.ema import EMA
 from lzn_dist.networks import Networks, build_networks
 from lzn_dist.paths import expand_path
-from lzn_dist.run_folder import read_json
 from lzn_dist.step import Counters, TrainState
 
 FORMAT = 2
@@ -286,6 +286,12 @@ def load_weights(networks: Networks, path: Path, *, averaged: bool = False) -> R
     """Fill whole networks with a checkpoint's weights (averaged: the EMA's). Raises CheckpointError."""
     record = RunRecord.checked(path)
     check_model(_shapes(networks), record, path)
+    _fill(networks, path, averaged)
+    return record
+
+
+def _fill(networks: Networks, path: Path, averaged: bool) -> None:
+    """Of a checkpoint that has been checked, and is of these networks."""
     trained = {name for name, p in networks.named_parameters() if p.requires_grad}
     staged = {name: value.detach().cpu().contiguous() for name, value in networks.state_dict().items()}
     if averaged:  # averages are kept in float32 at least
@@ -297,7 +303,6 @@ def load_weights(networks: Networks, path: Path, *, averaged: bool = False) -> R
     _read_into({f"{prefix[name]}.{name}": whole(value) for name, value in staged.items()}, path)
     for name, value in networks.state_dict().items():
         value.copy_(staged[name])
-    return record
 
 
 def resume_state(state: TrainState, path: Path) -> None:
@@ -344,7 +349,7 @@ def load_networks(run_or_checkpoint: str | Path) -> tuple[Networks, Config, int]
         if sum(map(math.prod, shapes.values())) > sum(file.stat().st_size for file in path.glob("*.distcp")):
             raise CheckpointError(f"{path} is damaged: its files are too small for the networks in its config.yaml")
         networks = build_networks(config)
-        record = load_weights(networks, path, averaged=True)
+        _fill(networks, path, averaged=True)
     return networks.eval(), config, record.counters.step
 
 

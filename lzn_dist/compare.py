@@ -31,8 +31,9 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, PositiveInt, 
 from tqdm import tqdm
 
 from lzn_dist.config import ConfigError, load_config
+from lzn_dist.json_files import read_json, write_json
 from lzn_dist.paths import expand_path, folder_or_url, path_argument
-from lzn_dist.run_folder import read_json, read_lines, write_json
+from lzn_dist.run_folder import read_lines
 from lzn_dist.terminal import command
 from lzn_dist.wiring import changed_keys, resolve
 from lzn_dist.yaml_core import read_yaml
@@ -229,8 +230,9 @@ def values_of(comparison: Comparison, table: Table, row: Row) -> dict[str, list[
         result = json.loads((run / "evaluation.json").read_text())
         for measure in table.measures:
             name = row.measures.get(measure, row.prefix + measure)
-            known = isinstance(result.get(name), int | float)
-            if (not row.reads or row.prefix or measure in row.measures) and known:
+            if (not row.reads or row.prefix or measure in row.measures) and name in result:
+                if not isinstance(result[name], int | float):
+                    raise ConfigError(f"{run}/evaluation.json is damaged ({name} is no number): evaluate {run} again")
                 values.setdefault(measure, []).append(result[name])
         if not row.reads:
             cost = _cost(run)
@@ -320,12 +322,13 @@ def main(arguments: list[str] | None = None) -> int:
     output = Path(comparison.output_dir)
     try:
         measured_on = same_images(comparison)
+        results = {
+            table.title: {row.name: values_of(comparison, table, row) for row in table.rows}
+            for table in comparison.tables
+        }
     except ConfigError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    results = {
-        table.title: {row.name: values_of(comparison, table, row) for row in table.rows} for table in comparison.tables
-    }
     write_json(output / "comparison.json", {"seeds": comparison.seeds, "tables": results})
     for table in comparison.tables:
         print("\n".join(["", *lines(table, results[table.title])]))

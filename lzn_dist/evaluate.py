@@ -32,9 +32,9 @@ from lzn_dist.evaluation import EvaluationData, evaluate_model, write_figures
 from lzn_dist.evaluation.data import Unmeasurable
 from lzn_dist.evaluation.linear_probe import ProbeSettings, published_probe
 from lzn_dist.exit_status import REFUSED, status_of
+from lzn_dist.json_files import write_json
 from lzn_dist.model import LZN, MissingCapability, load
 from lzn_dist.paths import path_argument
-from lzn_dist.run_folder import write_json
 from lzn_dist.terminal import command
 from lzn_dist.wiring import shared_checkpoint
 

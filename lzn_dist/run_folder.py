@@ -9,69 +9,26 @@ choosing its checkpoint to taking the folder, so that nobody removes that checkp
 from __future__ import annotations
 
 import fcntl
-import functools
 import json
 import os
 import socket
 import sys
 import threading
 import time
-from collections.abc import Collection, Hashable, Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, TextIO, TypeVar, cast
+from typing import Any, TextIO
 
-from pydantic import PlainValidator, TypeAdapter, ValidationError
+from lzn_dist.json_files import read_json, write_json
 
 LOCK = "lock.json"
-_Kind = TypeVar("_Kind")
 PATIENCE = 5.0  # seconds without the lock before a process says what it waits for
 
 
 class SupersededError(RuntimeError):
     """Another, newer process has taken over the run: this one must not write any more."""
-
-
-def write_json(path: Path, value: Any) -> None:
-    """Write JSON so that a reader sees the old file or the new one, never half."""
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    temporary.write_text(json.dumps(value, indent=1) + "\n")
-    temporary.replace(path)
-
-
-def _is_text(value: Any) -> str:
-    if not isinstance(value, str):
-        raise ValueError("should be text")
-    return value
-
-
-# pydantic's own refuses the surrogates by which Python writes down names that are no UTF-8
-Text = Annotated[str, PlainValidator(_is_text)]
-
-
-@functools.cache
-def _adapter(kind: Any) -> TypeAdapter[Any]:
-    return TypeAdapter(kind)
-
-
-def parse_json(content: bytes, kind: type[_Kind], name: object) -> _Kind:
-    """JSON that says what a dataclass asks for, and perhaps more. Raises ValueError: one line that begins with `name`
-    and says where it is damaged, or not of that kind."""
-    try:
-        found: _Kind = _adapter(cast(Hashable, kind)).validate_python(json.loads(content))
-        return found
-    except ValidationError as error:
-        first = error.errors()[0]
-        why = ": ".join([".".join(map(str, first["loc"]))[:200], first["msg"]]).removeprefix(": ")
-    except (ValueError, RecursionError) as error:
-        why = str(error)
-    raise ValueError(f"{name} is damaged, or of another version ({why})")
-
-
-def read_json(path: Path, kind: type[_Kind]) -> _Kind:
-    """As `parse_json`, of a file. Raises OSError and ValueError."""
-    return parse_json(path.read_bytes(), kind, path)
 
 
 def read_lines(path: Path, needs: Collection[str] = ("step",)) -> list[dict[str, Any]]:

@@ -106,6 +106,9 @@ def test_a_comparison_from_training_to_table_and_figure(tmp_path: Path, capsys: 
     capsys.readouterr()
     assert compare.main([*arguments, "latent.noise_scale=0.2"]) == 2  # not the other settings' result as its own
     assert "seed_3 was trained with other settings (latent.noise_scale: 0.45 → 0.2)" in capsys.readouterr().err
+    (run / "evaluation.json").write_text(json.dumps(values | {"knn": "x"}))  # damage is not an absent measure
+    assert compare.main(arguments) == 2
+    assert "evaluation.json is damaged (knn is no number)" in capsys.readouterr().err
 
 
 def test_the_figure_shows_a_dot_for_every_seed(tmp_path: Path) -> None:

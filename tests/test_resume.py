@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.helpers.launching import ROOT, accelerate
+from tests.helpers.launching import ROOT, accelerate, untimed_rows
 from tests.soak.kills import (
     SETTINGS,
     STEPS,
@@ -24,7 +24,6 @@ from tests.soak.kills import (
     differences,
     log_of,
     ranks,
-    rows,
     start,
     tensors,
 )
@@ -45,15 +44,15 @@ def test_killed_and_told_to_end_a_run_goes_on_as_if_nothing_had_been(tmp_path: P
     reference, run = tmp_path / "reference", tmp_path / "run"
     assert start(reference, "ddp", 2).wait(timeout=200) == 0
     process = start(run, "ddp", 2)
-    wait_for(lambda: len(rows(run)) >= 10, process)
+    wait_for(lambda: len(untimed_rows(run)) >= 10, process)
     for pid in ranks(process.pid):
         os.kill(pid, signal.SIGKILL)
     assert process.wait(timeout=100) != 0
     newest = complete(run)[-1]
-    assert len(rows(run)) < STEPS
+    assert len(untimed_rows(run)) < STEPS
 
     process = start(run, "ddp", 2)
-    wait_for(lambda: len(rows(run)) >= 20, process)
+    wait_for(lambda: len(untimed_rows(run)) >= 20, process)
     assert f"{newest} at step {int(newest.removeprefix('step_'))}\n" in log_of(run).read_text()
     os.kill(ranks(process.pid)[-1], signal.SIGTERM)
     assert process.wait(timeout=100) != 0
@@ -62,7 +61,7 @@ def test_killed_and_told_to_end_a_run_goes_on_as_if_nothing_had_been(tmp_path: P
     status = json.loads((run / "status.json").read_text())
     assert status["state"] == "preempted" and 20 <= status["step"] < STEPS
     assert complete(run)[-1] == f"step_{status['step']:08d}"  # of that very step
-    assert rows(run)[-1]["step"] == status["step"]
+    assert untimed_rows(run)[-1]["step"] == status["step"]
 
     assert start(run, "ddp", 2).wait(timeout=200) == 0
     assert f"at step {status['step']}\n" in log_of(run).read_text()
@@ -88,7 +87,7 @@ def test_what_is_not_finite_is_skipped_and_a_group_that_stops_stays(
     done = accelerate(engine, FAULTY, 2, 2, *arguments, "max_steps=5", f"output_dir={run}", cwd=tmp_path)
     assert done.returncode == 0, done.stdout[-3000:]
     assert done.stdout.count("skipped global batch 2") == 1
-    found = rows(run)
+    found = untimed_rows(run)
     assert [(row["step"], row["skipped"], row["images"] // 24) for row in found] == [
         (1, 0, 1), (2, 0, 2), (3, 1, 4), (4, 1, 5), (5, 1, 6)
     ]  # fmt: skip
@@ -118,7 +117,7 @@ def test_what_is_not_finite_is_skipped_and_a_group_that_stops_stays(
     assert "Traceback" not in done.stdout.partition("error: 2 steps")[0]
     status = json.loads((again / "status.json").read_text())
     assert (status["state"], status["step"]) == ("failed", 6)
-    assert rows(again)[:5] == found and len(rows(again)) == 6
+    assert untimed_rows(again)[:5] == found and len(untimed_rows(again)) == 6
     assert complete(again) == [*names, "step_00000006"]
     assert differences(again, run, names[3]) == differences(again, run, names[4]) == []
     for rank in (0, 1):

@@ -18,7 +18,8 @@ from pydantic import ConfigDict
 from typing_extensions import TypedDict  # typing's own tells pydantic less before Python 3.12
 
 from lzn_dist.exit_status import FINISHED, PREEMPTED
-from lzn_dist.run_folder import read_json, read_lines
+from lzn_dist.json_files import read_json
+from lzn_dist.run_folder import read_lines
 
 FAILURES = 3  # so many failed starts in a row without a single new step, and the job is not requeued
 
@@ -98,11 +99,9 @@ def readable_status(run: str | Path) -> Status:
 
 def note(run: str | Path, event: str, **facts: Any) -> None:
     """Add a line to attempts.jsonl."""
+    row = {"event": event, "time": time.time(), "step": readable_status(run).get("step", 0), **facts}
     with (Path(run) / "job" / "attempts.jsonl").open("a") as file:
-        file.write(
-            json.dumps({"event": event, "time": time.time(), "step": readable_status(run).get("step", 0), **facts})
-            + "\n"
-        )
+        file.write(json.dumps(row) + "\n")
 
 
 def attempts(run: str | Path) -> list[dict[str, Any]]:

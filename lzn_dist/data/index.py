@@ -28,8 +28,8 @@ from numpy.typing import NDArray
 from pydantic import Field
 
 from lzn_dist.data.storage import LocalStorage, Storage, is_remote, open_storage
+from lzn_dist.json_files import Text, parse_json
 from lzn_dist.paths import plain_name
-from lzn_dist.run_folder import Text, parse_json
 
 MANIFEST = "manifest.json"
 _MANIFEST_BYTES = 256 << 20  # what a server may answer at most: a manifest of two million shards has as many bytes,
@@ -342,8 +342,9 @@ def _read_split(storage: Storage, entry: _Entry) -> Split:
     name = plain_name(entry.index.name, "an index")
     for shard in entry.shards:
         plain_name(shard.name, "a shard")
+    limit = _INDEX_SAMPLE * entry.samples + (1 << 20)
     try:
-        content = storage.read_file(name, _INDEX_SAMPLE * entry.samples + (1 << 20))
+        content = storage.read_file(name, limit)
     except FileNotFoundError as error:
         raise ValueError(f"{name} is missing") from error
     if hashlib.sha256(content).hexdigest() != entry.index.sha256:
@@ -353,18 +354,15 @@ def _read_split(storage: Storage, entry: _Entry) -> Split:
     # whoever wrote the manifest wrote this too: the digest says nothing of what it is
     try:
         with zipfile.ZipFile(io.BytesIO(content)) as archive:
-            if sum(member.file_size for member in archive.infolist()) > _INDEX_SAMPLE * entry.samples + (1 << 20):
+            if sum(member.file_size for member in archive.infolist()) > limit:
                 raise ValueError("it unpacks to far more than its samples need")
         with np.load(io.BytesIO(content), allow_pickle=False) as tables:
             keys = tables["keys"]
             found = {key.removeprefix(_OFFSETS): tables[key] for key in tables.files if key.startswith(_OFFSETS)}
     except Exception as error:  # numpy's header alone can raise SyntaxError, TokenError, MemoryError and others
         raise ValueError(f"{name} is not an index ({error})") from error
-    if (
-        keys.dtype.kind != "S"
-        or keys.shape != (entry.samples,)
-        or entry.samples != sum(s.samples for s in entry.shards)
-    ):
+    count = sum(shard.samples for shard in entry.shards)
+    if keys.dtype.kind != "S" or not keys.shape == (count,) == (entry.samples,):
         raise ValueError(f"{name} has not the {entry.samples} samples of its shards")
     sizes = np.repeat([shard.bytes for shard in entry.shards], [shard.samples for shard in entry.shards])
     for extension, table in found.items():

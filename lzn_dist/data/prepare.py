@@ -39,9 +39,9 @@ from lzn_dist import __version__
 from lzn_dist.data.index import MANIFEST, Shard, ShardIndex, Split, hash_file, make_split, scan_tar, write_manifest
 from lzn_dist.data.pixels import convert, load_with_pillow
 from lzn_dist.exit_status import told
+from lzn_dist.json_files import Text, read_json
 from lzn_dist.keyed_random import make_key, permutation
 from lzn_dist.paths import path_argument
-from lzn_dist.run_folder import Text, read_json
 from lzn_dist.terminal import INTERRUPTED, steady_output
 
 PLAN = ".plan.json"  # what a folder is being filled with

@@ -75,22 +75,24 @@ _UNPACKED = 1 << 30  # bytes: CIFAR10 has 186 MB, ImageNet's devkit 3
 
 def _unpack(path: Path) -> dict[str, bytes]:
     """The files in a small .tar.gz by their paths. Raises PrepareError where it is damaged, or not small unpacked."""
+
+    def bounded(size: int) -> None:
+        if size > _UNPACKED:
+            raise PrepareError(f"{path} unpacks to more than {_UNPACKED >> 30} GiB: this is not the archive")
+
     try:
         with tarfile.open(path) as tar:
             files: dict[str, bytes] = {}
             assert tar.fileobj is not None
             for member in tar:  # to find the next, what lies between is unpacked too
-                if tar.fileobj.tell() + member.size > _UNPACKED:
-                    raise PrepareError(f"{path} unpacks to more than {_UNPACKED >> 30} GiB: this is not the archive")
+                bounded(tar.fileobj.tell() + member.size)
                 if member.isfile():
                     files[member.name] = tar.extractfile(member).read()  # type: ignore[union-attr]
             while tar.fileobj.read(1 << 20):  # at the very end gzip compares its check sum
-                if tar.fileobj.tell() > _UNPACKED:
-                    raise PrepareError(f"{path} unpacks to more than {_UNPACKED >> 30} GiB: this is not the archive")
+                bounded(tar.fileobj.tell())
             return files
     except (tarfile.TarError, gzip.BadGzipFile, zlib.error, lzma.LZMAError, EOFError) as error:
-        why = " ".join(str(error).split())  # tarfile has several lines
-        raise PrepareError(f"{path} is not a readable archive ({why}): fetch it again") from error
+        raise PrepareError(f"{path} is not a readable archive ({one_line(error)}): fetch it again") from error
 
 
 # ── ImageNet ────────────────────────────────────────────────────────────────────────────────────────────────────────

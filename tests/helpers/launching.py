@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import io
+import json
 import os
+import re
 import runpy
 import subprocess
 import sys
 from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
+from typing import Any
 from unittest.mock import patch
 
 ROOT = Path(__file__).parents[2]
@@ -18,6 +21,15 @@ SMALL = [
     "alignment.steps=6", "decoder.attention_resolutions=[4]", "encoder.dropout=0.1", "decoder.dropout=0.1",
     "optimizer.warmup_steps=2", "tracking.wandb=disabled",
 ]  # fmt: skip
+_TIMES = re.compile("images_per_second|seconds_.*|peak_memory_mb|mfu")
+
+
+def untimed_rows(folder: Path) -> list[dict[str, Any]]:
+    """The whole lines of a run's metrics.jsonl, without what differs from one time to the next."""
+    path = folder / "metrics.jsonl"
+    lines = path.read_text().splitlines() if path.is_file() else []
+    found = [json.loads(line) for line in lines if line.endswith("}")]
+    return [{key: value for key, value in row.items() if not _TIMES.fullmatch(key)} for row in found]
 
 
 def accelerate(

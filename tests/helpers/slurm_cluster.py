@@ -1,7 +1,7 @@
 """A real SLURM on this machine: one slurmctld and several virtual nodes, each with its own host name and processes.
 
-    python tests/slurm/cluster.py up [--nodes 3] [--cpus 2]     # prints what to export
-    python tests/slurm/cluster.py down
+    python -m tests.helpers.slurm_cluster up [--nodes 3] [--cpus 2]     # prints what to export
+    python -m tests.helpers.slurm_cluster down
 
 Needs root and Debian's packages slurmctld, slurmd, slurm-client and munge (tests/run.sh installs them where
 LZN_DIST_INSTALL_SLURM=1). Everything is under one folder; nothing in /etc is written. A node is a slurmd in namespaces

@@ -11,18 +11,15 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from tests.helpers.launching import SMALL, untimed_rows
 from tests.helpers.slurm_cluster import Cluster
 
 ROOT = Path(__file__).parents[2]
 STEPS = 60
 SETTINGS = [
-    "evaluation.samples_per_class=2", "evaluation.alignment_steps=5", "flow.sampler_steps=2",
-    "data.global_batch=24", "encoder.channels=8", "decoder.channels=8", "latent.dim=8", "latent.steps=6",
-    "alignment.steps=6", "decoder.attention_resolutions=[]", "encoder.dropout=0.1", "decoder.dropout=0.1",
-    "optimizer.warmup_steps=2", "log_every=1", "checkpoint_every=10", "tracking.wandb=disabled", f"max_steps={STEPS}",
+    *SMALL, "decoder.attention_resolutions=[]", "log_every=1", "checkpoint_every=10", f"max_steps={STEPS}",
 ]  # fmt: skip
 ENDED = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "PREEMPTED")
-TIMES = re.compile("images_per_second|seconds_.*|peak_memory_mb|mfu")
 
 
 class Run:
@@ -63,10 +60,7 @@ class Run:
 
     def rows(self) -> list[dict[str, Any]]:
         """Lines of metrics.jsonl, without times."""
-        path = self.folder / "metrics.jsonl"
-        lines = path.read_text().splitlines() if path.is_file() else []
-        found = [json.loads(line) for line in lines if line.endswith("}")]
-        return [{key: value for key, value in row.items() if not TIMES.fullmatch(key)} for row in found]
+        return untimed_rows(self.folder)
 
     def evaluations(self) -> list[dict[str, Any]]:
         return [json.loads(line) for line in (self.folder / "eval.jsonl").read_text().splitlines()]

@@ -12,6 +12,7 @@ from lzn_dist.config import Config, load_config
 from lzn_dist.objectives import Samples
 from lzn_dist.step import TrainState
 from lzn_dist.wiring import single_state
+from tests.helpers.launching import SMALL
 
 ROOT = Path(__file__).parents[2]
 SIZES = [
@@ -39,10 +40,7 @@ def small_samples(batch: int = 0, count: int = 12, dtype: torch.dtype = torch.fl
 
 
 SMALL_RUN = [
-    "evaluation.samples_per_class=2", "evaluation.alignment_steps=5", "flow.sampler_steps=2",
-    "data.global_batch=24", "encoder.channels=8", "decoder.channels=8", "latent.dim=8", "latent.steps=6",
-    "alignment.steps=6", "decoder.attention_resolutions=[]", "encoder.dropout=0.1", "decoder.dropout=0.1",
-    "optimizer.warmup_steps=2", "log_every=1", "checkpoint_every=2", "tracking.wandb=disabled", "precision=float64",
+    *SMALL, "decoder.attention_resolutions=[]", "log_every=1", "checkpoint_every=2", "precision=float64",
     "cpu_threads=1",
 ]  # fmt: skip
 

@@ -64,7 +64,6 @@ SMALL = [
     "max_steps=4", "tracking.wandb=disabled", "data.embedded=none",
 ]  # fmt: skip
 SECONDS = 60  # that the use of a damaged file may take
-Use = Callable[[], str]  # what became of it; raises AssertionError where something was lost, or became something else
 
 
 class Hang(BaseException):
@@ -112,7 +111,10 @@ def refused(error: Exception) -> str:
 
 @dataclass(frozen=True)
 class Kind:
-    """Files of one kind, and each use of them after damage to one; uses take turns."""
+    """Files of one kind, and each use of them after damage to one; uses take turns.
+
+    A use says what became of it, and raises AssertionError where something was lost, or became something else.
+    """
 
     name: str
     files: list[Path]

@@ -38,16 +38,14 @@ import torch
 import torch.distributed.checkpoint as dcp
 from torch import Tensor
 
+from tests.helpers.launching import SMALL, untimed_rows
+
 ROOT = Path(__file__).parents[2]
 STEPS = 40
 SETTINGS = [
-    "evaluation.samples_per_class=2", "evaluation.alignment_steps=5", "flow.sampler_steps=2",
-    "data.global_batch=24", "encoder.channels=8", "decoder.channels=8", "latent.dim=8", "latent.steps=6",
-    "alignment.steps=6", "decoder.attention_resolutions=[]", "encoder.dropout=0.1", "decoder.dropout=0.1",
-    "optimizer.warmup_steps=2", "log_every=1", "checkpoint_every=3", "tracking.wandb=disabled", f"max_steps={STEPS}",
+    *SMALL, "decoder.attention_resolutions=[]", "log_every=1", "checkpoint_every=3", f"max_steps={STEPS}",
 ]  # fmt: skip
 warnings.filterwarnings("ignore", message="torch.distributed is disabled")
-TIMES = re.compile("images_per_second|seconds_.*|peak_memory_mb|mfu")
 
 
 def command(folder: Path, engine: str, processes: int) -> list[str]:
@@ -91,15 +89,6 @@ def _command_line(pid: int) -> bytes:
         return Path(f"/proc/{pid}/cmdline").read_bytes()
     except OSError:
         return b""
-
-
-def rows(folder: Path) -> list[dict[str, Any]]:
-    lines = (folder / "metrics.jsonl").read_text().splitlines() if (folder / "metrics.jsonl").is_file() else []
-    return [
-        {key: value for key, value in json.loads(line).items() if not TIMES.fullmatch(key)}
-        for line in lines
-        if line.endswith("}")
-    ]
 
 
 def complete(folder: Path) -> list[str]:
@@ -187,7 +176,7 @@ class Disturbance:
     def _one_start(self, plan: Plan | None) -> bool:
         """Start the run and kill it as planned; False when it has ended by itself."""
         outcome, folder = self.outcome, self.folder
-        before, reached = complete(folder), len(rows(folder))
+        before, reached = complete(folder), len(untimed_rows(folder))
         self.seen.update(before)
         said = log_of(folder).stat().st_size if log_of(folder).exists() else 0
         self.process = start(folder, self.engine, 2)
@@ -245,7 +234,7 @@ class Disturbance:
         while time.monotonic() < end:
             if process.poll() is not None:
                 return False, up
-            found = rows(folder)
+            found = untimed_rows(folder)
             self.seen.update(complete(folder))
             if [row["step"] for row in found] != list(range(1, len(found) + 1)):
                 self.outcome.problems.append(f"metrics held steps {[row['step'] for row in found]}")
@@ -328,7 +317,7 @@ def compare(folder: Path, reference: Path, outcome: Outcome, resumed_at: int | N
     written = json.loads((folder / "checkpoints" / complete(folder)[-1] / "run.json").read_text())["written_by"]
     if not written["incarnation"] <= status["incarnation"] == incarnation(folder):
         outcome.problems.append(f"incarnation {incarnation(folder)} ended, but {status} and {written} were written")
-    ours, theirs = rows(folder), rows(reference)
+    ours, theirs = untimed_rows(folder), untimed_rows(reference)
     if [row["step"] for row in ours] != list(range(1, STEPS + 1)):
         outcome.problems.append(f"steps {[row['step'] for row in ours]}")
     elif exact and ours != theirs:
@@ -354,7 +343,7 @@ def change_world(folder: Path, first: tuple[str, int], then: tuple[str, int], ou
         _kill(pid)
     process.wait(timeout=120)
     outcome.kills.append("all ranks")
-    reached, newest = len(rows(folder)), complete(folder)[-1]
+    reached, newest = len(untimed_rows(folder)), complete(folder)[-1]
     status = start(folder, *then).wait(timeout=300)
     outcome.seconds = time.monotonic() - began
     named = re.findall(r"resumed from \S*/(step_\d+) at step (\d+)", log_of(folder).read_text())
@@ -384,7 +373,7 @@ def main() -> int:
         if engine not in undisturbed:
             began = time.monotonic()
             # the same run, of which all checkpoints stay, to compare with
-            if start(path, engine, 2, "keep_last=100").wait(timeout=300) or len(rows(path)) != STEPS:
+            if start(path, engine, 2, "keep_last=100").wait(timeout=300) or len(untimed_rows(path)) != STEPS:
                 sys.exit(f"the undisturbed run of {engine} failed, see {log_of(path)}")
             undisturbed[engine] = time.monotonic() - began
         return path
