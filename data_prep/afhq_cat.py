@@ -7,9 +7,9 @@ from __future__ import annotations
 
 import sys
 
-from lzn_dist.data.prepare import parser, run
-from lzn_dist.data.sources import AFHQCat
 from lzn_dist.paths import path_argument
+from lzn_dist.prepare.sources import AFHQCat
+from lzn_dist.prepare.writer import parser, run
 
 if __name__ == "__main__":
     options = parser(__doc__)

@@ -6,8 +6,8 @@ import argparse
 import os
 import sys
 
-from lzn_dist.data.prepare import check
 from lzn_dist.paths import path_argument
+from lzn_dist.prepare.writer import check
 from lzn_dist.terminal import command
 
 

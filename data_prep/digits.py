@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import sys
 
-from lzn_dist.data.digits import SAMPLES_PER_SHARD, Digits
-from lzn_dist.data.prepare import parser, run
+from lzn_dist.prepare.digits import SAMPLES_PER_SHARD, Digits
+from lzn_dist.prepare.writer import parser, run
 
 if __name__ == "__main__":
     options = parser(__doc__, default_output="data/digits")

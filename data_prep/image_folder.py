@@ -13,9 +13,9 @@ from __future__ import annotations
 import argparse
 import sys
 
-from lzn_dist.data.image_folder import ImageFolder
-from lzn_dist.data.prepare import parser, run
 from lzn_dist.paths import path_argument
+from lzn_dist.prepare.image_folder import ImageFolder
+from lzn_dist.prepare.writer import parser, run
 
 
 def source(given: argparse.Namespace) -> ImageFolder:

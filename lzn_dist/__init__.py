@@ -11,7 +11,7 @@ __all__ = ["__version__", "load"]
 def __getattr__(name: str) -> Any:
     # `lzn_dist.load` without importing the networks wherever a part of the package is imported
     if name == "load":
-        from lzn_dist.model import load
+        from lzn_dist.inference import load
 
         return load
     raise AttributeError(f"module 'lzn_dist' has no attribute {name!r}")

@@ -21,22 +21,22 @@ from typing import Any
 import torch
 from accelerate import PartialState
 
-from lzn_dist.checkpoint import CheckpointError
 from lzn_dist.config import ConfigError, override
 from lzn_dist.data import CorruptSampleError
 from lzn_dist.distributed import Topology
-from lzn_dist.distributed.launch import everywhere
+from lzn_dist.distributed.collectives import all_gather_object
 from lzn_dist.distributed.spread import once
-from lzn_dist.distributed.start import check_world, meeting
+from lzn_dist.engines.start import check_world, meeting
 from lzn_dist.evaluation import EvaluationData, evaluate_model, write_figures
 from lzn_dist.evaluation.data import Unmeasurable
 from lzn_dist.evaluation.linear_probe import ProbeSettings, published_probe
 from lzn_dist.exit_status import REFUSED, status_of
+from lzn_dist.inference import LZN, MissingCapability, load
 from lzn_dist.json_files import write_json
-from lzn_dist.model import LZN, MissingCapability, load
 from lzn_dist.paths import path_argument
 from lzn_dist.terminal import command
-from lzn_dist.wiring import shared_checkpoint
+from lzn_dist.training.checkpoint import CheckpointError
+from lzn_dist.training.setup import shared_checkpoint
 
 
 def table(values: dict[str, float], title: str) -> str:
@@ -108,7 +108,7 @@ def main(arguments: list[str] | None = None) -> int:
             path = shared_checkpoint(options.checkpoint or options.run, held if main_process else None)
             assert path is not None
             model = load(path)
-            everywhere(None)  # until all have read it
+            all_gather_object(None)  # until all have read it
         model.config = override(model.config, options.overrides)
         output = options.output or options.run
         unwritable = once(lambda: why_unwritable(output))
@@ -145,7 +145,7 @@ def main(arguments: list[str] | None = None) -> int:
             print(f"error: {error}", file=sys.stderr)
         return REFUSED if isinstance(error, FileNotFoundError) else status_of(error)
     if Topology.current().world_size > 1:
-        everywhere(None)
+        all_gather_object(None)
         PartialState().destroy_process_group()  # threads of gloo that outlive it may abort the process
     return 0
 

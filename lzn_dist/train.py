@@ -22,7 +22,22 @@ import torch
 from accelerate import Accelerator
 from torch.distributed.checkpoint.api import CheckpointException
 
-from lzn_dist.checkpoint import (
+from lzn_dist.config import Config, ConfigError, load_config, save_config
+from lzn_dist.data import BatchStream, CorruptSampleError
+from lzn_dist.data.storage import RemoteError, is_remote
+from lzn_dist.distributed import Topology
+from lzn_dist.distributed.collectives import all_gather_object, broadcast_object
+from lzn_dist.distributed.pieces import gather_pieces
+from lzn_dist.engines.flags import obey
+from lzn_dist.engines.launch import Launch, build_accelerator
+from lzn_dist.engines.start import spoken
+from lzn_dist.exit_status import FINISHED, PREEMPTED, REFUSED, UNREADABLE, disk_is_full, status_of, told
+from lzn_dist.inference import LZN
+from lzn_dist.networks import build_networks
+from lzn_dist.objectives import Samples
+from lzn_dist.terminal import command
+from lzn_dist.training.batches import make_embedded_data, no_samples, open_stream, prepare_samples
+from lzn_dist.training.checkpoint import (
     CheckpointError,
     CheckpointWriter,
     average_pieces,
@@ -31,35 +46,14 @@ from lzn_dist.checkpoint import (
     set_aside,
     unwrapped,
 )
-from lzn_dist.config import Config, ConfigError, load_config, save_config
-from lzn_dist.data import BatchStream, CorruptSampleError
-from lzn_dist.data.storage import RemoteError, is_remote
-from lzn_dist.distributed import Topology
-from lzn_dist.distributed.flags import obey
-from lzn_dist.distributed.guard import Signals, Watchdog, end_with_launcher
-from lzn_dist.distributed.launch import Launch, build_accelerator, everywhere, same_everywhere
-from lzn_dist.distributed.pieces import gather_pieces
-from lzn_dist.distributed.start import spoken
-from lzn_dist.exit_status import FINISHED, PREEMPTED, REFUSED, UNREADABLE, disk_is_full, status_of, told
-from lzn_dist.flops import training_flops_per_image
-from lzn_dist.model import LZN
-from lzn_dist.networks import build_networks
-from lzn_dist.objectives import Samples
-from lzn_dist.run_folder import RunFolder, SupersededError, read_lines
-from lzn_dist.step import TrainState, train_step
-from lzn_dist.terminal import command
-from lzn_dist.tracking import BadSamples, Tracker
-from lzn_dist.wiring import (
-    build_state,
-    changed_keys,
-    checkpoint_to_resume,
-    describe,
-    make_embedded_data,
-    no_samples,
-    open_stream,
-    prepare_samples,
-    resolve,
-)
+from lzn_dist.training.flops import training_flops_per_image
+from lzn_dist.training.resolve import resolve
+from lzn_dist.training.run_folder import RunFolder, SupersededError, read_lines
+from lzn_dist.training.setup import build_state, changed_keys, checkpoint_to_resume, describe
+from lzn_dist.training.signals import Signals, end_with_launcher
+from lzn_dist.training.step import TrainState, train_step
+from lzn_dist.training.tracking import BadSamples, Tracker
+from lzn_dist.training.watchdog import Watchdog
 
 SLOW_TO_SAVE = 2.0  # GB a process: what a slow disk may not take within the launcher's patience
 
@@ -103,7 +97,7 @@ class Run:
                 self.state: TrainState = build_state(config, launch, accelerator, checkpoint)
                 doing = "waiting for the other ranks to be ready"
                 # taken last: a start that is refused must not stop a run that works
-                incarnation = everywhere(self._take(checkpoint) if self.folder is not None else None)[0]
+                incarnation = all_gather_object(self._take(checkpoint) if self.folder is not None else None)[0]
         except (CheckpointError, ConfigError):
             raise
         except RemoteError as error:
@@ -215,7 +209,7 @@ class Run:
                     counters.batch, counters.nonfinite = counters.batch - 1, counters.nonfinite - 1  # not consumed
                     if stop:  # the wait for data was given up for a signal
                         self._checkpoint()
-                        return same_everywhere(signals.received or None) or "another rank's signal"
+                        return broadcast_object(signals.received or None) or "another rank's signal"
                     self._no_more_data("" if lost is None else f"rank {self.topology.rank}: {lost}", status_of(lost))
                 if not result.applied:
                     self._skipped(samples)
@@ -241,7 +235,7 @@ class Run:
                 if stop and not last:
                     if not result.applied:
                         self.writer.save(state)
-                    return same_everywhere(signals.received or None) or "another rank's signal"
+                    return broadcast_object(signals.received or None) or "another rank's signal"
         finally:
             watchdog.close()
             batches.close()  # type: ignore[attr-defined]
@@ -252,9 +246,9 @@ class Run:
         where it knows of nothing; status: what that means."""
         failed: list[str] = []
         for write in (self.writer.wait, self._checkpoint):  # a rank whose earlier one failed must not miss this one
-            failed = sorted(set(everywhere(_problem(write))) - {""})
+            failed = sorted(set(all_gather_object(_problem(write))) - {""})
         kept = f"without a new checkpoint, {self._newest()} ({'; '.join(failed)})" if failed else "with a checkpoint"
-        told = {(reason, code) for reason, code in everywhere((why, status)) if reason}
+        told = {(reason, code) for reason, code in all_gather_object((why, status)) if reason}
         reasons = "; ".join(sorted({reason for reason, _ in told}))
         # what only a person can mend outweighs what may come back by itself
         code = REFUSED if any(code == REFUSED for _, code in told) else UNREADABLE
@@ -289,7 +283,7 @@ class Run:
     def _evaluated(self) -> bool:
         """Whether this step's evaluation is there: a run may have ended in it. Collective."""
         lines = [] if self.folder is None else read_lines(self.folder.path / "eval.jsonl")
-        return everywhere(any(line["step"] == self.state.counters.step for line in lines))[0]
+        return all_gather_object(any(line["step"] == self.state.counters.step for line in lines))[0]
 
     def _skipped(self, samples: Samples) -> None:
         """A step's gradients were not finite: count it, and stop the run when it has no end."""

@@ -27,25 +27,19 @@ import torch.distributed as dist
 from accelerate import Accelerator
 from torch import Tensor
 
-from lzn_dist.checkpoint import CheckpointError
 from lzn_dist.config import Config, ConfigError, load_config
 from lzn_dist.distributed import Topology
-from lzn_dist.distributed.flags import obey
-from lzn_dist.distributed.launch import Launch, build_accelerator, same_everywhere
+from lzn_dist.distributed.collectives import broadcast_object
 from lzn_dist.distributed.pieces import gather_pieces
+from lzn_dist.engines.flags import obey
+from lzn_dist.engines.launch import Launch, build_accelerator
 from lzn_dist.networks import Networks
-from lzn_dist.step import TrainState, apply_gradients, compute_gradients
 from lzn_dist.terminal import command
-from lzn_dist.wiring import (
-    build_state,
-    describe,
-    fresh_networks,
-    make_embedded_data,
-    open_stream,
-    prepare_samples,
-    resolve,
-    single_state,
-)
+from lzn_dist.training.batches import make_embedded_data, open_stream, prepare_samples
+from lzn_dist.training.checkpoint import CheckpointError
+from lzn_dist.training.resolve import resolve
+from lzn_dist.training.setup import build_state, describe, fresh_networks, single_state
+from lzn_dist.training.step import TrainState, apply_gradients, compute_gradients
 
 STEPS = 3
 # Relative differences that rounding explains: of losses, gradients, and the weights' change over all steps.
@@ -207,7 +201,7 @@ def main(arguments: list[str] | None = None) -> int:
     if rows:
         print(table(rows))
         print(f"verify: {len(failed)} of {len(rows)} comparisons FAILED" if failed else "verify: everything agrees")
-    failures = same_everywhere(str(len(failed)))  # the others wait here for the main process's reference
+    failures = broadcast_object(str(len(failed)))  # the others wait here for the main process's reference
     accelerator.end_training()
     return 0 if failures == "0" else 1
 

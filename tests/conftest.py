@@ -10,7 +10,8 @@ from typing import Any, NoReturn
 import pytest
 import torch
 
-from lzn_dist.data import ShardIndex, write_digits
+from lzn_dist.data import ShardIndex
+from lzn_dist.prepare.digits import write_digits
 
 # processes that tests start by a file's name find lzn_dist and tests.helpers
 os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, (str(Path(__file__).parents[1]), os.environ.get("PYTHONPATH"))))

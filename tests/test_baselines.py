@@ -8,10 +8,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from lzn_dist.checkpoint import CheckpointError, CheckpointWriter, find_checkpoint, load_weights, resume_state
 from lzn_dist.config import Config, ConfigError
 from lzn_dist.objectives.baselines import MomentumContrast
-from lzn_dist.step import TrainState, train_step
+from lzn_dist.training.checkpoint import CheckpointError, CheckpointWriter, find_checkpoint, load_weights, resume_state
+from lzn_dist.training.step import TrainState, train_step
 from tests.helpers.small_run import small_config, small_samples, small_state
 
 MOCO = ["objective=moco", "data.global_batch=12", "contrast.queue=24", "contrast.momentum=0.9"]

@@ -20,7 +20,9 @@ from typing import IO
 import pytest
 import torch
 
-from lzn_dist.checkpoint import (
+from lzn_dist.config import Config, load_config, save_config
+from lzn_dist.networks import build_networks
+from lzn_dist.training.checkpoint import (
     CheckpointError,
     CheckpointWriter,
     complete_checkpoints,
@@ -32,9 +34,7 @@ from lzn_dist.checkpoint import (
     resume_state,
     set_aside,
 )
-from lzn_dist.config import Config, load_config, save_config
-from lzn_dist.networks import build_networks
-from lzn_dist.step import TrainState, train_step
+from lzn_dist.training.step import TrainState, train_step
 from tests.helpers.small_run import small_config, small_samples, small_state
 
 
@@ -295,7 +295,7 @@ def test_a_reader_takes_the_newer_one_where_its_own_goes(tmp_path: Path, monkeyp
         next(found)()
         return path
 
-    monkeypatch.setattr("lzn_dist.checkpoint.find_checkpoint", find)
+    monkeypatch.setattr("lzn_dist.training.checkpoint.find_checkpoint", find)
     assert load_networks(tmp_path)[2] == 4
 
 

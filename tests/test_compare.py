@@ -14,8 +14,8 @@ from PIL import Image
 
 from lzn_dist import compare
 from lzn_dist.config import ConfigError, load_config
-from lzn_dist.data import write_digits
 from lzn_dist.evaluation.figures import comparison_figure
+from lzn_dist.prepare.digits import write_digits
 
 ROOT = Path(__file__).parents[1]
 DIGITS = str(ROOT / "configs" / "digits_representation.yaml")

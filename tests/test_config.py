@@ -12,9 +12,9 @@ import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lzn_dist.checkpoint import CheckpointError, find_checkpoint
 from lzn_dist.config import ConfigError, load_config, override, save_config
 from lzn_dist.paths import path_argument
+from lzn_dist.training.checkpoint import CheckpointError, find_checkpoint
 from lzn_dist.yaml_core import dump_yaml, parse_yaml
 
 ROOT = Path(__file__).parents[1]

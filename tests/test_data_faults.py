@@ -18,13 +18,14 @@ import pytest
 from torch.distributed.checkpoint import FileSystemWriter
 
 from lzn_dist import train
-from lzn_dist.checkpoint import find_checkpoint
 from lzn_dist.config import ConfigError, load_config
-from lzn_dist.data import ShardIndex, write_digits
+from lzn_dist.data import ShardIndex
 from lzn_dist.distributed import Topology
-from lzn_dist.run_folder import RunFolder
-from lzn_dist.step import StepResult, TrainState
-from lzn_dist.wiring import open_stream
+from lzn_dist.prepare.digits import write_digits
+from lzn_dist.training.batches import open_stream
+from lzn_dist.training.checkpoint import find_checkpoint
+from lzn_dist.training.run_folder import RunFolder
+from lzn_dist.training.step import StepResult, TrainState
 from tests.helpers.launching import ROOT, accelerate
 from tests.helpers.messy import damage
 from tests.helpers.range_server import free_port, serve, start_server

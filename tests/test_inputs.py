@@ -10,8 +10,8 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from lzn_dist.inference import LZN
 from lzn_dist.inputs import as_count, as_images, as_labels
-from lzn_dist.model import LZN
 from lzn_dist.networks import build_networks
 from tests.helpers.small_run import small_config
 

@@ -24,10 +24,10 @@ WITH = {  # calls that are safe with an argument alone
     ("numpy", "load"): ("allow_pickle", False),
 }  # fmt: skip
 CHECKED = {  # what may stand in one place, where the names it may use are listed
-    ("pickle", "Unpickler"): {"lzn_dist/checkpoint_reader.py", "lzn_dist/data/sources.py"},
-    ("dcp", "FileSystemReader"): {"lzn_dist/checkpoint_reader.py"},
+    ("pickle", "Unpickler"): {"lzn_dist/training/checkpoint_reader.py", "lzn_dist/prepare/sources.py"},
+    ("dcp", "FileSystemReader"): {"lzn_dist/training/checkpoint_reader.py"},
     ("yaml", "load"): {"lzn_dist/yaml_core.py"},
-    ("io", "loadmat"): {"lzn_dist/data/sources.py"},
+    ("io", "loadmat"): {"lzn_dist/prepare/sources.py"},
     ("hub", "download_url_to_file"): {"lzn_dist/evaluation/inception.py"},
 }
 

@@ -11,12 +11,14 @@ import torch
 from PIL import Image
 
 from lzn_dist.config import Config, ConfigError, load_config
-from lzn_dist.data.image_folder import ImageFolder
-from lzn_dist.data.prepare import Options, prepare
 from lzn_dist.distributed import Topology
 from lzn_dist.networks import build_networks, level_sizes
-from lzn_dist.step import train_step
-from lzn_dist.wiring import changed_keys, open_stream, prepare_samples, resolve, single_state
+from lzn_dist.prepare.image_folder import ImageFolder
+from lzn_dist.prepare.writer import Options, prepare
+from lzn_dist.training.batches import open_stream, prepare_samples
+from lzn_dist.training.resolve import resolve
+from lzn_dist.training.setup import changed_keys, single_state
+from lzn_dist.training.step import train_step
 from tests.helpers.small_run import ROOT
 
 

@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from lzn_dist import run_folder
-from lzn_dist.run_folder import RunFolder, SupersededError, read_lines
+from lzn_dist.training import run_folder
+from lzn_dist.training.run_folder import RunFolder, SupersededError, read_lines
 
 
 def test_an_older_incarnation_writes_nothing_more(tmp_path: Path) -> None:
@@ -90,9 +90,9 @@ def test_who_holds_the_lock_is_named(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
     """A process that was halted while it wrote keeps the next start waiting: that one says for whom it waits."""
-    monkeypatch.setattr("lzn_dist.run_folder.PATIENCE", 0.2)
+    monkeypatch.setattr("lzn_dist.training.run_folder.PATIENCE", 0.2)
     script = (
-        "import pathlib, sys\nfrom lzn_dist.run_folder import RunFolder\n"
+        "import pathlib, sys\nfrom lzn_dist.training.run_folder import RunFolder\n"
         "with RunFolder(pathlib.Path(sys.argv[1])).take().held():\n    print('held', flush=True)\n    sys.stdin.read()"
     )
     holder = subprocess.Popen(

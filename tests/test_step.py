@@ -7,15 +7,15 @@ import torch
 from torch import nn
 
 from lzn_dist.config import ConfigError
-from lzn_dist.distributed.activations import blocks, checkpoint_activations
-from lzn_dist.distributed.engine import build_engine
-from lzn_dist.distributed.grad_cache import cached_backward, check_batch_independent
-from lzn_dist.distributed.launch import Launch
-from lzn_dist.flops import training_flops_per_image
+from lzn_dist.engines.activation_checkpointing import blocks, checkpoint_activations
+from lzn_dist.engines.base import build_engine
+from lzn_dist.engines.launch import Launch
 from lzn_dist.models import ResNetEncoder
 from lzn_dist.networks import Networks, build_networks
-from lzn_dist.step import TrainState, compute_gradients, make_optimizer, train_step
-from lzn_dist.stopwatch import Stopwatch
+from lzn_dist.training.flops import training_flops_per_image
+from lzn_dist.training.grad_cache import cached_backward, check_batch_independent
+from lzn_dist.training.step import TrainState, compute_gradients, make_optimizer, train_step
+from lzn_dist.training.stopwatch import Stopwatch
 from tests.helpers.small_run import small_config, small_samples, small_state
 
 
@@ -139,7 +139,7 @@ def test_the_caching_leaves_no_graph_of_the_whole_batch() -> None:
 def test_another_engine_than_asked_for_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     config = small_config()
     networks = build_networks(config)
-    monkeypatch.setattr("lzn_dist.distributed.engine._shard", lambda *_: None)
+    monkeypatch.setattr("lzn_dist.engines.base._shard", lambda *_: None)
     with pytest.raises(ConfigError, match="asks for engine fsdp, but single"):
         build_engine(config, Launch("fsdp", 1), networks, lambda: make_optimizer(networks, config), None, Stopwatch())
 

@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 
 from lzn_dist.config import ConfigError
-from lzn_dist.run_folder import RunFolder
-from lzn_dist.tracking import Tracker, wandb_mode
+from lzn_dist.training.run_folder import RunFolder
+from lzn_dist.training.tracking import Tracker, wandb_mode
 from tests.helpers.small_run import small_config
 
 

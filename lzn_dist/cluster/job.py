@@ -19,7 +19,7 @@ from typing_extensions import TypedDict  # typing's own tells pydantic less befo
 
 from lzn_dist.exit_status import FINISHED, PREEMPTED
 from lzn_dist.json_files import read_json
-from lzn_dist.run_folder import read_lines
+from lzn_dist.training.run_folder import read_lines
 
 FAILURES = 3  # so many failed starts in a row without a single new step, and the job is not requeued
 

@@ -23,9 +23,10 @@ from lzn_dist.cluster.profile import Profile
 from lzn_dist.cluster.task import Task
 from lzn_dist.cluster.watch import ACTIVE, queue
 from lzn_dist.config import Config, load_config, save_config
-from lzn_dist.data import ensure_digits
 from lzn_dist.distributed import Topology
-from lzn_dist.wiring import open_stream, resolve
+from lzn_dist.prepare.digits import ensure_digits
+from lzn_dist.training.batches import open_stream
+from lzn_dist.training.resolve import resolve
 
 PROJECT = Path(__file__).parents[2]
 ENGINES = ("ddp", "zero1", "zero2", "zero3", "zero3_offload", "fsdp")

@@ -1,7 +1,6 @@
 """From shards to batches: a pure function of seed and step, the same on any number of ranks."""
 
 from lzn_dist.data.augment import DigitsPolicy, Policy, SimCLRPolicy, make_views, random_flip
-from lzn_dist.data.digits import ensure_digits, write_digits
 from lzn_dist.data.index import Shard, ShardIndex, Split, write_manifest
 from lzn_dist.data.order import SampleOrder
 from lzn_dist.data.pixels import CentreCrop, Exact, RandomResizedCrops, Reading, whole_images
@@ -35,11 +34,9 @@ __all__ = [
     "ShardedDataset",
     "SimCLRPolicy",
     "Split",
-    "ensure_digits",
     "make_views",
     "random_flip",
     "to_unit_range",
     "whole_images",
-    "write_digits",
     "write_manifest",
 ]

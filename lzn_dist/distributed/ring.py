@@ -14,7 +14,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from lzn_dist.zones.velocity import AnchorField, AnchorGradient, Block, FieldFactory
+from lzn_dist.zones.block import AnchorGradient, Block
+from lzn_dist.zones.field import AnchorField, FieldFactory
 
 Group = dist.ProcessGroup | None
 

@@ -7,7 +7,7 @@ from typing import Any, TypeVar
 
 import torch.distributed as dist
 
-from lzn_dist.distributed.launch import everywhere
+from lzn_dist.distributed.collectives import all_gather_object
 from lzn_dist.distributed.topology import Topology
 
 T = TypeVar("T")
@@ -19,7 +19,7 @@ def spread(count: int, work: Callable[[int], T]) -> list[T]:
     Results travel pickled: keep tensors on the CPU. An error of any rank is raised on all of them.
     """
     topology = Topology.current()
-    parts = everywhere(_caught(lambda: {i: work(i) for i in range(topology.rank, count, topology.world_size)}))
+    parts = all_gather_object(_caught(lambda: {i: work(i) for i in range(topology.rank, count, topology.world_size)}))
     joined: dict[int, T] = {}
     for part in parts:
         joined |= _result(part)

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from lzn_dist.data import EvaluationBatch
 from lzn_dist.distributed.spread import spread
-from lzn_dist.model import LZN
+from lzn_dist.inference import LZN
 
 K = TypeVar("K")
 

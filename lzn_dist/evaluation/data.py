@@ -12,10 +12,12 @@ import torch
 from torch import Tensor
 
 from lzn_dist.config import Config, ConfigError
-from lzn_dist.data import FixedBatches, ShardedDataset, ShardIndex, ensure_digits, whole_images
+from lzn_dist.data import FixedBatches, ShardIndex
 from lzn_dist.data.index import split_name
 from lzn_dist.distributed.spread import once, spread
 from lzn_dist.evaluation.frechet import DigitClassifier
+from lzn_dist.prepare.digits import ensure_digits
+from lzn_dist.training.batches import fixed_batches
 
 IN_MEMORY = 50_000  # images of a split whose features, or pixels, are held at once, at most
 MEMORY = 4e9  # bytes of a split's pixels that are held at once, at most
@@ -35,14 +37,6 @@ class ImageSet:
     def pixels(self) -> np.ndarray:
         """float64 [n, c·h·w]."""
         return self.images.flatten(1).double().numpy()
-
-
-def fixed_batches(config: Config, index: ShardIndex, split: str, num_classes: int = 0) -> FixedBatches:
-    """A split's whole images, as evaluation resizes and crops them, in batches of exactly `evaluation.batch`."""
-    data = config.data
-    reading = whole_images(data.image_size, data.resize, data.scaled_decoding)
-    dataset = ShardedDataset(index, split, data.image_channels, reading, num_classes=num_classes)
-    return dataset.fixed_batches(config.evaluation.batch)
 
 
 class Unmeasurable(ValueError):

@@ -27,7 +27,7 @@ from lzn_dist.distributed.spread import once, spread
 from lzn_dist.evaluation.data import EvaluationData
 from lzn_dist.evaluation.distribution import Moments, frechet_distance_of, inception_score, precision_recall
 from lzn_dist.evaluation.inception import InceptionOutput
-from lzn_dist.model import LZN
+from lzn_dist.inference import LZN
 from lzn_dist.terminal import one_line
 
 MANIFOLD = 10_000  # samples of each side for precision and recall, which compare all pairs; as published evaluators do

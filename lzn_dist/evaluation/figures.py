@@ -16,8 +16,8 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from torch import Tensor
 
-from lzn_dist.run_folder import read_lines
 from lzn_dist.terminal import printable
+from lzn_dist.training.run_folder import read_lines
 
 INK = "#22262e"
 # Ten hues of similar weight, ordered so that neighbours differ.

@@ -17,7 +17,7 @@ from lzn_dist.data import EvaluationBatch
 from lzn_dist.distributed.spread import spread
 from lzn_dist.evaluation.accuracy import Proportion
 from lzn_dist.evaluation.frechet import DigitClassifier
-from lzn_dist.model import LZN, Generated
+from lzn_dist.inference import LZN, Generated
 
 
 def _pixels(images: Tensor) -> Tensor:

@@ -16,17 +16,17 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lzn_dist.checkpoint_reader import read_saved
 from lzn_dist.config import ConfigError
 from lzn_dist.data import Batch
 from lzn_dist.distributed import Topology
-from lzn_dist.distributed.launch import everywhere
+from lzn_dist.distributed.collectives import all_gather_object
 from lzn_dist.distributed.spread import spread
 from lzn_dist.evaluation.data import EvaluationData
-from lzn_dist.model import LZN
+from lzn_dist.inference import LZN
 from lzn_dist.terminal import one_line
-from lzn_dist.tracking import BadSamples
-from lzn_dist.wiring import open_stream, prepare_samples
+from lzn_dist.training.batches import open_stream, prepare_samples
+from lzn_dist.training.checkpoint_reader import read_saved
+from lzn_dist.training.tracking import BadSamples
 
 TOP = (1, 5, 10)
 
@@ -93,7 +93,7 @@ def _next(batches: Iterator[Batch], bad: BadSamples, number: int, most: int) -> 
         damaged = bad.count(batch)
     except (OSError, ValueError) as error:
         lost = error
-    told = everywhere((lost, damaged))
+    told = all_gather_object((lost, damaged))
     total = sum(count for _, count in told)
     new_damage = bad.report(total, number)
     for problem in (problem for problem, _ in told if problem is not None):

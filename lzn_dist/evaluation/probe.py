@@ -14,7 +14,7 @@ import torch
 
 from lzn_dist.config import Config
 from lzn_dist.evaluation.data import Unmeasurable
-from lzn_dist.model import LZN
+from lzn_dist.inference import LZN
 from lzn_dist.networks import build_networks
 
 NEIGHBOURS = 10

@@ -26,7 +26,7 @@ from lzn_dist.evaluation.generation import (
 from lzn_dist.evaluation.inception import InceptionFeatures, download
 from lzn_dist.evaluation.probe import FeatureSet, probes, untrained_model
 from lzn_dist.evaluation.zone_health import zone_health
-from lzn_dist.model import LZN
+from lzn_dist.inference import LZN
 
 QUICK_SAMPLES_PER_CLASS = 10
 COUNTED = 4  # samples whose evaluations of the decoder are counted where no others are drawn

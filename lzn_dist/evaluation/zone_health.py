@@ -12,7 +12,8 @@ from torch import Tensor
 from lzn_dist.zones import AnchorField, compute_latents
 from lzn_dist.zones.arguments import Backend, check_count, check_index, check_points
 from lzn_dist.zones.latents import Solver
-from lzn_dist.zones.trajectory import alignment_schedule, full_precision, integrate
+from lzn_dist.zones.schedules import alignment_schedule
+from lzn_dist.zones.trajectory import full_precision, integrate
 
 PROJECTIONS = 8
 CHUNK_ELEMENTS = 1 << 24

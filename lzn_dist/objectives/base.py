@@ -2,7 +2,7 @@
 
 **encode** (networks, each sample by itself) → **couple** (all samples of the global batch, no trained network) →
 **decode** (networks, each sample by itself). One forward runs them one after the other; gradient caching
-(`lzn_dist.distributed.grad_cache`) runs the outer two in micro-batches. An objective says how many views it encodes,
+(`lzn_dist.training.grad_cache`) runs the outer two in micro-batches. An objective says how many views it encodes,
 whether it decodes, and how it couples.
 
 An objective sees this rank's samples, and what the other ranks encoded through `gather`; its losses are means over the
@@ -24,7 +24,7 @@ from lzn_dist.config import Config
 from lzn_dist.flow import path
 from lzn_dist.keyed_random import make_key, normal, uniform
 from lzn_dist.networks import Networks
-from lzn_dist.stopwatch import Stopwatch
+from lzn_dist.training.stopwatch import Stopwatch
 
 
 @dataclass

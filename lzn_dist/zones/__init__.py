@@ -6,9 +6,9 @@ is a value (`Field`), and one that spreads them over processes keeps its communi
 """
 
 from lzn_dist.zones.alignment import Alignment, align, alignment_loss, nearest_anchor
+from lzn_dist.zones.field import AnchorField, Field, FieldFactory
 from lzn_dist.zones.latents import compute_latents
-from lzn_dist.zones.trajectory import SIGMA_MIN
-from lzn_dist.zones.velocity import AnchorField, Field, FieldFactory
+from lzn_dist.zones.schedules import SIGMA_MIN
 
 __all__ = [
     "SIGMA_MIN",

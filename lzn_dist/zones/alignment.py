@@ -10,8 +10,10 @@ import torch
 from torch import Tensor
 
 from lzn_dist.zones.arguments import Backend, check_backend, check_count, check_index, check_points
-from lzn_dist.zones.trajectory import alignment_schedule, integrate
-from lzn_dist.zones.velocity import AnchorField, FieldFactory, posterior_mean
+from lzn_dist.zones.field import AnchorField, FieldFactory
+from lzn_dist.zones.reference import posterior_mean
+from lzn_dist.zones.schedules import alignment_schedule
+from lzn_dist.zones.trajectory import integrate
 
 
 @dataclass

@@ -9,16 +9,10 @@ import torch
 from torch import Tensor
 
 from lzn_dist.zones.arguments import Backend, check_backend, check_count, check_index, check_points
-from lzn_dist.zones.trajectory import (
-    DPM_EPSILON,
-    SIGMA_MIN,
-    dpm_solver_schedule,
-    euler_schedule,
-    full_precision,
-    integrate,
-    ratio,
-)
-from lzn_dist.zones.velocity import AnchorField, FieldFactory, posterior_mean
+from lzn_dist.zones.field import AnchorField, FieldFactory
+from lzn_dist.zones.reference import posterior_mean
+from lzn_dist.zones.schedules import DPM_EPSILON, SIGMA_MIN, dpm_solver_schedule, euler_schedule, ratio
+from lzn_dist.zones.trajectory import full_precision, integrate
 
 Solver = Literal["euler", "dpm_solver_pp", "dopri5"]
 

@@ -1,6 +1,6 @@
 """Parts of a softmax over anchors, and how they are put together when the anchors come block by block.
 
-Everything is relative to a row's reference anchor a_o, which is in none of the sums (see `velocity`). Each kind of part
+Everything is relative to a row's reference anchor a_o, which is in none of the sums (see `field`). Each kind of part
 has an associative `merge`; one block is the case in which there is nothing to merge.
 """
 

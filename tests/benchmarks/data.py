@@ -42,11 +42,11 @@ from lzn_dist.data import (
     SimCLRPolicy,
     make_views,
     to_unit_range,
-    write_digits,
 )
-from lzn_dist.data.image_folder import ImageFolder
 from lzn_dist.data.pixels import Box, crop_box, decode, resize
-from lzn_dist.data.prepare import Options, prepare
+from lzn_dist.prepare.digits import write_digits
+from lzn_dist.prepare.image_folder import ImageFolder
+from lzn_dist.prepare.writer import Options, prepare
 
 SIZE = 224
 

@@ -31,9 +31,9 @@ from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
 from lzn_dist.objectives import Samples
-from lzn_dist.step import TrainState, train_step
-from lzn_dist.wiring import single_state
-from lzn_dist.zones import align, alignment_loss, compute_latents, velocity
+from lzn_dist.training.setup import single_state
+from lzn_dist.training.step import TrainState, train_step
+from lzn_dist.zones import align, alignment_loss, block, compute_latents
 
 DIM, STEPS = zones.DIM, zones.STEPS
 GPU = torch.device("cuda", 0)
@@ -108,7 +108,7 @@ def zone_rows(sizes: list[tuple[int, int]], calls: int) -> list[str]:
         "| b | n | view | what | ms | launches | waits | peak MB |",
         "|---|---|---|---|---|---|---|---|",
     ]
-    default = velocity.tile_elements
+    default = block.tile_elements
 
     def row(b: int, n: int, view: str, what: str, function: Callable[[], object], counts: bool = True) -> None:
         memory = peak_mb(function)
@@ -121,10 +121,10 @@ def zone_rows(sizes: list[tuple[int, int]], calls: int) -> list[str]:
         for view in ("aligned", "unaligned"):
             given = inputs(b, n, view)
             for power in TILES:
-                velocity.tile_elements = lambda device, power=power: 1 << power  # type: ignore[misc]
+                block.tile_elements = lambda device, power=power: 1 << power  # type: ignore[misc]
                 mark = ", the default" if default(GPU) == 1 << power else ""
                 row(b, n, view, f"ours, tiles of 2^{power}{mark}", lambda given=given: ours(*given))  # type: ignore[misc]
-            velocity.tile_elements = default
+            block.tile_elements = default
         row(b, n, "", "attention, float32", lambda given=given: attention(*given))  # type: ignore[misc]
         lines.append(f"| {b} | {n} | | products | {products_ms(b, n):.1f} | | | |")
         print(lines[-1], flush=True)

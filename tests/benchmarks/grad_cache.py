@@ -31,8 +31,8 @@ from common import Peak, machine, spawn
 
 from lzn_dist.config import Config, load_config
 from lzn_dist.objectives import Samples
-from lzn_dist.step import TrainState, train_step
-from lzn_dist.wiring import single_state
+from lzn_dist.training.setup import single_state
+from lzn_dist.training.step import TrainState, train_step
 
 ROOT = Path(__file__).parents[2]
 CPU = torch.device("cpu")

@@ -27,8 +27,8 @@ from torch import Tensor
 
 from lzn_dist.networks import Networks
 from lzn_dist.objectives import Samples
-from lzn_dist.step import TrainState, apply_gradients, schedule, train_step
-from lzn_dist.wiring import single_state
+from lzn_dist.training.setup import single_state
+from lzn_dist.training.step import TrainState, apply_gradients, schedule, train_step
 
 
 @dataclass

@@ -15,9 +15,9 @@ import webdataset as wds
 from PIL import Image
 from sklearn.datasets import load_digits
 
-from lzn_dist.data import ShardIndex, ensure_digits, write_digits
-from lzn_dist.data.digits import HELD_OUT, digits_splits
-from lzn_dist.data.prepare import check
+from lzn_dist.data import ShardIndex
+from lzn_dist.prepare.digits import HELD_OUT, digits_splits, ensure_digits, write_digits
+from lzn_dist.prepare.writer import check
 
 Samples = dict[str, tuple[np.ndarray, int]]
 

@@ -11,9 +11,9 @@ from pathlib import Path
 import pytest
 
 from lzn_dist.data import ShardIndex
-from lzn_dist.data.image_folder import ImageFolder, image_kind, make_keys, read_table, sort_classes
 from lzn_dist.data.index import split_name
-from lzn_dist.data.prepare import Options, PrepareError, prepare
+from lzn_dist.prepare.image_folder import ImageFolder, image_kind, make_keys, read_table, sort_classes
+from lzn_dist.prepare.writer import Options, PrepareError, prepare
 from tests.helpers.messy import PICTURES, check_folder, check_tar
 
 ROOT = Path(__file__).parents[2]

@@ -1,4 +1,4 @@
-"""What `python -m lzn_dist.data.inspect` prints and draws."""
+"""What `python -m lzn_dist.tools.inspect` prints and draws."""
 
 from __future__ import annotations
 
@@ -10,19 +10,12 @@ import pytest
 import torch
 from PIL import Image
 
-from lzn_dist.data import (
-    RandomResizedCrops,
-    ShardedDataset,
-    ShardIndex,
-    SimCLRPolicy,
-    inspect,
-    make_views,
-    to_unit_range,
-)
-from lzn_dist.data.image_folder import ImageFolder
-from lzn_dist.data.prepare import Options, prepare
+from lzn_dist.data import RandomResizedCrops, ShardedDataset, ShardIndex, SimCLRPolicy, make_views, to_unit_range
 from lzn_dist.evaluation.figures import sample_grid
 from lzn_dist.evaluation.zone_figure import toy_anchors, zone_figure
+from lzn_dist.prepare.image_folder import ImageFolder
+from lzn_dist.prepare.writer import Options, prepare
+from lzn_dist.tools import inspect
 from tests.helpers.published import add, encode, imagenet, imagenet_source, picture
 
 

@@ -23,12 +23,13 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from lzn_dist.data import CentreCrop, ShardedDataset, ShardIndex, Split, sources, write_manifest
-from lzn_dist.data.image_folder import ImageFolder
+from lzn_dist.data import CentreCrop, ShardedDataset, ShardIndex, Split, write_manifest
 from lzn_dist.data.index import IMAGE_EXTENSIONS
 from lzn_dist.data.pixels import decode
-from lzn_dist.data.prepare import Item, Options, PrepareError, check, prepare
-from lzn_dist.data.sources import CIFAR10, AFHQCat, ImageNet, read_devkit
+from lzn_dist.prepare import sources
+from lzn_dist.prepare.image_folder import ImageFolder
+from lzn_dist.prepare.sources import CIFAR10, AFHQCat, ImageNet, read_devkit
+from lzn_dist.prepare.writer import Item, Options, PrepareError, check, prepare
 from tests.helpers.launching import data_prep
 from tests.helpers.published import (
     NAMES,

@@ -39,7 +39,7 @@ RUN = {
     "accelerate launch --config_file launch/zero2.yaml lzn_dist/verify.py configs/digits_joint.yaml": TINY,
     "python data_prep/imagenet.py": ["--processes", "1"],
     "python data_prep/check.py data/imagenet": ["--processes", "1"],
-    "python -m lzn_dist.data.inspect data/imagenet": ["--samples", "2", "--size", "32"],
+    "python -m lzn_dist.tools.inspect data/imagenet": ["--samples", "2", "--size", "32"],
     "accelerate launch --config_file launch/zero2.yaml lzn_dist/train.py configs/imagenet_rep": IMAGENET,
     "python data_prep/image_folder.py --folder photos": ["--processes", "1"],
     "accelerate launch --config_file launch/ddp.yaml lzn_dist/train.py configs/images_joint.yaml": TINY,
@@ -53,7 +53,7 @@ ELSEWHERE = {
     "python slurm/submit.py configs/digits_joint.yaml output_dir=runs/cluster --nodes 2 --time 30m --preflight":
         "needs a cluster: tests/slurm submits so",
     "python slurm/status.py runs/cluster": "needs a cluster: tests/slurm looks so",
-    "python -m lzn_dist.models.reference_checkpoint FILE": "needs the authors' file: tests/models makes one",
+    "python -m lzn_dist.tools.published_checkpoint FILE": "needs the authors' file: tests/models makes one",
     "python -m lzn_dist.compare configs/compare/digits.yaml": "45 minutes; tests/test_compare.py compares two rows",
 }  # fmt: skip
 

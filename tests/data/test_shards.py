@@ -40,8 +40,8 @@ from lzn_dist.data import (
     to_unit_range,
 )
 from lzn_dist.data.index import sample_of, scan_tar
-from lzn_dist.data.prepare import check
 from lzn_dist.data.shards import _Ahead, check_divisible
+from lzn_dist.prepare.writer import check
 from tests.helpers.messy import damage
 
 TRAIN = 1437

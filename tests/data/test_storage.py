@@ -259,7 +259,7 @@ def test_object_stores_go_the_same_way(digits: Path, index: ShardIndex, tmp_path
 
 def test_rows_of_another_manifest_do_not_mix(digits: Path, tmp_path: Path) -> None:
     """The same URL with other shards behind it: another folder in the cache."""
-    from lzn_dist.data import write_digits
+    from lzn_dist.prepare.digits import write_digits
 
     other = write_digits(tmp_path / "other", samples_per_shard=100)
     served = tmp_path / "served"

@@ -15,7 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from lzn_dist.distributed.ring import RingField, ring_field
-from lzn_dist.zones import align, alignment_loss, compute_latents, velocity
+from lzn_dist.zones import align, alignment_loss, block, compute_latents
 from tests.helpers.zone_cases import Batch, make
 
 
@@ -131,10 +131,10 @@ class Largest(TorchDispatchMode):
 
 
 def largest(rank: int, world: int) -> int:
-    tile, velocity.TILE_ELEMENTS = velocity.TILE_ELEMENTS, 1 << 10
+    tile, block.TILE_ELEMENTS = block.TILE_ELEMENTS, 1 << 10
     mode = Largest()
     run(CASES["settled unaligned"], rank, world, watch=mode, field=ring_field())
-    velocity.TILE_ELEMENTS = tile
+    block.TILE_ELEMENTS = tile
     return mode.elements
 
 

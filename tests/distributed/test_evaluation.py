@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from lzn_dist.data import write_digits
 from lzn_dist.distributed.spread import once, spread
+from lzn_dist.prepare.digits import write_digits
 from tests.helpers.launching import accelerate
 
 WORKER = Path(__file__).with_name("evaluation_worker.py")

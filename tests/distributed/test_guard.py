@@ -12,8 +12,9 @@ from pathlib import Path
 
 import pytest
 
-from lzn_dist.distributed.guard import SIGNALS, Signals, Watchdog
-from lzn_dist.stopwatch import Stopwatch
+from lzn_dist.training.signals import SIGNALS, Signals
+from lzn_dist.training.stopwatch import Stopwatch
+from lzn_dist.training.watchdog import Watchdog
 
 WORKER = Path(__file__).with_name("watchdog_worker.py")
 
@@ -63,7 +64,7 @@ def test_a_second_interrupt_ends_a_process_that_hears_nothing(tmp_path: Path) ->
     of the first. The last words may hang, too."""
     program = (
         "import ctypes, sys, threading; from lzn_dist.distributed import guard\n"
-        "from lzn_dist.distributed.guard import Signals; guard.LAST_WORDS = 0.3\n"
+        "from lzn_dist.training.signals import Signals; guard.LAST_WORDS = 0.3\n"
         "def last(): print('last words', flush=True); threading.Event().wait()\n"
         "with Signals(last): print('ready', flush=True); ctypes.CDLL(None).sleep(0); "
         "[ctypes.PyDLL(None).poll(0, 0, 0) or ctypes.CDLL(None).pause() for _ in range(9)]"
@@ -88,7 +89,7 @@ def test_a_process_ends_with_its_launcher(tmp_path: Path) -> None:
     """A launcher that is killed, or ends without a word to its process: SIGTERM, as from one that passes it on."""
     program = (
         "import os, subprocess, sys\n"
-        "child = 'import time; from lzn_dist.distributed.guard import *; end_with_launcher()\\n"
+        "child = 'import time; from lzn_dist.training.signals import *; end_with_launcher()\\n"
         'with Signals() as s:\\n  print("ready", flush=True)\\n  while not s.received: time.sleep(0.01)\\n'
         "  print(s.received, flush=True)'\n"
         "subprocess.Popen([sys.executable, '-c', child]); sys.stdin.read(1); os.kill(os.getpid(), 9)"

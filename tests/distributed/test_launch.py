@@ -16,10 +16,10 @@ from accelerate.utils import DeepSpeedPlugin
 from torch.utils.file_baton import FileBaton
 
 from lzn_dist.config import Config, ConfigError, load_config
-from lzn_dist.distributed import start
-from lzn_dist.distributed.flags import obey
-from lzn_dist.distributed.launch import Launch, build_accelerator
-from lzn_dist.distributed.start import check_world
+from lzn_dist.engines import start
+from lzn_dist.engines.flags import obey
+from lzn_dist.engines.launch import Launch, build_accelerator
+from lzn_dist.engines.start import check_world
 
 ROOT = Path(__file__).parents[2]
 NAMES = ["ACCELERATE_USE_DEEPSPEED", "ACCELERATE_DEEPSPEED_CONFIG_FILE", "ACCELERATE_USE_FSDP", "FSDP_VERSION"]

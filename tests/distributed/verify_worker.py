@@ -21,9 +21,9 @@ from torch import Tensor
 
 from lzn_dist.config import load_config
 from lzn_dist.distributed import Topology
-from lzn_dist.distributed.anchors import _GatherAnchors
-from lzn_dist.distributed.launch import Launch, build_accelerator
-from lzn_dist.distributed.zero import ZeroEngine
+from lzn_dist.distributed.gather import _GatherAnchors
+from lzn_dist.engines.launch import Launch, build_accelerator
+from lzn_dist.engines.zero import ZeroEngine
 from lzn_dist.verify import verify
 from tests.helpers.launching import ROOT, SMALL
 

@@ -7,8 +7,8 @@ import time
 import torch
 import torch.distributed as dist
 
-from lzn_dist.distributed.guard import Watchdog
-from lzn_dist.stopwatch import Stopwatch
+from lzn_dist.training.stopwatch import Stopwatch
+from lzn_dist.training.watchdog import Watchdog
 
 
 def main() -> None:

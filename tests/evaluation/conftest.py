@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import pytest
 
-from lzn_dist.model import LZN
+from lzn_dist.inference import LZN
 from tests.helpers.hand_made import hand_made
 
 

@@ -13,7 +13,7 @@ from lzn_dist.config import ConfigError, override
 from lzn_dist.evaluation import EvaluationData, evaluate_model
 from lzn_dist.evaluation.data import Unmeasurable
 from lzn_dist.evaluation.probe import FeatureSet, few_label_probe, knn_accuracy, linear_probe
-from lzn_dist.model import LZN
+from lzn_dist.inference import LZN
 from tests.helpers.hand_made import tiny
 
 

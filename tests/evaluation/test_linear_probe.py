@@ -57,7 +57,7 @@ def test_damage_is_told_and_bounded_and_what_another_rank_cannot_read_ends_this_
         published_probe(model, EvaluationData(model.config), settings, tmp_path / "few")
 
     lost = RemoteError("the other rank's server")
-    monkeypatch.setattr(linear_probe, "everywhere", lambda own: [own, (lost, 0)])
+    monkeypatch.setattr(linear_probe, "all_gather_object", lambda own: [own, (lost, 0)])
     with pytest.raises(RemoteError, match="the other rank's server"):
         published_probe(model, EvaluationData(model.config), settings, tmp_path / "lost")
 

@@ -10,7 +10,7 @@ from lzn_dist.evaluation.accuracy import Proportion, classification_accuracy
 from lzn_dist.evaluation.frechet import DigitClassifier, frechet_distance
 from lzn_dist.evaluation.generation import balanced_labels, disagreement, image_errors, interpolate, recognised, slerp
 from lzn_dist.evaluation.probe import FeatureSet, few_label_probe, knn_accuracy, linear_probe
-from lzn_dist.model import LZN
+from lzn_dist.inference import LZN
 from tests.helpers.hand_made import CLASSES, class_images
 
 

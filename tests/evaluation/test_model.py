@@ -3,10 +3,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from lzn_dist import model as model_module
+from lzn_dist import inference
 from lzn_dist.config import load_config, override
 from lzn_dist.data import ShardedDataset, ShardIndex, whole_images
-from lzn_dist.model import LZN, MissingCapability
+from lzn_dist.inference import LZN, MissingCapability
 from lzn_dist.networks import build_networks
 from tests.helpers.hand_made import CLASSES, DIM, class_images, hand_made
 
@@ -50,7 +50,7 @@ def test_large_images_go_through_the_networks_in_parts(joint: LZN, monkeypatch: 
     images = class_images(torch.arange(20) % CLASSES)
     expected = joint.anchors(images), joint.embed(images)
     assert joint.chunk == 512
-    monkeypatch.setattr(model_module, "CHUNK_PIXELS", 3 * 64)
+    monkeypatch.setattr(inference, "CHUNK_PIXELS", 3 * 64)
     assert joint.chunk == 3
     sizes: list[int] = []
     joint.networks.encoder.register_forward_pre_hook(lambda module, given: sizes.append(len(given[0])))  # type: ignore[union-attr]
@@ -158,8 +158,8 @@ def test_wrong_labels_are_refused(joint: LZN) -> None:
 
 
 def test_load_names_a_run_that_is_not_there(tmp_path: Path) -> None:
-    from lzn_dist.checkpoint import CheckpointError
-    from lzn_dist.model import load
+    from lzn_dist.inference import load
+    from lzn_dist.training.checkpoint import CheckpointError
 
     with pytest.raises(CheckpointError, match=r"nowhere"):
         load(tmp_path / "nowhere")

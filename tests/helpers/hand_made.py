@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from lzn_dist.config import Config
-from lzn_dist.model import LZN
+from lzn_dist.inference import LZN
 from lzn_dist.networks import Networks, build_networks
 
 CLASSES, DIM = 4, 6

@@ -11,9 +11,9 @@ from pathlib import Path
 
 from PIL import Image
 
-from lzn_dist.data.image_folder import ImageFolder
 from lzn_dist.data.index import ShardIndex, sample_of, scan_tar
-from lzn_dist.data.prepare import Options, PrepareError, prepare
+from lzn_dist.prepare.image_folder import ImageFolder
+from lzn_dist.prepare.writer import Options, PrepareError, prepare
 
 NAMES = [
     "a", "B", "a.b", "x y", "#1", "~", "ü", "日本", "caf\udce9", "new\nline", "-rf", "'q'", "Thumbs", "IMG_0001", "0",

@@ -12,7 +12,7 @@ import numpy as np
 from PIL import Image
 from scipy.io import savemat
 
-from lzn_dist.data.sources import ImageNet
+from lzn_dist.prepare.sources import ImageNet
 
 WNIDS = {"n02119789": "kit fox, Vulpes macrotis", "n01440764": "tench, Tinca tinca", "n03400231": "frying pan"}
 

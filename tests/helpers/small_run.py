@@ -10,8 +10,8 @@ from torch import Tensor
 
 from lzn_dist.config import Config, load_config
 from lzn_dist.objectives import Samples
-from lzn_dist.step import TrainState
-from lzn_dist.wiring import single_state
+from lzn_dist.training.setup import single_state
+from lzn_dist.training.step import TrainState
 from tests.helpers.launching import SMALL
 
 ROOT = Path(__file__).parents[2]

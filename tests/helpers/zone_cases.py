@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from lzn_dist.zones import Alignment, align, alignment_loss, compute_latents
-from lzn_dist.zones.trajectory import Schedule, alignment_schedule, dpm_solver_schedule, euler_schedule
+from lzn_dist.zones.schedules import Schedule, alignment_schedule, dpm_solver_schedule, euler_schedule
 
 
 @dataclass

@@ -11,11 +11,11 @@ import pytest
 import torch
 
 import lzn_dist
-from lzn_dist.checkpoint import find_checkpoint, load_weights, resume_state
-from lzn_dist.distributed.engine import TorchEngine
-from lzn_dist.models.reference_checkpoint import PREFIX, build_case, load_reference_checkpoint
+from lzn_dist.engines.base import TorchEngine
 from lzn_dist.networks import build_networks
-from lzn_dist.wiring import single_state
+from lzn_dist.tools.published_checkpoint import PREFIX, build_case, load_reference_checkpoint
+from lzn_dist.training.checkpoint import find_checkpoint, load_weights, resume_state
+from lzn_dist.training.setup import single_state
 from tests.helpers.reference import assert_same_output, fill, read, wave
 
 
@@ -47,7 +47,7 @@ def test_case_2_gives_the_reference_outputs_and_becomes_a_run(tmp_path: Path) ->
     for ours, theirs in zip(trained.encoder.parameters(), averaged.encoder.parameters(), strict=True):
         assert torch.equal(ours, 0.5 * theirs)
 
-    command = [sys.executable, "-m", "lzn_dist.models.reference_checkpoint", str(path), "--case", "case_study_2"]
+    command = [sys.executable, "-m", "lzn_dist.tools.published_checkpoint", str(path), "--case", "case_study_2"]
     done = subprocess.run([*command, "--out", str(tmp_path / "run")], capture_output=True, text=True)
     assert done.returncode == 0 and "evaluate it with" in done.stdout, done.stderr
     model = lzn_dist.load(tmp_path / "run")

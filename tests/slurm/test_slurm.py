@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import submit
 
-from lzn_dist.checkpoint import find_checkpoint
+from lzn_dist.training.checkpoint import find_checkpoint
 from tests.helpers.slurm_cluster import Cluster
 from tests.helpers.slurm_run import ROOT, STEPS, Run
 

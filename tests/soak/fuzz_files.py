@@ -34,25 +34,26 @@ from tqdm import tqdm
 
 import lzn_dist
 from lzn_dist import evaluate, train
-from lzn_dist.checkpoint import CheckpointError
 from lzn_dist.cluster.job import Job, note
 from lzn_dist.cluster.profile import ProfileError, load_profile
 from lzn_dist.cluster.watch import look_at, table
 from lzn_dist.config import ConfigError, load_config
-from lzn_dist.data import ShardIndex, write_digits
+from lzn_dist.data import ShardIndex
 from lzn_dist.data import storage as storage_module
-from lzn_dist.data.image_folder import ImageFolder
-from lzn_dist.data.inspect import describe
 from lzn_dist.data.pixels import Exact
-from lzn_dist.data.prepare import Options, PrepareError, check, prepare
 from lzn_dist.data.shards import ShardedDataset
-from lzn_dist.distributed.launch import Launch, build_accelerator
+from lzn_dist.engines.launch import Launch, build_accelerator
 from lzn_dist.evaluation.distribution import Moments
 from lzn_dist.evaluation.fid import Statistics, _kept
 from lzn_dist.evaluation.linear_probe import ProbeSettings, _begin
-from lzn_dist.run_folder import RunFolder, read_lines
-from lzn_dist.step import TrainState
-from lzn_dist.wiring import build_state, checkpoint_to_resume
+from lzn_dist.prepare.digits import write_digits
+from lzn_dist.prepare.image_folder import ImageFolder
+from lzn_dist.prepare.writer import Options, PrepareError, check, prepare
+from lzn_dist.tools.inspect import describe
+from lzn_dist.training.checkpoint import CheckpointError
+from lzn_dist.training.run_folder import RunFolder, read_lines
+from lzn_dist.training.setup import build_state, checkpoint_to_resume
+from lzn_dist.training.step import TrainState
 from tests.helpers.range_server import serve
 
 ROOT = Path(__file__).parents[2]

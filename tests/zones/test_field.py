@@ -8,8 +8,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from lzn_dist.zones import AnchorField, align, compute_latents, velocity
-from lzn_dist.zones.velocity import AnchorGradient, Block
+from lzn_dist.zones import AnchorField, align, compute_latents
+from lzn_dist.zones import block as block_module
+from lzn_dist.zones.block import AnchorGradient, Block
 from tests.helpers.zone_cases import Batch, assert_equal, error, make, run
 
 
@@ -74,7 +75,7 @@ def test_settled_rows_follow_a_partner_of_another_block(spread: float | None) ->
 def test_tiles_of_blocks(monkeypatch: pytest.MonkeyPatch, elements: int) -> None:
     batch = across(make(16, 47, 23, 0.1), 30)
     expected = run(batch, backend="plain")
-    monkeypatch.setattr(velocity, "TILE_ELEMENTS", elements)
+    monkeypatch.setattr(block_module, "TILE_ELEMENTS", elements)
     assert_equal(run(batch, backend="tiled", field=split(30, 17)), expected, 1e-10)
 
 

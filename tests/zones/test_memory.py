@@ -9,7 +9,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from lzn_dist.zones import align, alignment_loss, compute_latents, velocity
+from lzn_dist.zones import align, alignment_loss, block, compute_latents
 from tests.helpers.zone_cases import make
 
 B, N, D, TILE = 96, 1024, 8, 1 << 13
@@ -46,7 +46,7 @@ def largest(backend: str, solver: str, spread: float | None, scale: float = 1.0)
     "solver,spread", [("euler", 0.5), ("euler", None), ("dpm_solver_pp", 0.5), ("dpm_solver_pp", None)]
 )
 def test_tiled_holds_one_tile(monkeypatch: pytest.MonkeyPatch, solver: str, spread: float | None) -> None:
-    monkeypatch.setattr(velocity, "TILE_ELEMENTS", TILE)
+    monkeypatch.setattr(block, "TILE_ELEMENTS", TILE)
     assert max(TILE, N * D) < B * N / 8
     assert largest("tiled", solver, spread) <= max(TILE, N * D)
 
@@ -54,7 +54,7 @@ def test_tiled_holds_one_tile(monkeypatch: pytest.MonkeyPatch, solver: str, spre
 @pytest.mark.parametrize("solver", ["euler", "dpm_solver_pp"])
 def test_collapsed_anchors_take_a_list_of_pairs_at_most(monkeypatch: pytest.MonkeyPatch, solver: str) -> None:
     """All anchors within 10⁻⁴: every pair has weight at the first step, and is listed; still nothing of b × n × d."""
-    monkeypatch.setattr(velocity, "TILE_ELEMENTS", TILE)
+    monkeypatch.setattr(block, "TILE_ELEMENTS", TILE)
     assert largest("tiled", solver, 0.5, 1e-5) <= B * N
 
 

@@ -13,8 +13,8 @@ from typing import Any
 import pytest
 import torch
 
-from lzn_dist.zones import align, alignment_loss, compute_latents, trajectory, velocity
-from lzn_dist.zones.velocity import AnchorField, Posterior
+from lzn_dist.zones import align, alignment_loss, block, compute_latents, trajectory
+from lzn_dist.zones.field import AnchorField, Posterior
 from tests.helpers.zone_cases import Batch, assert_equal, error, make, run
 
 SIZES = {16: (256, 256), 32: (60, 200), 256: (10, 256)}  # dim: (b, n)
@@ -70,7 +70,7 @@ def test_many_steps() -> None:
 def test_uneven_tiles(monkeypatch: pytest.MonkeyPatch, solver: str, elements: int) -> None:
     """One row a tile, two, and a height that does not divide the rows."""
     batch = make(16, 47, 23, 0.1, near=True)
-    monkeypatch.setattr(velocity, "TILE_ELEMENTS", elements)
+    monkeypatch.setattr(block, "TILE_ELEMENTS", elements)
     compare(batch, solver=solver)
     compare(batch, solver=solver, steps=10, dense=True)
 

@@ -1,4 +1,4 @@
-"""What is in a folder of shards: python -m lzn_dist.data.inspect DIR [--views simclr] [--output FILE]
+"""What is in a folder of shards: python -m lzn_dist.tools.inspect DIR [--views simclr] [--output FILE]
 
 Prints splits, classes and how many samples they have, sizes of images and files, and draws a contact sheet: samples,
 and beside each its two augmented views.
@@ -152,7 +152,7 @@ def two_views(picture: Picture, size: int, views: str, seed: int) -> list[Tensor
 def main(arguments: list[str] | None = None) -> int:
     """Entry point; returns the exit status."""
     parser = argparse.ArgumentParser(
-        prog="lzn_dist.data.inspect", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog="lzn_dist.tools.inspect", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("folder", type=folder_or_url, metavar="DIR", help="folder or URL of the shards")
     parser.add_argument("--split", default="train", help="of the contact sheet (default: train)")

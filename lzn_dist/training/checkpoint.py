@@ -36,16 +36,16 @@ from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from lzn_dist import __version__
-from lzn_dist.checkpoint_reader import SUMS, CheckedReader, check_sums, write_sums
 from lzn_dist.config import Config, load_config, save_config
-from lzn_dist.distributed.engine import MOMENTS, Engine
 from lzn_dist.distributed.pieces import Piece, PieceLoader, PieceSaver, share, whole
 from lzn_dist.distributed.topology import Topology
+from lzn_dist.engines.base import MOMENTS, Engine
 from lzn_dist.json_files import read_json
 from lzn_dist.models.ema import EMA
 from lzn_dist.networks import Networks, build_networks
 from lzn_dist.paths import expand_path
-from lzn_dist.step import Counters, TrainState
+from lzn_dist.training.checkpoint_reader import SUMS, CheckedReader, check_sums, write_sums
+from lzn_dist.training.step import Counters, TrainState
 
 FORMAT = 2
 # a run of one process is meant as one: no need to say so at every checkpoint

@@ -9,11 +9,11 @@ import torch
 from torch import Tensor
 
 from lzn_dist.config import Config
-from lzn_dist.distributed.engine import Engine, Group, Outcome
-from lzn_dist.distributed.grad_cache import cached_backward
+from lzn_dist.engines.base import Engine, Group, Outcome
 from lzn_dist.models.ema import EMA
 from lzn_dist.networks import Networks
 from lzn_dist.objectives import Objective, Samples
+from lzn_dist.training.grad_cache import cached_backward
 
 
 @dataclass

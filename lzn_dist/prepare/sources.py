@@ -21,7 +21,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from lzn_dist.data.index import IMAGE_EXTENSIONS, tar_members
-from lzn_dist.data.prepare import Item, PrepareError, Source
+from lzn_dist.prepare.writer import Item, PrepareError, Source
 from lzn_dist.terminal import one_line
 
 NO_LABEL = -1

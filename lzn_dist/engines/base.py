@@ -20,12 +20,12 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from lzn_dist.config import Config, ConfigError
-from lzn_dist.distributed.activations import blocks, checkpoint_activations
-from lzn_dist.distributed.launch import EngineName, Launch
 from lzn_dist.distributed.pieces import Piece, share, whole
 from lzn_dist.distributed.topology import Topology
+from lzn_dist.engines.activation_checkpointing import blocks, checkpoint_activations
+from lzn_dist.engines.launch import EngineName, Launch
 from lzn_dist.networks import Networks
-from lzn_dist.stopwatch import Stopwatch
+from lzn_dist.training.stopwatch import Stopwatch
 
 T = TypeVar("T")
 Group = dict[str, Any]
@@ -282,7 +282,7 @@ def build_engine(
         for block in networks.children():
             block.compile()
     if launch.deepspeed is not None:
-        from lzn_dist.distributed.zero import ZeroEngine
+        from lzn_dist.engines.zero import ZeroEngine
 
         assert accelerator is not None
         engine: Engine = ZeroEngine(networks, optimizer(), watch, accelerator, checkpointed)
@@ -302,7 +302,7 @@ def running_engine(engine: Engine) -> str:
         if any(isinstance(p, DTensor) for p in engine.names.values()):
             return "fsdp"
         return "single" if engine.topology.world_size == 1 else "none"
-    from lzn_dist.distributed.zero import ZeroEngine
+    from lzn_dist.engines.zero import ZeroEngine
 
     assert isinstance(engine, ZeroEngine)
     return engine.running()

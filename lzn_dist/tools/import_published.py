@@ -1,4 +1,4 @@
-"""A published checkpoint as a run: python -m lzn_dist.models.reference_checkpoint FILE --case CASE --out RUN_DIR
+"""A published checkpoint as a run: python -m lzn_dist.tools.published_checkpoint FILE --case CASE --out RUN_DIR
 
 The run has the case study's configuration (configs/), the trained and the averaged weights, and no optimiser moments:
 evaluate it, load it, or train on from it (Adam's moments begin anew, the learning rate goes on where it was).
@@ -13,16 +13,16 @@ from pathlib import Path
 
 import torch
 
-from lzn_dist.checkpoint import CheckpointWriter
 from lzn_dist.config import ConfigError, load_config, save_config
-from lzn_dist.models.reference_checkpoint import CASES, ReferenceNetworks, load_reference_checkpoint
 from lzn_dist.paths import path_argument
-from lzn_dist.run_folder import RunFolder
-from lzn_dist.step import Counters
 from lzn_dist.terminal import command
-from lzn_dist.wiring import single_state
+from lzn_dist.tools.published_checkpoint import CASES, ReferenceNetworks, load_reference_checkpoint
+from lzn_dist.training.checkpoint import CheckpointWriter
+from lzn_dist.training.run_folder import RunFolder
+from lzn_dist.training.setup import single_state
+from lzn_dist.training.step import Counters
 
-CONFIGS = Path(__file__).parents[1] / "configs"
+CONFIGS = Path(__file__).parents[2] / "configs"
 NAMES = {
     "case_study_1_cifar10": "cifar10_generation",
     "case_study_1_afhqcat": "afhq_cat_generation",

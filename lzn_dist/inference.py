@@ -351,7 +351,7 @@ class LZN:
             return images[rows % len(images)]
         if self._others is None:
             from lzn_dist.data import ShardIndex  # not needed for whole batches
-            from lzn_dist.evaluation.data import fixed_batches
+            from lzn_dist.training.batches import fixed_batches
 
             data = self.config.data
             index = ShardIndex.load(data.shards, data.cache, data.retry_seconds)
@@ -413,7 +413,7 @@ class LZN:
 
 def load(run_or_checkpoint: str | Path) -> LZN:
     """The model of a run's newest checkpoint, or of one checkpoint, with averaged (EMA) weights."""
-    from lzn_dist.checkpoint import load_networks
+    from lzn_dist.training.checkpoint import load_networks
 
     networks, config, step = load_networks(run_or_checkpoint)
     return LZN(networks, config, step)

@@ -17,10 +17,10 @@ from tqdm import tqdm
 from lzn_dist.config import Config, ConfigError
 from lzn_dist.data import BadSample, Batch
 from lzn_dist.distributed import Topology
-from lzn_dist.distributed.launch import everywhere
-from lzn_dist.flops import peak_flops
-from lzn_dist.run_folder import RunFolder, read_lines
-from lzn_dist.step import Counters
+from lzn_dist.distributed.collectives import all_gather_object
+from lzn_dist.training.flops import peak_flops
+from lzn_dist.training.run_folder import RunFolder, read_lines
+from lzn_dist.training.step import Counters
 
 WANDB_SECONDS = 15.0  # for its service to answer, and its server where it is online
 
@@ -48,7 +48,7 @@ class BadSamples:
     def __init__(self, folder: RunFolder | None, epoch: int = -1) -> None:
         self.folder, self.epoch, self.new = folder, epoch, list[BadSample]()
         lines = [] if folder is None else read_lines(folder.path / "bad_samples.jsonl", ("step", "epoch"))
-        self.rows = everywhere({line.get("row", -1) for line in lines if line["epoch"] == epoch})[0]
+        self.rows = all_gather_object({line.get("row", -1) for line in lines if line["epoch"] == epoch})[0]
         self.reported = float(len(self.rows))
         self.elsewhere = 0 if Topology.current().is_main else len(self.rows)  # the main process counts those
 
@@ -66,7 +66,7 @@ class BadSamples:
         if total <= self.reported:
             return False
         self.reported = total
-        told, self.new = everywhere(self.new), []
+        told, self.new = all_gather_object(self.new), []
         for bad in (bad for part in told for bad in part):
             if Topology.current().is_main:
                 print(f"replaced a damaged sample: {bad.why}", file=sys.stderr)

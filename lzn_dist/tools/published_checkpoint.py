@@ -1,6 +1,6 @@
 """Checkpoints as the paper's authors published them, one file a case study.
 
-    python -m lzn_dist.models.reference_checkpoint FILE --case case_study_3 --out RUN_DIR
+    python -m lzn_dist.tools.published_checkpoint FILE --case case_study_3 --out RUN_DIR
 
 turns one into a run's folder that `python -m lzn_dist.evaluate`, `lzn_dist.load` and training accept.
 
@@ -148,4 +148,4 @@ def _fill_averages(network: nn.Module, state: Any, what: str) -> None:
 
 if __name__ == "__main__":
     # writing a run needs configuration and checkpoints, which this folder does not know
-    runpy.run_module("lzn_dist.reference_run", run_name="__main__")
+    runpy.run_module("lzn_dist.tools.import_published", run_name="__main__")

@@ -14,11 +14,11 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 
-from lzn_dist.distributed.engine import MOMENTS, Engine, EngineModule, Group, Outcome, agree, poisoned
 from lzn_dist.distributed.pieces import Piece, share
 from lzn_dist.distributed.topology import Topology
+from lzn_dist.engines.base import MOMENTS, Engine, EngineModule, Group, Outcome, agree, poisoned
 from lzn_dist.networks import Networks
-from lzn_dist.stopwatch import Stopwatch
+from lzn_dist.training.stopwatch import Stopwatch
 
 T = TypeVar("T")
 

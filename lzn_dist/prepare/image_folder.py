@@ -23,7 +23,7 @@ from PIL import features
 from tqdm import tqdm
 
 from lzn_dist.data.index import IMAGE_EXTENSIONS, SPLITS, split_name
-from lzn_dist.data.prepare import Account, Item, PrepareError, Source
+from lzn_dist.prepare.writer import Account, Item, PrepareError, Source
 
 NO_LABEL = -1
 NOSPLITS = "none"

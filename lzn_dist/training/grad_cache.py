@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from lzn_dist.config import ConfigError
-from lzn_dist.distributed.engine import Engine
+from lzn_dist.engines.base import Engine
 from lzn_dist.networks import Networks
 from lzn_dist.objectives import Objective, Samples
 

@@ -15,8 +15,8 @@ from pathlib import Path
 import numpy as np
 
 from lzn_dist.data.index import MANIFEST
-from lzn_dist.data.prepare import Item, Options, Source, prepare
-from lzn_dist.data.sources import png
+from lzn_dist.prepare.sources import png
+from lzn_dist.prepare.writer import Item, Options, Source, prepare
 
 SOURCE = "scikit-learn digits (UCI Optical Recognition of Handwritten Digits, test part)"
 HELD_OUT = 360

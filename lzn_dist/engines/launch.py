@@ -22,8 +22,8 @@ from accelerate import Accelerator
 from accelerate.utils import DeepSpeedPlugin, InitProcessGroupKwargs
 
 from lzn_dist.config import Config, ConfigError
-from lzn_dist.distributed.start import check_world, meeting, prepare_extension
 from lzn_dist.distributed.topology import Topology
+from lzn_dist.engines.start import check_world, meeting, prepare_extension
 
 EngineName = Literal["single", "ddp", "zero1", "zero2", "zero3", "zero3_offload", "fsdp"]
 PROJECT = Path(__file__).parents[2]
@@ -149,20 +149,3 @@ def _filled(deepspeed: dict[str, Any], config: Config, world_size: int) -> dict[
         "gradient_clipping": config.optimizer.clip_norm,
         "steps_per_print": 2**31,
     }
-
-
-def same_everywhere(value: str | None) -> str | None:
-    """The main process's value on every process (which checkpoint to resume from, say)."""
-    shared: list[str | None] = [value]
-    if Topology.current().world_size > 1:
-        dist.broadcast_object_list(shared)
-    return shared[0]
-
-
-def everywhere(value: T) -> list[T]:
-    """Every process's (small) value, by rank, on every process."""
-    if Topology.current().world_size == 1:
-        return [value]
-    found: list[Any] = [None] * Topology.current().world_size
-    dist.all_gather_object(found, value)
-    return found

@@ -1,0 +1,1 @@
+"""The engines, one a file: how networks, gradients and optimiser state are spread over ranks."""

@@ -1,0 +1,1 @@
+"""Writing data sets as WebDataset shards with a manifest."""

@@ -1,0 +1,1 @@
+"""Commands beside training: looking at data sets, importing published checkpoints."""

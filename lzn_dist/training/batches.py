@@ -1,0 +1,154 @@
+"""From a configuration to the stream of training batches, and from a batch to the samples that an objective sees."""
+
+from __future__ import annotations
+
+from collections import Counter
+from contextlib import suppress
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator
+
+from lzn_dist.config import Config, ConfigError
+from lzn_dist.data import (
+    Batch,
+    BatchStream,
+    FixedBatches,
+    RandomResizedCrops,
+    SampleOrder,
+    ShardedDataset,
+    ShardIndex,
+    augment,
+    to_unit_range,
+    whole_images,
+)
+from lzn_dist.data.pixels import load_with_pillow
+from lzn_dist.distributed import Topology
+from lzn_dist.objectives import Samples
+from lzn_dist.prepare.digits import ensure_digits
+
+
+def open_stream(config: Config, topology: Topology, *, labelled: bool = False) -> BatchStream:
+    """A rank's stream of training batches. labelled: labels are needed whatever the objective.
+
+    Raises ConfigError where they are needed and the shards have none, or another number of classes, and where images
+    have another size; ValueError or OSError, naming the shards.
+    """
+    data, simclr = config.data, config.task == "representation" and config.data.views == "simclr"
+    try:
+        index = ShardIndex.load(data.shards, data.cache, data.retry_seconds)
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
+    if index.samples("train") < 2:
+        raise ConfigError(f"{index.folder} has a single training image: zones are made between two at least")
+    if data.global_batch < 2 and config.objective != "rectified_flow":
+        raise ConfigError(
+            "data.global_batch=1: a batch's images share the latent space, two at least: set it to 2 or more"
+        )
+    if (measured := config.evaluation.split) and measured not in index.splits:  # not only when it is measured
+        raise ConfigError(f"evaluation.split={measured}: {index.folder} has {', '.join(sorted(index.splits))}")
+    if not simclr and not data.resize:
+        _check_sizes(index, data.image_size)
+    labelled = labelled or config.labels_decoder or config.objective == "supervised"
+    if labelled:
+        _check_labels(index, data.num_classes)
+    dataset = ShardedDataset(
+        index, "train", data.image_channels,
+        RandomResizedCrops(data.image_size, config.seed, scaled_decoding=data.scaled_decoding)
+        if simclr else whole_images(data.image_size, data.resize, data.scaled_decoding),
+        num_classes=data.num_classes if labelled else 0, cache_decoded=data.cache_decoded, shared=data.workers > 0,
+        seed=config.seed,
+    )  # fmt: skip
+    order = SampleOrder(
+        [shard.samples for shard in dataset.table.shards], data.global_batch, config.seed, data.streams,
+        data.shuffle_window,
+    )  # fmt: skip
+    return BatchStream(dataset, order, topology.rank, topology.world_size, data.workers)
+
+
+_LOOKED_AT = 32
+
+
+def first_images(index: ShardIndex) -> list[tuple[int, int, int]]:
+    """Height, width and channels (1 or 3) of the first training images, of those that can be read."""
+    split, found = index.split("train"), []
+    for row in range(min(len(split), _LOOKED_AT)):
+        content = index.storage.read(split.shard_of(row).name, *split.images[row].tolist())
+        with suppress(ValueError):
+            image = load_with_pillow(content)
+            grey = image.mode in ("1", "L", "LA") or image.mode.startswith("I")
+            found.append((image.height, image.width, 1 if grey else 3))
+    if not found:
+        raise ConfigError(
+            f"{index.folder}: none of its first images can be read: see python data_prep/check.py --decode"
+        )
+    return found
+
+
+def _check_sizes(index: ShardIndex, image_size: int) -> None:
+    """Before anything is written: images that are read as they are have the size that the networks are made for."""
+    sizes = Counter((height, width) for height, width, _ in first_images(index))
+    if set(sizes) != {(image_size, image_size)}:
+        each = ", ".join(f"{n} of {h}x{w}" for (h, w), n in sizes.most_common(3)) + (", …" if len(sizes) > 3 else "")
+        raise ConfigError(
+            f"the first images of {index.folder} are {each} pixels, data.image_size is {image_size}: write the shards "
+            f"at that size (data_prep/image_folder.py --resize {image_size} --crop), or set data.resize={image_size} "
+            "to bring them to it as they are read; configs/images_*.yaml take the size from the shards"
+        )
+
+
+def _check_labels(index: ShardIndex, num_classes: int) -> None:
+    """What the index knows of them; a single label is looked at when it is read."""
+    if index.split("train").labels is None:
+        raise ConfigError(
+            f"{index.folder} has no labels, which this task needs: use labelled shards, or task=generation (without "
+            "decoder.class_conditional) or task=representation (not objective=supervised)"
+        )
+    if index.classes and len(index.classes) != num_classes:
+        raise ConfigError(
+            f"data.num_classes is {num_classes}, but {index.folder} has {len(index.classes)} classes: set "
+            f"data.num_classes={len(index.classes)}"
+        )
+
+
+def make_embedded_data(config: Config, accelerator: Accelerator) -> None:
+    """Write an embedded data set where it is missing: one process does, the others wait."""
+    if config.data.embedded == "digits":
+        with accelerator.main_process_first():
+            ensure_digits(Path(config.data.shards))
+
+
+def fixed_batches(config: Config, index: ShardIndex, split: str, num_classes: int = 0) -> FixedBatches:
+    """A split's whole images, as evaluation resizes and crops them, in batches of exactly `evaluation.batch`."""
+    data = config.data
+    reading = whole_images(data.image_size, data.resize, data.scaled_decoding)
+    dataset = ShardedDataset(index, split, data.image_channels, reading, num_classes=num_classes)
+    return dataset.fixed_batches(config.evaluation.batch)
+
+
+def prepare_samples(batch: Batch, number: int, config: Config, device: torch.device, topology: Topology) -> Samples:
+    """Views, positions and labels of a rank's share of global batch `number`, on the device, in the run's dtype."""
+    images = [to_unit_range(view) for view in batch.pixels.to(device, non_blocking=True)]
+    index = batch.index.to(device)
+    if config.task == "representation" and config.data.views != "none":
+        policy = augment.SimCLRPolicy() if config.data.views == "simclr" else augment.DigitsPolicy()
+        views: tuple[torch.Tensor, ...] = augment.make_views(images, batch.index, batch.epoch, config.seed, policy)
+    else:
+        views = (augment.random_flip(images[0], index, batch.epoch, config.seed) if config.data.flip else images[0],)
+    if config.precision == "float64":
+        views = tuple(view.double() for view in views)
+    position = torch.arange(len(index), device=device) + topology.rank * len(index)
+    return Samples(number, index, position, views, batch.labels.to(device))
+
+
+def no_samples(number: int, config: Config, device: torch.device, topology: Topology) -> Samples:
+    """What stands in for a rank's share that cannot be read: its NaN makes all ranks skip the step."""
+    count, data = config.data.global_batch // topology.world_size, config.data
+    nothing = torch.zeros(count, dtype=torch.int64, device=device)
+    dtype = torch.float64 if config.precision == "float64" else torch.float32
+    view = torch.full(
+        (count, data.image_channels, data.image_size, data.image_size), torch.nan, dtype=dtype, device=device
+    )
+    position = torch.arange(count, device=device) + topology.rank * count
+    views = (view, view) if config.task == "representation" else (view,)
+    return Samples(number, nothing, position, views, nothing)

@@ -1,0 +1,65 @@
+"""What a configuration leaves to the data: image size and channels, number of classes, networks that fit these."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from pydantic import ValidationError
+
+from lzn_dist.config import Config, ConfigError
+from lzn_dist.data import (
+    ShardIndex,
+)
+from lzn_dist.data.storage import RemoteError
+from lzn_dist.networks import fitted
+from lzn_dist.training.batches import first_images
+
+
+def resolve(config: Config) -> Config:
+    """A configuration with what it leaves to the data: image size and channels, number of classes, and networks that
+    fit these. Reads the shards' index and the first images: every process finds the same.
+
+    Raises ConfigError, and RemoteError where a server is away.
+    """
+    try:
+        return _resolved(config)
+    except (ConfigError, RemoteError):
+        raise
+    except (ValueError, OSError) as error:
+        raise ConfigError(str(error)) from error
+
+
+def _resolved(config: Config) -> Config:
+    data = config.data
+    if data.embedded == "none" and (not data.image_size or not data.image_channels or data.num_classes < 0):
+        index = ShardIndex.load(data.shards, data.cache, data.retry_seconds)
+        found: dict[str, int] = {}
+        if data.num_classes < 0:
+            found["num_classes"] = len(index.classes)
+            if not index.identity:
+                raise ConfigError(f"{index.folder} has no manifest, which counts the classes: set data.num_classes")
+        if not data.image_size or not data.image_channels:
+            images = first_images(index)
+            height = images[0][0]
+            if not data.image_size and {size[:2] for size in images} != {(height, height)}:
+                other = next(size for size in images if size[:2] != (height, height))
+                raise ConfigError(
+                    f"images of {index.folder} are not squares of one size, one is {other[0]}x{other[1]}: prepare the "
+                    "shards with --resize and --crop, or set data.image_size and data.resize"
+                )
+            colours = max(channels for *_, channels in images)  # one in colour makes it a set in colour
+            found |= {"image_size": data.image_size or height, "image_channels": data.image_channels or colours}
+        config = _updated(config, data=found)
+    size = config.data.image_size
+    return _updated(config, encoder=fitted(config.encoder, size), decoder=fitted(config.decoder, size))
+
+
+def _updated(config: Config, **sections: Mapping[str, object]) -> Config:
+    """Checked anew."""
+    values = config.model_dump()
+    for section, changes in sections.items():
+        values[section] = {**values[section], **changes}
+    try:
+        return Config.model_validate(values)
+    except ValidationError as error:
+        raise ConfigError("; ".join(e["msg"].removeprefix("Value error, ") for e in error.errors())) from None

@@ -1,0 +1,114 @@
+"""From a configuration to a stream of samples and a state to train: what the entry points share."""
+
+from __future__ import annotations
+
+from contextlib import ExitStack
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator
+
+from lzn_dist.config import Config
+from lzn_dist.distributed import Topology, gather_anchors, ring_field
+from lzn_dist.distributed.collectives import broadcast_object
+from lzn_dist.engines.base import Engine, TorchEngine, build_engine
+from lzn_dist.engines.launch import Launch
+from lzn_dist.models.ema import EMA
+from lzn_dist.networks import Networks, build_networks
+from lzn_dist.objectives import Objective, build_objective
+from lzn_dist.training.checkpoint import CheckpointError, RunRecord, held_checkpoint, load_weights, resume_state
+from lzn_dist.training.grad_cache import check_batch_independent
+from lzn_dist.training.step import TrainState, make_optimizer
+
+
+def fresh_networks(config: Config, device: torch.device) -> Networks:
+    """The networks at the start of a run: the same on every rank, in training mode."""
+    torch.manual_seed(config.seed)
+    networks = build_networks(config).to(device)
+    return (networks.double() if config.precision == "float64" else networks).train()
+
+
+def make_objective(config: Config, networks: Networks) -> Objective:
+    """The configured objective over all ranks."""
+    return build_objective(config, networks, gather_anchors, ring_field() if config.anchors == "ring" else None)
+
+
+def build_state(config: Config, launch: Launch, accelerator: Accelerator, checkpoint: Path | None) -> TrainState:
+    """Fresh state, or that of a checkpoint. Raises ConfigError and CheckpointError."""
+    networks = fresh_networks(config, accelerator.device)
+    if config.micro_batch:
+        check_batch_independent(networks)
+    if checkpoint is not None:
+        load_weights(networks, checkpoint)
+    objective = make_objective(config, networks)
+    engine = build_engine(
+        config, launch, networks, lambda: make_optimizer(networks, config), accelerator, objective.watch
+    )
+    state = TrainState(config, engine, objective, _averages(engine, config))
+    if checkpoint is not None:
+        resume_state(state, checkpoint)
+    return state
+
+
+def single_state(config: Config, device: torch.device) -> TrainState:
+    """Fresh state of one process, whatever the world around it: no collective, all anchors at hand."""
+    networks = fresh_networks(config, device)
+    objective = build_objective(config, networks, gather=lambda anchors: anchors)
+    engine = TorchEngine("single", networks, lambda: make_optimizer(networks, config), objective.watch, None)
+    return TrainState(config, engine, objective, _averages(engine, config))
+
+
+def _averages(engine: Engine, config: Config) -> EMA:
+    return EMA({name: piece.data for name, piece in engine.weights().items()}, config.optimizer.ema_decay)
+
+
+def checkpoint_to_resume(config: Config, held: ExitStack | None) -> Path | None:
+    """The checkpoint that `resume` names, the same on every rank; None for a fresh start. Raises CheckpointError.
+
+    held: as for `shared_checkpoint`.
+    """
+    if config.resume == "none":
+        return None
+    named = config.output_dir if config.resume == "auto" else config.resume
+    return shared_checkpoint(named, held, needed=config.resume != "auto")
+
+
+def shared_checkpoint(named: str | Path, held: ExitStack | None, *, needed: bool = True) -> Path | None:
+    """A checkpoint, or a run's newest, the same on every rank, while a run may be writing newer ones. Raises
+    CheckpointError; not where there is none and it is not `needed`. Collective.
+
+    held: on the main process, keeps it from being removed for as long as it is open; None on the others.
+    """
+    found = error = None
+    if held is not None:
+        try:
+            found = str(held.enter_context(held_checkpoint(named)))
+            RunRecord.checked(Path(found))
+        except CheckpointError as problem:
+            error = str(problem) if needed or found is not None else None
+    found, error = broadcast_object(found), broadcast_object(error)
+    if error is not None:
+        raise CheckpointError(error)
+    return None if found is None else Path(found)
+
+
+def changed_keys(before: Config, now: Config) -> list[str]:
+    """Keys of a checkpoint's configuration that the present one has changed, as "key: before → now"."""
+    ignored = {
+        "output_dir", "max_steps", "resume", "tracking", "log_every", "checkpoint_every", "keep_last", "cpu_threads",
+    }  # fmt: skip
+
+    def flat(values: dict[str, object], prefix: str = "") -> dict[str, object]:
+        found: dict[str, object] = {}
+        for key, value in values.items():
+            found |= flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
+        return found
+
+    old, new = (flat(config.model_dump(exclude=ignored)) for config in (before, now))
+    return [f"{key}: {old.get(key)} → {value}" for key, value in new.items() if old.get(key) != value]
+
+
+def describe(state: TrainState) -> str:
+    """The engine that runs, for people."""
+    world = Topology.current().world_size
+    return f"engine {state.engine.name} on {world} process(es) of {state.engine.device.type}"
