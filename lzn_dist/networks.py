@@ -19,6 +19,16 @@ class Networks(nn.Module):
         self.decoder = decoder
         self.label_anchors = label_anchors
 
+    def blocks(self) -> list[nn.Module]:
+        """The blocks of all networks: what may not be split when they are sharded or recomputed."""
+        return [block for network in self.children() for block in blocks_of(network)]
+
+
+def blocks_of(network: nn.Module) -> list[nn.Module]:
+    """What the network itself names by its method `blocks`, else all of it."""
+    named = getattr(network, "blocks", None)
+    return list(named()) if callable(named) and not isinstance(named, nn.Module) else [network]
+
 
 def build_networks(config: Config) -> Networks:
     """Fresh networks; the initial weights come from torch's global generator, which the caller seeds.

@@ -85,7 +85,7 @@ def run_steps(
         if topology.is_main:
             trace.gradients.append({name: value.double().cpu() for name, value in gradients.items()})
         if given is not None:
-            for name, p in state.engine.names.items():
+            for name, p in state.engine.parameters.items():
                 p.grad = given[number][name].to(p, copy=True)  # clipping works in place
         apply_gradients(state)
     weights = state.engine.weights()

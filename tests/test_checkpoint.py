@@ -89,8 +89,8 @@ def test_averaged_weights_and_constants_come_back(tmp_path: Path) -> None:
     networks = build_networks(config)
     load_weights(networks, find_checkpoint(tmp_path), averaged=True)
     found = networks.state_dict()
-    assert any(name.endswith(".W") for name in state.engine.constants)
-    assert all(torch.equal(found[name], value) for name, value in state.engine.constants.items())
+    assert any(name.endswith(".W") for name in state.engine.buffers)
+    assert all(torch.equal(found[name], value) for name, value in state.engine.buffers.items())
     for name, shadow in state.ema.shadow.items():
         assert torch.equal(found[name].view(-1), shadow)
         assert not torch.equal(shadow, state.engine.weights()[name].data) or not shadow.abs().sum()

@@ -24,6 +24,7 @@ from lzn_dist.distributed import Topology
 from lzn_dist.prepare.digits import write_digits
 from lzn_dist.training.batches import open_stream
 from lzn_dist.training.checkpoint import find_checkpoint
+from lzn_dist.training.run import Run
 from lzn_dist.training.run_folder import RunFolder
 from lzn_dist.training.step import StepResult, TrainState
 from tests.helpers.launching import ROOT, accelerate
@@ -224,16 +225,16 @@ def test_a_server_lost_in_the_evaluation_ends_the_run_as_in_training(
     run = tmp_path / "run"
     arguments = remote_arguments(port, run, tmp_path / "cache")
     arguments += ["max_steps=2", "evaluate_every=1", "checkpoint_every=100", "data.retry_seconds=0.6"]
-    evaluate = train.Run._evaluate
+    evaluate = train.evaluate
 
-    def lose(self: train.Run) -> None:
-        if self.state.counters.step == lost_at:
+    def lose(run: Run) -> None:
+        if run.state.counters.step == lost_at:
             server.kill()
             server.wait()
             shutil.rmtree(tmp_path / "cache")
-        evaluate(self)
+        evaluate(run)
 
-    monkeypatch.setattr(train.Run, "_evaluate", lose)
+    monkeypatch.setattr(train, "evaluate", lose)
     for lost_at in (1, 2):
         assert train.main(arguments) == 74
         (said,) = errors(capfd.readouterr().err)

@@ -4,18 +4,19 @@ from __future__ import annotations
 
 import pytest
 import torch
+from accelerate import Accelerator
 from torch import nn
 
 from lzn_dist.config import ConfigError
-from lzn_dist.engines.activation_checkpointing import blocks, checkpoint_activations
-from lzn_dist.engines.base import build_engine
+from lzn_dist.engines.activation_checkpointing import checkpoint_activations
+from lzn_dist.engines.build import build_engine
 from lzn_dist.engines.launch import Launch
 from lzn_dist.models import ResNetEncoder
 from lzn_dist.networks import Networks, build_networks
 from lzn_dist.training.flops import training_flops_per_image
 from lzn_dist.training.grad_cache import cached_backward, check_batch_independent
-from lzn_dist.training.step import TrainState, compute_gradients, make_optimizer, train_step
-from lzn_dist.training.stopwatch import Stopwatch
+from lzn_dist.training.optimizer import make_optimizer
+from lzn_dist.training.step import TrainState, compute_gradients, train_step
 from tests.helpers.small_run import small_config, small_samples, small_state
 
 
@@ -50,7 +51,7 @@ def test_activation_checkpointing_forgets_and_changes_nothing(policy: str, most:
     plain = gradients(small_state(small_config("precision=float64")), "joint")
     state = small_state(small_config("precision=float64"))
     chosen = checkpoint_activations(state.engine.networks, policy)  # type: ignore[arg-type]
-    assert len(chosen) == (2 if policy == "full" else len(blocks(state.engine.networks)))
+    assert len(chosen) == (2 if policy == "full" else len(state.engine.networks.blocks()))
     kept: list[int] = []
 
     def pack(tensor: torch.Tensor) -> torch.Tensor:
@@ -132,16 +133,16 @@ def test_the_caching_leaves_no_graph_of_the_whole_batch() -> None:
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        cached_backward(state.engine, state.objective, small_samples(views=2), 4)
+        cached_backward(state.engine, state.objective, small_samples(views=2), 4, state.watch)
     assert max(sizes) == 4
 
 
 def test_another_engine_than_asked_for_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     config = small_config()
     networks = build_networks(config)
-    monkeypatch.setattr("lzn_dist.engines.base._shard", lambda *_: None)
+    monkeypatch.setattr("lzn_dist.engines.fsdp.FSDPEngine._spread", lambda self, module: module)
     with pytest.raises(ConfigError, match="asks for engine fsdp, but single"):
-        build_engine(config, Launch("fsdp", 1), networks, lambda: make_optimizer(networks, config), None, Stopwatch())
+        build_engine(config, Launch("fsdp", 1), networks, lambda: make_optimizer(networks, config), Accelerator())
 
 
 def test_flops_of_resnet50_are_the_published_ones() -> None:

@@ -17,7 +17,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -346,7 +346,9 @@ class BatchStream:
         pixels, labels, rows, bad = self.dataset.read_or_replace(self.indices(number), epoch)
         return Batch(torch.from_numpy(rows), pixels, labels, epoch, tuple(bad))
 
-    def iterate(self, start: int, stop: int, interrupted: Callable[[], bool] = lambda: False) -> Iterator[Batch]:
+    def iterate(
+        self, start: int, stop: int, interrupted: Callable[[], bool] = lambda: False
+    ) -> Generator[Batch, None, None]:
         """Batches start … stop - 1 in order, the next ones being decoded meanwhile.
 
         An error surfaces at the batch that it belongs to; closing the iterator ends thread or processes. interrupted:

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, TypeVar
 
+import torch
 import torch.distributed as dist
 
 from lzn_dist.distributed.topology import Topology
-from lzn_dist.engines.launch import T
+
+T = TypeVar("T")
 
 
 def broadcast_object(value: str | None) -> str | None:
@@ -25,3 +28,13 @@ def all_gather_object(value: T) -> list[T]:
     found: list[Any] = [None] * Topology.current().world_size
     dist.all_gather_object(found, value)
     return found
+
+
+def sum_over_ranks(values: Sequence[float], device: torch.device) -> list[float]:
+    """Each value's sum over ranks, on every rank; one collective, and a wait for the device. On it, in float32: whole
+    numbers are exact up to 2²⁴."""
+    if Topology.current().world_size == 1:
+        return [float(value) for value in values]
+    joined = torch.tensor([float(value) for value in values], device=device)
+    dist.all_reduce(joined)
+    return joined.tolist()

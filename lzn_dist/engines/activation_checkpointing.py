@@ -8,30 +8,22 @@ from typing import Literal
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from lzn_dist.models.ncsnpp import AttentionBlock, ResidualBlock
-from lzn_dist.models.resnet import BottleneckBlock
-from lzn_dist.networks import Networks
+from lzn_dist.networks import Networks, blocks_of
 
 Policy = Literal["none", "selective", "full"]
-BLOCKS = (ResidualBlock, AttentionBlock, BottleneckBlock)
-
-
-def blocks(networks: Networks) -> list[nn.Module]:
-    """The residual and attention blocks of all networks, in module order."""
-    return [module for module in networks.modules() if isinstance(module, BLOCKS)]
 
 
 def checkpoint_activations(networks: Networks, policy: Policy) -> list[nn.Module]:
     """Make the policy's modules forget their activations; returns these modules. Results do not change.
 
-    selective: each residual and attention block; full: each network as a whole. Dropout is keyed, so that the second
-    forward sees the first one's masks without saving any generator's state.
+    selective: each block, as the networks name them; full: each network that has any, as a whole. Dropout is keyed, so
+    that the second forward sees the first one's masks without saving any generator's state.
     """
     chosen: list[nn.Module] = []
     if policy == "selective":
-        chosen = blocks(networks)
+        chosen = networks.blocks()
     elif policy == "full":
-        chosen = [network for network in (networks.encoder, networks.decoder) if network is not None]
+        chosen = [network for network in networks.children() if blocks_of(network)]
     for module in chosen:
         # on the instance: engines' hooks stay outside, parameters keep their names
         module.forward = partial(checkpoint, module.forward, use_reentrant=False, preserve_rng_state=False)

@@ -14,7 +14,7 @@ from contextlib import nullcontext
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
@@ -27,7 +27,6 @@ from lzn_dist.engines.start import check_world, meeting, prepare_extension
 
 EngineName = Literal["single", "ddp", "zero1", "zero2", "zero3", "zero3_offload", "fsdp"]
 PROJECT = Path(__file__).parents[2]
-T = TypeVar("T")
 
 
 @dataclass(frozen=True)

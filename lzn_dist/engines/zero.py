@@ -2,25 +2,24 @@
 
 Weights are float32 in DeepSpeed's eyes (its own bf16 mode would cast the label anchors too); the networks run in
 bfloat16 by autocast, as under every other engine. Clipping and the skipping of steps that are not finite are
-DeepSpeed's own; both use the global norm, as `TorchEngine` does.
+DeepSpeed's own; both use the global norm, as the others does.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import Any, TypeVar
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, ClassVar
 
 import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 
+from lzn_dist.distributed.collectives import sum_over_ranks
 from lzn_dist.distributed.pieces import Piece, share
 from lzn_dist.distributed.topology import Topology
-from lzn_dist.engines.base import MOMENTS, Engine, EngineModule, Group, Outcome, agree, poisoned
+from lzn_dist.engines.base import MOMENTS, Engine, EngineModule, Group, Outcome
 from lzn_dist.networks import Networks
-from lzn_dist.training.stopwatch import Stopwatch
-
-T = TypeVar("T")
 
 
 def _require_gradients(_: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
@@ -37,26 +36,27 @@ def _require_gradients(_: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]
     )
 
 
-class ZeroEngine(Engine):
+class ZeROEngine(Engine):
     """deepspeed: the DeepSpeedEngine; zero: its ZeRO optimiser; inner: torch's, which holds the moments."""
 
+    float64: ClassVar[bool] = False
+
     def __init__(
-        self, networks: Networks, optimizer: torch.optim.Optimizer, watch: Stopwatch, accelerator: Accelerator,
+        self, networks: Networks, optimizer: torch.optim.Optimizer, accelerator: Accelerator,
         checkpointed: list[nn.Module],
     ) -> None:  # fmt: skip
-        super().__init__(networks, watch, Topology.current())
+        super().__init__(networks, Topology.current())
         # ZeRO-3 gathers a checkpointed module as a whole: inside, its hooks would release parameters that were
         # gathered for the second forward before the backward has used them
         for module in checkpointed:
             module._z3_leaf = True  # type: ignore[assignment]
             module.register_forward_pre_hook(_require_gradients)
         module, _ = accelerator.prepare(EngineModule(networks), optimizer)
-        self.deepspeed: Any = module
+        self.module = self.deepspeed = module
         self.zero: Any = module.optimizer
         self.inner: torch.optim.Optimizer = self.zero.optimizer
         self.stage = int(module.zero_optimization_stage())
         self.offload = bool(module.zero_use_cpu_optimizer()) and self.stage == 3
-        self.name = self.running()  # type: ignore[assignment]
         # Under ZeRO-3 a gradient buffer is overwritten in a step's first backward and added to in later ones, also
         # where that first backward did not reach the parameter and the buffer holds the previous step's gradient.
         self.touches_first = self.stage == 3
@@ -67,7 +67,6 @@ class ZeroEngine(Engine):
         self._materialise()
 
     def running(self) -> str:
-        """The engine that runs, as DeepSpeed's objects say."""
         return f"zero{self.stage}" + ("_offload" if self.offload else "")
 
     @property
@@ -79,35 +78,30 @@ class ZeroEngine(Engine):
         # DeepSpeed takes the norm over all gradients, so those of a frozen network must be 0
         for name in self.frozen_names():
             if name.split(".")[0] == network:
-                self._hooks.append(self.names[name].register_hook(torch.zeros_like))
+                self._hooks.append(self.parameters[name].register_hook(torch.zeros_like))
 
-    def forward(self, function: Callable[[Networks], T]) -> T:
-        with torch.no_grad():
-            result: T = self.deepspeed(function)
-        return result
-
-    def backward(self, function: Callable[[Networks], tuple[Tensor, T]], *, last: bool = True) -> tuple[Tensor, T]:
+    @contextmanager
+    def accumulating(self, last: bool) -> Iterator[None]:
         self.deepspeed.set_gradient_accumulation_boundary(last)
-        loss, more = self.deepspeed(function)
-        with self.watch("backward"):
-            self.deepspeed.backward(poisoned(loss))
-        return loss.detach(), more
+        yield
 
-    def step(self, clip_norm: float, votes: Sequence[float] = ()) -> Outcome:
+    def propagate(self, loss: Tensor) -> None:
+        self.deepspeed.backward(loss)
+
+    def step(self, clip_norm: float) -> Outcome:
         # clip_norm stands in DeepSpeed's configuration
         self.deepspeed.step()
         norm = torch.as_tensor(self.deepspeed.get_global_grad_norm(), device=self.device)
         applied = bool(self.deepspeed.was_step_applied())
-        skip, sums = agree(not applied, votes, self.device, self.topology)
-        if skip == applied:
+        if sum_over_ranks([applied], self.device)[0] not in (0, self.topology.world_size):
             raise RuntimeError("ranks disagree on whether the step was taken: the weights differ between them now")
-        return Outcome(norm, applied, sums)
+        return Outcome(norm, applied)
 
     def gradients(self) -> dict[str, Tensor]:
         from deepspeed.utils import safe_get_full_grad
 
         found = {}
-        for name, p in self.names.items():
+        for name, p in self.parameters.items():
             gradient = safe_get_full_grad(p)
             shape = tuple(getattr(p, "ds_shape", p.shape))
             found[name] = torch.zeros(shape) if gradient is None else gradient.detach().clone().view(shape)
@@ -115,14 +109,13 @@ class ZeroEngine(Engine):
 
     def weights(self) -> dict[str, Piece]:
         if self.stage < 3:
-            return {name: share(p.detach(), self.topology) for name, p in self.names.items()}
+            return {name: share(p.detach(), self.topology) for name, p in self.parameters.items()}
         from deepspeed.utils import safe_get_local_fp32_param
 
-        return {name: self._local(p, safe_get_local_fp32_param(p)) for name, p in self.names.items()}
+        return {name: self._local(p, safe_get_local_fp32_param(p)) for name, p in self.parameters.items()}
 
     def whole_weights(self, network: str) -> dict[str, Tensor]:
-        start = f"{network}."
-        chosen = {name.removeprefix(start): p for name, p in self.names.items() if name.startswith(start)}
+        chosen = self._of(network)
         if self.stage < 3:
             return {name: p.detach() for name, p in chosen.items()}
         from deepspeed.runtime.zero import GatheredParameters
@@ -154,7 +147,7 @@ class ZeroEngine(Engine):
             self.zero._lazy_init_hp_params_optimizer_state()
 
     def moments(self, *, restore: bool = False) -> dict[str, dict[str, Piece]]:
-        return {key: {name: self._moment(p, key) for name, p in self.names.items()} for key in MOMENTS}
+        return {key: {name: self._moment(p, key) for name, p in self.parameters.items()} for key in MOMENTS}
 
     def _moment(self, p: Any, key: str) -> Piece:
         if self.stage == 3:
@@ -169,7 +162,7 @@ class ZeroEngine(Engine):
     def set_moments(self, moments: dict[str, dict[str, Piece]], steps: int) -> None:
         for key, pieces in moments.items():
             for name, piece in pieces.items():
-                self._set_moment(self.names[name], key, piece.data)
+                self._set_moment(self.parameters[name], key, piece.data)
         for flat in self._flat_parameters():
             self.inner.state[flat]["step"].fill_(float(steps))
 

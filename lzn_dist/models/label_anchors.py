@@ -29,3 +29,7 @@ class LabelAnchors(nn.Module):
         """The anchors [num_classes, dim], with gradient."""
         # not the parameter itself: sharded engines take its storage away when the forward has ended
         return self.anchor.clone()
+
+    def blocks(self) -> list[nn.Module]:
+        """None: a table is too small to be a unit of its own."""
+        return []

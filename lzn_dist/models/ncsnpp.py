@@ -231,6 +231,10 @@ class _DownHalf(nn.Module):
         middle: Tensor = next(modules)(h, embedding, key)
         return maps, middle
 
+    def blocks(self) -> list[nn.Module]:
+        """The units of sharding and recomputation: residual and attention blocks."""
+        return [module for module in self.modules() if isinstance(module, ResidualBlock | AttentionBlock)]
+
 
 class ImageEncoder(_DownHalf):
     """Images → anchors: the sum over feature maps f of dense_D(swish(dense(flatten(swish(conv1×1(f)))))).

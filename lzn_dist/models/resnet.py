@@ -172,3 +172,7 @@ class ResNetEncoder(nn.Module):
         """images [b, c, h, w] in [−1, 1] → anchors [b, latent_dim]; key as in features."""
         anchors: Tensor = self.head(self.features(images, key))
         return anchors
+
+    def blocks(self) -> list[nn.Module]:
+        """The units of sharding and recomputation: bottleneck blocks."""
+        return [module for module in self.modules() if isinstance(module, BottleneckBlock)]

@@ -11,7 +11,6 @@ rank's samples (see `gather_anchors` for why that is right). It knows no process
 
 from __future__ import annotations
 
-import dataclasses
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
@@ -24,7 +23,6 @@ from lzn_dist.config import Config
 from lzn_dist.flow import path
 from lzn_dist.keyed_random import make_key, normal, uniform
 from lzn_dist.networks import Networks
-from lzn_dist.training.stopwatch import Stopwatch
 
 
 @dataclass
@@ -73,6 +71,15 @@ class Coupling:
     loss: Tensor | None
     parts: dict[str, Tensor]
 
+    def assembled(self, flow: Tensor | None) -> tuple[Tensor, dict[str, Tensor]]:
+        """The loss that is optimised, with rectified flow's where there is a decoder, and its parts (detached)."""
+        parts, total = dict(self.parts), self.loss
+        if flow is not None:
+            parts["loss_flow"] = flow
+            total = flow if total is None else flow + total
+        assert total is not None
+        return total, {name: value.detach() for name, value in parts.items()}
+
 
 Gather = Callable[[Tensor], Tensor]
 Weights = Callable[[str], Mapping[str, Tensor]]  # of a network: whole, by name within it, the same on every rank
@@ -84,8 +91,6 @@ class Objective(ABC):
 
     config: Config
     gather: Gather
-    _: dataclasses.KW_ONLY
-    watch: Stopwatch = dataclasses.field(default_factory=Stopwatch)
 
     views: ClassVar[int] = 1  # of an image, that are encoded with gradients
     decodes: ClassVar[bool] = False
@@ -94,17 +99,12 @@ class Objective(ABC):
         """The loss that is optimised, and its parts (detached); scalars, still on the device."""
         anchors = [self.encode(networks, samples, view) for view in range(self.views)]
         coupling = self.couple(anchors, self.label_anchors(networks), samples)
-        parts, total = dict(coupling.parts), coupling.loss
-        if self.decodes:
-            flow = parts["loss_flow"] = self.decode(networks, samples, coupling.latents)
-            total = flow if total is None else flow + total
-        assert total is not None
-        return total, {name: value.detach() for name, value in parts.items()}
+        return coupling.assembled(self.decode(networks, samples, coupling.latents) if self.decodes else None)
 
     def encode(self, networks: Networks, samples: Samples, view: int) -> Tensor:
         """The encoder's output [b, D] for a view, in float32 at least."""
         assert networks.encoder is not None
-        with self.watch("encode"), self._autocast(samples.index):
+        with self._autocast(samples.index):
             key = self._keys("dropout/encoder", samples, view)
             anchors: Tensor = networks.encoder(samples.views[view], key=key)
         return anchors if anchors.dtype == torch.float64 else anchors.float()
@@ -123,17 +123,16 @@ class Objective(ABC):
     def decode(self, networks: Networks, samples: Samples, latents: Tensor) -> Tensor:
         """Rectified flow's loss under the samples' latents [b, D] (arXiv 2209.03003, equation 1): a scalar."""
         images = samples.views[0]
-        with self.watch("decode"):
-            noise = normal(self._keys("flow/noise", samples), images.shape[1:], images.dtype)
-            t = path.times(uniform(self._keys("flow/time", samples), (), images.dtype), self.config.flow.t_min)
-            point = path.interpolate(noise, images, t)
-            assert networks.decoder is not None
-            labels = samples.labels if self.config.labels_decoder else None
-            with self._autocast(samples.index):
-                velocity: Tensor = networks.decoder(
-                    point.x_t, t, latents.to(images.dtype), labels=labels, key=self._keys("dropout/decoder", samples)
-                )
-            return path.loss(velocity.to(images.dtype), point)
+        noise = normal(self._keys("flow/noise", samples), images.shape[1:], images.dtype)
+        t = path.times(uniform(self._keys("flow/time", samples), (), images.dtype), self.config.flow.t_min)
+        point = path.interpolate(noise, images, t)
+        assert networks.decoder is not None
+        labels = samples.labels if self.config.labels_decoder else None
+        with self._autocast(samples.index):
+            velocity: Tensor = networks.decoder(
+                point.x_t, t, latents.to(images.dtype), labels=labels, key=self._keys("dropout/decoder", samples)
+            )
+        return path.loss(velocity.to(images.dtype), point)
 
     def after_step(self, weights: Weights) -> None:  # noqa: B027
         """After an optimiser step that was taken; nothing for most. Collective."""

@@ -52,18 +52,17 @@ class ContrastOfViews(Objective):
     views = 2
 
     def couple(self, anchors: list[Tensor], labels: Tensor | None, samples: Samples) -> Coupling:
-        with self.watch("flow"):
-            own = [F.normalize(view, dim=1) for view in anchors]
-            everyone = [self.gather(view) for view in own]
-            losses, hits = [], []
-            for view in range(2):
-                others, partners = (own[view] @ everyone[which].T for which in (view, 1 - view))
-                others = others.scatter(1, samples.position[:, None], -torch.inf)  # not itself
-                logits = torch.cat((partners, others), 1) / self.config.contrast.temperature
-                losses.append(F.cross_entropy(logits, samples.position))
-                hits.append(_hit(logits, samples.position))
-            loss = torch.stack(losses).mean()
-            return Coupling(_no_latents(samples), loss, {"partner_found": torch.stack(hits).mean()})
+        own = [F.normalize(view, dim=1) for view in anchors]
+        everyone = [self.gather(view) for view in own]
+        losses, hits = [], []
+        for view in range(2):
+            others, partners = (own[view] @ everyone[which].T for which in (view, 1 - view))
+            others = others.scatter(1, samples.position[:, None], -torch.inf)  # not itself
+            logits = torch.cat((partners, others), 1) / self.config.contrast.temperature
+            losses.append(F.cross_entropy(logits, samples.position))
+            hits.append(_hit(logits, samples.position))
+        loss = torch.stack(losses).mean()
+        return Coupling(_no_latents(samples), loss, {"partner_found": torch.stack(hits).mean()})
 
 
 class MomentumContrast(Objective):
@@ -86,14 +85,13 @@ class MomentumContrast(Objective):
         self._keys_to_come = self.queue[:0]
 
     def couple(self, anchors: list[Tensor], labels: Tensor | None, samples: Samples) -> Coupling:
-        with self.watch("flow"):
-            queries, keys = F.normalize(anchors[0], dim=1), self._encode_keys(samples)
-            self._keys_to_come = self.gather(keys)
-            positive = (queries * keys).sum(1, keepdim=True)
-            logits = torch.cat((positive, queries @ self.queue.T), 1) / self.config.contrast.temperature
-            target = torch.zeros(len(logits), dtype=torch.int64, device=logits.device)
-            loss = F.cross_entropy(logits, target)
-            return Coupling(_no_latents(samples), loss, {"partner_found": _hit(logits, target)})
+        queries, keys = F.normalize(anchors[0], dim=1), self._encode_keys(samples)
+        self._keys_to_come = self.gather(keys)
+        positive = (queries * keys).sum(1, keepdim=True)
+        logits = torch.cat((positive, queries @ self.queue.T), 1) / self.config.contrast.temperature
+        target = torch.zeros(len(logits), dtype=torch.int64, device=logits.device)
+        loss = F.cross_entropy(logits, target)
+        return Coupling(_no_latents(samples), loss, {"partner_found": _hit(logits, target)})
 
     @torch.no_grad()
     def _encode_keys(self, samples: Samples) -> Tensor:

@@ -28,13 +28,12 @@ class Zoning(Objective):
         return self.config.task != "representation"
 
     def couple(self, anchors: list[Tensor], labels: Tensor | None, samples: Samples) -> Coupling:
-        with self.watch("flow"):
-            if self.config.task == "representation":
-                return self._couple_views(anchors[0], anchors[1], samples)
-            latents = self._latents(anchors[0], self._everyone(anchors[0]), samples)
-            if labels is None:
-                return Coupling(latents, None, {})
-            return self._couple_labels(latents, labels.to(latents.dtype), samples)
+        if self.config.task == "representation":
+            return self._couple_views(anchors[0], anchors[1], samples)
+        latents = self._latents(anchors[0], self._everyone(anchors[0]), samples)
+        if labels is None:
+            return Coupling(latents, None, {})
+        return self._couple_labels(latents, labels.to(latents.dtype), samples)
 
     def _everyone(self, anchors: Tensor) -> Tensor:
         return anchors if self.field is not None else self.gather(anchors)

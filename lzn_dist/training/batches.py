@@ -139,16 +139,3 @@ def prepare_samples(batch: Batch, number: int, config: Config, device: torch.dev
         views = tuple(view.double() for view in views)
     position = torch.arange(len(index), device=device) + topology.rank * len(index)
     return Samples(number, index, position, views, batch.labels.to(device))
-
-
-def no_samples(number: int, config: Config, device: torch.device, topology: Topology) -> Samples:
-    """What stands in for a rank's share that cannot be read: its NaN makes all ranks skip the step."""
-    count, data = config.data.global_batch // topology.world_size, config.data
-    nothing = torch.zeros(count, dtype=torch.int64, device=device)
-    dtype = torch.float64 if config.precision == "float64" else torch.float32
-    view = torch.full(
-        (count, data.image_channels, data.image_size, data.image_size), torch.nan, dtype=dtype, device=device
-    )
-    position = torch.arange(count, device=device) + topology.rank * count
-    views = (view, view) if config.task == "representation" else (view,)
-    return Samples(number, nothing, position, views, nothing)

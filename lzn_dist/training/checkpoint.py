@@ -400,7 +400,7 @@ class CheckpointWriter:
         step = state.counters.step
         record = RunRecord(
             Counters(**asdict(state.counters)), state.ema.num_updates, _record_shapes(state.engine),
-            {"lzn_dist": __version__, "torch": torch.__version__, "engine": state.engine.name,
+            {"lzn_dist": __version__, "torch": torch.__version__, "engine": state.engine.running(),
              "world_size": Topology.current().world_size, "incarnation": self.incarnation},
         )  # fmt: skip
         self.pending = self.thread.submit(self._write, pieces, record, step)
@@ -463,14 +463,14 @@ class CheckpointWriter:
 
 def _record_shapes(engine: Engine) -> dict[str, list[int]]:
     trained = {name: list(piece.shape) for name, piece in engine.weights().items()}
-    return trained | {name: list(value.shape) for name, value in engine.constants.items()}
+    return trained | {name: list(value.shape) for name, value in engine.buffers.items()}
 
 
 def _state_pieces(state: TrainState) -> dict[str, Piece]:
     """All tensors of a run as this rank's pieces, copied to the host."""
     engine = state.engine
     groups: dict[str, Mapping[str, Piece]] = {
-        "weights": engine.weights() | engine.constant_pieces(),
+        "weights": engine.weights() | engine.buffer_pieces(),
         "ema": average_pieces(state.ema, engine),
         "objective": {name: share(value, engine.topology) for name, value in state.objective.state().items()},
         **engine.moments(),

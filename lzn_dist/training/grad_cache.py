@@ -16,6 +16,7 @@ from lzn_dist.config import ConfigError
 from lzn_dist.engines.base import Engine
 from lzn_dist.networks import Networks
 from lzn_dist.objectives import Objective, Samples
+from lzn_dist.training.stopwatch import Stopwatch
 
 
 def check_batch_independent(networks: Networks) -> None:
@@ -30,7 +31,7 @@ def check_batch_independent(networks: Networks) -> None:
 
 
 def cached_backward(
-    engine: Engine, objective: Objective, samples: Samples, micro_batch: int
+    engine: Engine, objective: Objective, samples: Samples, micro_batch: int, watch: Stopwatch
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """The step's loss and parts, and its gradients in the engine; as one backward of `objective` would give them."""
     chunks = samples.parts(micro_batch)
@@ -47,14 +48,13 @@ def cached_backward(
         leaf.requires_grad_()
     coupling = objective.couple(anchors, labels, samples)
 
-    parts, total = dict(coupling.parts), coupling.loss
     outputs, cotangents = ([], []) if coupling.loss is None else ([coupling.loss], [torch.ones_like(coupling.loss)])
+    flow = None
     if objective.decodes:
         flow, latent_grads = _decode(engine, objective, chunks, coupling.latents.detach())
-        parts["loss_flow"] = flow
-        total = flow if total is None else flow + total
         outputs, cotangents = [*outputs, coupling.latents], [*cotangents, latent_grads]
-    with engine.watch("backward"):
+    total, parts = coupling.assembled(flow)
+    with watch("backward"):
         grads = torch.autograd.grad(outputs, leaves, cotangents) if leaves else ()
 
     if labels is not None:
@@ -68,8 +68,7 @@ def cached_backward(
             )
     if engine.touches_last:
         engine.backward(lambda networks: (_touch(objective, networks, samples), None))
-    assert total is not None
-    return total.detach(), {name: value.detach() for name, value in parts.items()}
+    return total.detach(), parts
 
 
 def _decode(engine: Engine, objective: Objective, chunks: list[Samples], latents: Tensor) -> tuple[Tensor, Tensor]:

@@ -11,14 +11,17 @@ from accelerate import Accelerator
 from lzn_dist.config import Config
 from lzn_dist.distributed import Topology, gather_anchors, ring_field
 from lzn_dist.distributed.collectives import broadcast_object
-from lzn_dist.engines.base import Engine, TorchEngine, build_engine
+from lzn_dist.engines.base import Engine
+from lzn_dist.engines.build import build_engine
 from lzn_dist.engines.launch import Launch
+from lzn_dist.engines.single import SingleEngine
 from lzn_dist.models.ema import EMA
 from lzn_dist.networks import Networks, build_networks
 from lzn_dist.objectives import Objective, build_objective
 from lzn_dist.training.checkpoint import CheckpointError, RunRecord, held_checkpoint, load_weights, resume_state
 from lzn_dist.training.grad_cache import check_batch_independent
-from lzn_dist.training.step import TrainState, make_optimizer
+from lzn_dist.training.optimizer import make_optimizer
+from lzn_dist.training.step import TrainState
 
 
 def fresh_networks(config: Config, device: torch.device) -> Networks:
@@ -41,10 +44,10 @@ def build_state(config: Config, launch: Launch, accelerator: Accelerator, checkp
     if checkpoint is not None:
         load_weights(networks, checkpoint)
     objective = make_objective(config, networks)
-    engine = build_engine(
-        config, launch, networks, lambda: make_optimizer(networks, config), accelerator, objective.watch
-    )
+    engine = build_engine(config, launch, networks, lambda: make_optimizer(networks, config), accelerator)
     state = TrainState(config, engine, objective, _averages(engine, config))
+    state.watch.around(objective, encode="encode", couple="flow", decode="decode")
+    state.watch.around(engine, propagate="backward")
     if checkpoint is not None:
         resume_state(state, checkpoint)
     return state
@@ -54,7 +57,7 @@ def single_state(config: Config, device: torch.device) -> TrainState:
     """Fresh state of one process, whatever the world around it: no collective, all anchors at hand."""
     networks = fresh_networks(config, device)
     objective = build_objective(config, networks, gather=lambda anchors: anchors)
-    engine = TorchEngine("single", networks, lambda: make_optimizer(networks, config), objective.watch, None)
+    engine = SingleEngine(networks, lambda: make_optimizer(networks, config))
     return TrainState(config, engine, objective, _averages(engine, config))
 
 
@@ -111,4 +114,4 @@ def changed_keys(before: Config, now: Config) -> list[str]:
 def describe(state: TrainState) -> str:
     """The engine that runs, for people."""
     world = Topology.current().world_size
-    return f"engine {state.engine.name} on {world} process(es) of {state.engine.device.type}"
+    return f"engine {state.engine.running()} on {world} process(es) of {state.engine.device.type}"

@@ -12,6 +12,7 @@ from collections.abc import Callable
 from types import FrameType
 from typing import Any
 
+from lzn_dist.distributed.collectives import broadcast_object
 from lzn_dist.terminal import INTERRUPTED
 
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGINT, signal.SIGHUP)
@@ -33,7 +34,7 @@ def end_with_launcher() -> None:
 
 
 class Signals:
-    """Remembers that the process was asked to end; the ranks agree at the end of the step (`Engine.step`).
+    """Remembers that the process was asked to end; the ranks agree at the end of the step (`train`).
 
     What is ignored at the start (SIGHUP under nohup, SIGINT of a job in the background) stays so. A second SIGINT ends
     the process at once, whatever it waits for, with status 130, after `at_once`.
@@ -57,6 +58,10 @@ class Signals:
             if signal.getsignal(number) is not signal.SIG_IGN:
                 self._before[number] = signal.signal(number, self._receive)
         return self
+
+    def agreed(self) -> str:
+        """The signal's name, as the main process knows it. Collective."""
+        return broadcast_object(self.received or None) or "another rank's signal"
 
     def _receive(self, number: int, _: FrameType | None) -> None:
         self.received = self.received or signal.Signals(number).name

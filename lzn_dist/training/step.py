@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-import torch
 from torch import Tensor
 
 from lzn_dist.config import Config
-from lzn_dist.engines.base import Engine, Group, Outcome
+from lzn_dist.engines.base import Engine, Outcome
 from lzn_dist.models.ema import EMA
-from lzn_dist.networks import Networks
 from lzn_dist.objectives import Objective, Samples
 from lzn_dist.training.grad_cache import cached_backward
+from lzn_dist.training.optimizer import schedule
+from lzn_dist.training.stopwatch import Stopwatch
 
 
 @dataclass
@@ -37,64 +36,37 @@ class TrainState:
     objective: Objective
     ema: EMA
     counters: Counters = field(default_factory=Counters)
-
-
-def make_optimizer(networks: Networks, config: Config) -> torch.optim.Optimizer:
-    """Adam with one group a network (paper, appendix: settings of the case studies)."""
-    settings = config.optimizer
-    rates = {"encoder": settings.encoder_lr, "decoder": settings.decoder_lr, "label_anchors": settings.label_lr}
-    groups: list[Group] = []
-    for name, rate in rates.items():
-        module = getattr(networks, name)
-        if module is not None:
-            parameters = [p for p in module.parameters() if p.requires_grad]
-            groups.append({"name": name, "params": parameters, "lr": rate})
-    return torch.optim.Adam(groups, betas=settings.betas, eps=settings.eps)
-
-
-def schedule(engine: Engine, step: int, config: Config) -> None:
-    """Learning rates of the step after `step` completed ones: linear from lr/warmup_steps, constant, or 0."""
-    settings = config.optimizer
-    factor = min(1.0, (step + 1) / max(1, settings.warmup_steps))
-    peak = {"encoder": settings.encoder_lr, "decoder": settings.decoder_lr, "label_anchors": settings.label_lr}
-    stop = {"encoder": settings.encoder_stop, "decoder": settings.decoder_stop, "label_anchors": settings.label_stop}
-    for group in engine.groups:
-        last = stop[group["name"]]
-        if last is not None and step >= last:
-            engine.freeze(group)
-        else:
-            group["lr"] = peak[group["name"]] * factor
+    watch: Stopwatch = field(default_factory=Stopwatch)
 
 
 @dataclass
 class StepResult:
-    """scalars: on the device and not reduced over ranks. applied: False where the step was skipped. votes: summed."""
+    """scalars: on the device and not reduced over ranks. applied: False where the step was skipped."""
 
     scalars: dict[str, Tensor]
     applied: bool
-    votes: list[float]
 
 
-def train_step(state: TrainState, samples: Samples, votes: Sequence[float] = ()) -> StepResult:
-    """One optimisation step on a global batch; votes: numbers of this rank of which all ranks get the sums."""
+def train_step(state: TrainState, samples: Samples) -> StepResult:
+    """One optimisation step on a global batch."""
     loss, parts = compute_gradients(state, samples)
-    with state.engine.watch("optimise"):
-        outcome = apply_gradients(state, votes)
-    return StepResult({"loss": loss, **parts, "grad_norm": outcome.norm}, outcome.applied, outcome.votes)
+    with state.watch("optimise"):
+        outcome = apply_gradients(state)
+    return StepResult({"loss": loss, **parts, "grad_norm": outcome.norm}, outcome.applied)
 
 
 def compute_gradients(state: TrainState, samples: Samples) -> tuple[Tensor, dict[str, Tensor]]:
     """The loss and its parts on this rank's samples; the global batch's gradients are in the engine."""
     schedule(state.engine, state.counters.step, state.config)
     if state.config.micro_batch:
-        return cached_backward(state.engine, state.objective, samples, state.config.micro_batch)
+        return cached_backward(state.engine, state.objective, samples, state.config.micro_batch, state.watch)
     return state.engine.backward(lambda networks: state.objective(networks, samples))
 
 
-def apply_gradients(state: TrainState, votes: Sequence[float] = ()) -> Outcome:
+def apply_gradients(state: TrainState) -> Outcome:
     """The optimiser's step and that of the averages, unless a gradient is not finite: then all stay as they are."""
     engine, counters = state.engine, state.counters
-    outcome = engine.step(state.config.optimizer.clip_norm, votes)
+    outcome = engine.step(state.config.optimizer.clip_norm)
     counters.batch += 1
     if outcome.applied:
         counters.step += 1

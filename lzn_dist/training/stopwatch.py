@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from time import perf_counter
+from typing import ParamSpec, TypeVar
 
 import torch
+
+P = ParamSpec("P")
+T = TypeVar("T")
 
 
 class Stopwatch:
@@ -37,6 +41,18 @@ class Stopwatch:
         else:
             yield
             self._seconds[part] = self._seconds.get(part, 0.0) + perf_counter() - start
+
+    def around(self, target: object, **parts: str) -> None:
+        """From now on these methods of an object are timed, as parts of these names."""
+        for method, part in parts.items():
+            setattr(target, method, self._timed(part, getattr(target, method)))
+
+    def _timed(self, part: str, method: Callable[P, T]) -> Callable[P, T]:
+        def timed(*args: P.args, **more: P.kwargs) -> T:
+            with self(part):
+                return method(*args, **more)
+
+        return timed
 
     def take(self) -> dict[str, float]:
         """Seconds of each part since the last call; waits for the device where parts were timed on it."""

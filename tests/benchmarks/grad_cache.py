@@ -86,7 +86,7 @@ def one_step(batch: int, micro_batch: int) -> dict[str, float]:
         start = time.perf_counter()
         train_step(state, samples)
         seconds = time.perf_counter() - start
-    return {"seconds": seconds, "memory": peak.most, "flow": state.objective.watch.take()["flow"]}
+    return {"seconds": seconds, "memory": peak.most, "flow": state.watch.take()["flow"]}
 
 
 def encode_all(state: TrainState, samples: Samples, micro_batch: int) -> None:

@@ -63,8 +63,8 @@ def test_a_second_interrupt_ends_a_process_that_hears_nothing(tmp_path: Path) ->
     """It waits in C with the signals' Python handlers held back, as in a collective; not so the launcher's own repeat
     of the first. The last words may hang, too."""
     program = (
-        "import ctypes, sys, threading; from lzn_dist.distributed import guard\n"
-        "from lzn_dist.training.signals import Signals; guard.LAST_WORDS = 0.3\n"
+        "import ctypes, sys, threading; from lzn_dist.training import signals\n"
+        "from lzn_dist.training.signals import Signals; signals.LAST_WORDS = 0.3\n"
         "def last(): print('last words', flush=True); threading.Event().wait()\n"
         "with Signals(last): print('ready', flush=True); ctypes.CDLL(None).sleep(0); "
         "[ctypes.PyDLL(None).poll(0, 0, 0) or ctypes.CDLL(None).pause() for _ in range(9)]"

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 import lzn_dist
-from lzn_dist.engines.base import TorchEngine
+from lzn_dist.engines.single import SingleEngine
 from lzn_dist.networks import build_networks
 from lzn_dist.tools.published_checkpoint import PREFIX, build_case, load_reference_checkpoint
 from lzn_dist.training.checkpoint import find_checkpoint, load_weights, resume_state
@@ -59,7 +59,7 @@ def test_case_2_gives_the_reference_outputs_and_becomes_a_run(tmp_path: Path) ->
     # trained on, Adam's moments begin anew: at the file's number of steps its first updates would be 3 times too large
     state = single_state(model.config, torch.device("cpu"))
     resume_state(state, find_checkpoint(tmp_path / "run"))
-    assert isinstance(state.engine, TorchEngine) and state.counters.step == 1234
+    assert isinstance(state.engine, SingleEngine) and state.counters.step == 1234
     assert {float(moments["step"]) for moments in state.engine.optimizer.state.values()} == {0.0}
     done = subprocess.run([*command, "--out", str(tmp_path / "run")], capture_output=True, text=True)
     assert done.returncode == 2 and "is not empty" in done.stderr and "Traceback" not in done.stderr
