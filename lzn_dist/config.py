@@ -27,7 +27,6 @@ from lzn_dist.paths import expand_path, without_secrets
 from lzn_dist.yaml_core import dump_yaml, parse_yaml, read_yaml
 
 UserPath = Annotated[str, AfterValidator(expand_path)]
-Task = Literal["generation", "representation", "joint"]
 ObjectiveName = Literal["lzn", "rectified_flow", "simclr", "moco", "supervised"]
 
 
@@ -87,13 +86,27 @@ class LatentConfig(_Section):
     noise_scale: float = Field(1.0, ge=0.0, description="Scale of the noise that places a latent in its zone.")
 
 
+class PairConfig(_Section):
+    """latents and anchors: of a data type (image), or of one of its views (image.1, image.2)."""
+
+    latents: str = Field(description="Data type, or view of it, whose latents are aligned.")
+    anchors: str = Field(description="Data type, or view of it, in whose zones they are to lie.")
+    weight: float = Field(1.0, ge=0.0, description="Weight of this pair's loss.")
+
+
 class AlignmentConfig(_Section):
+    pairs: tuple[PairConfig, ...] = Field((), description="What is aligned with what, one loss each.")
     steps: PositiveInt = Field(20, description="Steps of latent alignment.")
     cutoff: float = Field(0.2, ge=0.0, lt=1.0, description="Leading fraction of the steps that the loss skips.")
     kind: Literal["cross_entropy", "probability"] = Field("cross_entropy", description="Loss on the assignment.")
-    both_directions: bool = Field(False, description="Align view 1 to view 2 and view 2 to view 1.")
     class_weights: bool = Field(True, description="Weight label anchors by the global batch's class frequencies.")
-    weight: float = Field(1.0, ge=0.0, description="Weight of the alignment loss beside rectified flow's.")
+
+
+class DecodingConfig(_Section):
+    what: str = Field("image", description="Data type that is decoded.")
+    latents: str = Field("image", description="Data type, or view of it, from whose latents.")
+    class_conditional: bool = Field(False, description="Give the decoder the labels as well.")
+    weight: float = Field(1.0, ge=0.0, description="Weight of this decoder's loss.")
 
 
 class ContrastConfig(_Section):
@@ -103,46 +116,26 @@ class ContrastConfig(_Section):
 
 
 class NetworkConfig(_Section):
-    channels: PositiveInt = Field(32, description="Channels of the first level.")
-    channel_multipliers: tuple[PositiveInt, ...] | None = Field(
-        (1, 2), description="Channels of each level, as factors; null: as many levels as the image size has halves."
+    target: str = Field(
+        description="Class of the network: a short name (ncsnpp, resnet, label_anchors) or package.module:Class. "
+        "Naming another one than a base does drops the base's arguments."
     )
-    residual_blocks: PositiveInt = Field(1, description="Residual blocks a level.")
-    attention_resolutions: tuple[PositiveInt, ...] | None = Field(
-        (), description="Resolutions with self-attention; null: the largest level of 16 pixels or fewer."
-    )
-    dropout: float = Field(0.0, ge=0.0, lt=1.0, description="Dropout rate in residual blocks.")
-    fir: bool = Field(False, description="Resample with the FIR filter [1, 3, 3, 1].")
-    progressive: bool = Field(False, description="Input skips and, decoding, output skips, summed (256 pixels).")
+    arguments: dict[str, Any] = Field({}, description="What the class takes besides what follows from the data.")
+    lr: PositiveFloat = Field(1e-3, description="Learning rate.")
+    stop: PositiveInt | None = Field(None, description="Step after which the network stays as it is.")
 
 
-class EncoderConfig(NetworkConfig):
-    kind: Literal["ncsnpp", "resnet"] = Field("ncsnpp", description="NCSN++ down half, or ResNet with GroupNorm.")
-    blocks: tuple[PositiveInt, ...] = Field((3, 4, 6, 3), description="ResNet: bottleneck blocks a stage.")
-    stem: Literal["imagenet", "small"] = Field("imagenet", description="ResNet: 7x7/2 and pooling, or 3x3.")
-    feature_resolutions: tuple[PositiveInt, ...] | None = Field(
-        None, description="NCSN++: resolutions whose feature maps are read out; null for all."
-    )
-
-
-class DecoderConfig(NetworkConfig):
-    class_conditional: bool = Field(False, description="Give the decoder the labels (task=joint always does).")
-    embedding: Literal["positional", "fourier"] = Field("positional", description="Embedding of the time.")
-    scale_by_sigma: bool = Field(False, description="Divide the output by 999 t (256 pixels).")
+class ModalityConfig(_Section):
+    encoder: NetworkConfig | None = Field(None, description="Network from samples to anchors.")
+    decoder: NetworkConfig | None = Field(None, description="Network from latents to samples.")
 
 
 class OptimizerConfig(_Section):
-    encoder_lr: PositiveFloat = Field(1e-3, description="Learning rate of the image encoder.")
-    decoder_lr: PositiveFloat = Field(1e-3, description="Learning rate of the image decoder.")
-    label_lr: PositiveFloat = Field(1e-3, description="Learning rate of the label anchors.")
     betas: tuple[float, float] = Field((0.9, 0.999), description="Adam's decay rates.")
     eps: PositiveFloat = Field(1e-8, description="Adam's epsilon.")
     clip_norm: PositiveFloat = Field(1.0, description="Largest norm of the gradient over all parameters.")
     warmup_steps: NonNegativeInt = Field(5000, description="Linear warm-up from lr/warmup_steps, then constant.")
     ema_decay: float = Field(0.9999, ge=0.0, lt=1.0, description="Decay of the averaged weights.")
-    encoder_stop: PositiveInt | None = Field(None, description="Step after which the image encoder stays as it is.")
-    decoder_stop: PositiveInt | None = Field(None, description="Step after which the image decoder stays as it is.")
-    label_stop: PositiveInt | None = Field(None, description="Step after which the label anchors stay as they are.")
 
 
 class FlowConfig(_Section):
@@ -178,7 +171,6 @@ class TrackingConfig(_Section):
 class Config(_Section):
     """A run. `step` counts completed optimiser steps everywhere."""
 
-    task: Task = Field(description="generation, representation or joint.")
     objective: ObjectiveName = Field(
         "lzn", description="What is optimised: LZN's, or a baseline's (rectified_flow; simclr, moco, supervised)."
     )
@@ -222,8 +214,8 @@ class Config(_Section):
     latent: LatentConfig = LatentConfig()
     alignment: AlignmentConfig = AlignmentConfig()
     contrast: ContrastConfig = ContrastConfig()
-    encoder: EncoderConfig = EncoderConfig()
-    decoder: DecoderConfig = DecoderConfig()
+    modalities: dict[str, ModalityConfig] = Field({}, description="The data types and their networks, by name.")
+    decode: tuple[DecodingConfig, ...] = Field((), description="What is decoded, and from whose latents.")
     optimizer: OptimizerConfig = OptimizerConfig()
     flow: FlowConfig = FlowConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
@@ -231,19 +223,10 @@ class Config(_Section):
 
     @model_validator(mode="after")
     def _possible(self) -> Config:
-        if self.data.num_classes == 0 and (self.labels_decoder or self.objective == "supervised"):
-            raise ValueError("task=joint, decoder.class_conditional and objective=supervised need data.num_classes")
-        self._possible_objective()
         if int(self.alignment.steps * self.alignment.cutoff) >= self.alignment.steps:
             raise ValueError("alignment.cutoff leaves no step of alignment.steps; lower it")
         if self.anchors == "ring" and (self.latent.solver == "dopri5" or self.backend == "plain"):
             raise ValueError("anchors=ring needs a solver with fixed steps and backend auto or tiled")
-        if self.task != "representation" and self.encoder.kind == "resnet" and self.data.image_channels == 1:
-            raise ValueError("encoder.kind=resnet with one image channel is for task=representation")
-        if self.task == "representation" and self.data.views == "simclr" and self.data.image_channels == 1:
-            raise ValueError("data.views=simclr changes colours: set data.image_channels=3, or data.views=digits")
-        if self.task == "representation" and self.data.views == "simclr" and self.data.cache_decoded:
-            raise ValueError("data.views=simclr crops anew in each epoch: set data.cache_decoded=false")
         if self.data.embedded != "none" and "://" in self.data.shards:
             raise ValueError("an embedded data set is written to a folder: set data.embedded=none for shards at a URL")
         if 0 < self.data.resize < self.data.image_size or (self.data.resize and not self.data.image_size):
@@ -252,30 +235,20 @@ class Config(_Section):
             raise ValueError("data.embedded=digits holds 8x8 grey images: set data.image_size=8 data.image_channels=1")
         return self
 
-    def _possible_objective(self) -> None:
-        task = "generation" if self.objective == "rectified_flow" else "representation"
-        if self.objective != "lzn" and self.task != task:
-            raise ValueError(f"objective={self.objective} is for task={task}")
-        if self.objective != "lzn" and self.anchors == "ring":
-            raise ValueError("anchors=ring is for objective=lzn")
-        if self.objective == "moco" and self.contrast.queue % self.data.global_batch:
-            raise ValueError(
-                f"contrast.queue={self.contrast.queue} is no multiple of data.global_batch={self.data.global_batch}"
-            )
-        if self.task == "representation" and self.objective != "supervised" and self.data.views == "none":
-            raise ValueError("data.views=none is for objective=supervised: two equal views teach nothing")
-        if self.decoder.class_conditional and self.task == "representation":
-            raise ValueError("decoder.class_conditional is for tasks with a decoder")
-
     @property
-    def labels_decoder(self) -> bool:
-        """Whether the decoder is given labels."""
-        return self.task == "joint" or self.decoder.class_conditional
+    def task(self) -> str:
+        """The paper's word for it, for people; nothing is decided by it."""
+        if any(pair.anchors == "label" for pair in self.alignment.pairs) and self.objective == "lzn":
+            return "joint"
+        return "generation" if self.decode and self.objective in ("lzn", "rectified_flow") else "representation"
 
-    @property
-    def decoder_latent_dim(self) -> int:
-        """Dimension of the latents that the decoder is given: 0 for rectified flow by itself."""
-        return 0 if self.objective == "rectified_flow" else self.latent.dim
+    def network(self, modality: str, role: str) -> NetworkConfig:
+        """Raises ConfigError where there is none."""
+        section = self.modalities.get(modality)
+        found: NetworkConfig | None = getattr(section, role, None)
+        if found is None:
+            raise ConfigError(f"modalities.{modality}.{role} is missing: its target names the class of the network")
+        return found
 
 
 def _read(path: Path, seen: tuple[Path, ...] = ()) -> dict[str, Any]:
@@ -313,6 +286,8 @@ def _merge(below: dict[str, Any], above: dict[str, Any], where: str, prefix: str
         if key in merged and isinstance(old, dict) != isinstance(value, dict):
             raise ConfigError(f"{where}: {prefix}{key}: a section of keys in one place, a value in another")
         merged[key] = _merge(old, value, where, f"{prefix}{key}.") if isinstance(old, dict) else value
+    if below.get("target", above.get("target")) != above.get("target", below.get("target")):
+        merged["arguments"] = above.get("arguments", {})  # another class takes others
     return merged
 
 
@@ -344,20 +319,45 @@ def _merged(values: dict[str, Any], overrides: Sequence[str], where: str) -> Con
         for section in reversed(sections):
             nested = {section: nested}
         values = _merge(values, nested, f"override {item!r}")
+    return config_from(values, where)
+
+
+def config_from(values: dict[str, Any], where: str) -> Config:
+    """Checked. where: what the values are from. Raises ConfigError, one line a problem."""
     try:
         return Config.model_validate(_tuples(values))
     except ValidationError as error:
         raise ConfigError("\n".join(_explain(where, e) for e in error.errors())) from None
 
 
+def _model(kind: Any) -> type[BaseModel] | None:
+    """The section that a key's type is, perhaps an optional one or one of several by name."""
+    if isinstance(kind, type) and issubclass(kind, BaseModel):
+        return kind
+    return next((model for part in get_args(kind) if (model := _model(part)) is not None), None)
+
+
+def _section(keys: Sequence[Any]) -> type[BaseModel] | None:
+    """The section that keys lead to; None where they lead to none."""
+    model: type[BaseModel] | None = Config
+    by_name = False
+    for key in keys:
+        if model is None:
+            return None
+        if by_name or isinstance(key, int):  # a name of the user's, or a place in a list
+            by_name = False
+            continue
+        field = model.model_fields.get(key)
+        kind = None if field is None else field.annotation
+        by_name = get_origin(kind) is dict
+        model = _model(kind)
+    return model
+
+
 def _is_text(sections: Sequence[str], name: str) -> bool:
     """Whether a key's values are text alone; False for a key that there is not."""
-    model: Any = Config
-    for section in sections:
-        model = model.model_fields[section].annotation if section in model.model_fields else None
-        if not (isinstance(model, type) and issubclass(model, BaseModel)):
-            return False
-    kind = model.model_fields[name].annotation if name in model.model_fields else None
+    model = _section(sections)
+    kind = model.model_fields[name].annotation if model is not None and name in model.model_fields else None
     return kind is str or (get_origin(kind) is Literal and all(isinstance(value, str) for value in get_args(kind)))
 
 
@@ -371,10 +371,9 @@ def _tuples(value: Any) -> Any:
 def _explain(path: str | Path, error: Any) -> str:
     key = ".".join(str(part) for part in error["loc"])
     if error["type"] == "extra_forbidden":
-        section: Any = Config
-        for part in error["loc"][:-1]:
-            section = section.model_fields[part].annotation
-        return f"{path}: unknown key {key!r}; known here: {', '.join(sorted(section.model_fields))}"
+        section = _section(error["loc"][:-1])
+        known = sorted(section.model_fields) if section is not None else []
+        return f"{path}: unknown key {key!r}; known here: {', '.join(known)}"
     if error["type"] == "missing":
         return f"{path}: key {key!r} is missing"
     message = error["msg"].removeprefix("Value error, ")

@@ -34,7 +34,7 @@ from lzn_dist.exit_status import REFUSED, status_of
 from lzn_dist.inference import LZN, MissingCapability, load
 from lzn_dist.json_files import write_json
 from lzn_dist.paths import path_argument
-from lzn_dist.terminal import command
+from lzn_dist.terminal import TRUST, command
 from lzn_dist.training.checkpoint import CheckpointError
 from lzn_dist.training.setup import shared_checkpoint
 
@@ -82,6 +82,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
         "--probe-epochs", type=int, default=0, metavar="N", help="also the published linear probe (paper: 300; long)"
     )
     parser.add_argument("--probe-batch", type=int, default=8192, metavar="N", help="its batch (default: 8192)")
+    parser.add_argument("--trust", action="append", default=[], metavar="PACKAGE", help=TRUST)
     options = parser.parse_intermixed_args(arguments)
     for item in options.overrides:
         if not item.startswith(("evaluation.", "flow.", "data.")):
@@ -107,7 +108,7 @@ def main(arguments: list[str] | None = None) -> int:
         with ExitStack() as held:
             path = shared_checkpoint(options.checkpoint or options.run, held if main_process else None)
             assert path is not None
-            model = load(path)
+            model = load(path, options.trust)
             all_gather_object(None)  # until all have read it
         model.config = override(model.config, options.overrides)
         output = options.output or options.run

@@ -1,27 +1,55 @@
-"""The trainable networks of a run, built from its configuration: one module for all engines."""
+"""The trainable networks of a run, by data type and role, made from the classes that its configuration names."""
 
 from __future__ import annotations
 
-from typing import Any
+import importlib
+import inspect
+import os
+import sys
+from collections.abc import Iterable, Mapping
+from typing import Any, get_type_hints
 
+from pydantic import ConfigDict, ValidationError, create_model
 from torch import nn
 
-from lzn_dist.config import Config, EncoderConfig, NetworkConfig
-from lzn_dist.models import ImageDecoder, ImageEncoder, LabelAnchors, ResNetEncoder
+from lzn_dist.config import ConfigError, NetworkConfig
+
+SHORT = {  # names of our own classes, by role
+    "ncsnpp": {"encoder": "lzn_dist.models:ImageEncoder", "decoder": "lzn_dist.models:ImageDecoder"},
+    "resnet": {"encoder": "lzn_dist.models:ResNetEncoder"},
+    "label_anchors": {"encoder": "lzn_dist.models:LabelAnchors"},
+}
+_trusted = {"lzn_dist"}
 
 
-class Networks(nn.Module):
-    """encoder, or None: images → anchors; decoder, or None: rectified flow's velocity; label_anchors: [classes, D]."""
+def trust(packages: Iterable[str]) -> None:
+    """From now on classes of these packages may be named by configurations, which may come from others: importing a
+    package runs its code."""
+    _trusted.update(packages)
 
-    def __init__(self, encoder: nn.Module | None, decoder: nn.Module | None, label_anchors: nn.Module | None) -> None:
-        super().__init__()
-        self.encoder = encoder
-        self.decoder = decoder
-        self.label_anchors = label_anchors
+
+class Networks(nn.ModuleDict):
+    """networks[modality][role], role being encoder or decoder: one module for all engines. Its parameters' names begin
+    with modality.role."""
+
+    def __init__(self, networks: Mapping[str, Mapping[str, nn.Module]]) -> None:
+        super().__init__({modality: nn.ModuleDict(roles) for modality, roles in networks.items()})
+
+    def find(self, modality: str, role: str) -> nn.Module | None:
+        """None where there is none."""
+        return self[modality][role] if modality in self and role in self[modality] else None  # type: ignore[index, operator]
+
+    def named(self) -> dict[str, nn.Module]:
+        """By modality.role."""
+        return {
+            f"{modality}.{role}": network
+            for modality, roles in self.items()
+            for role, network in roles.items()  # type: ignore[operator]
+        }
 
     def blocks(self) -> list[nn.Module]:
         """The blocks of all networks: what may not be split when they are sharded or recomputed."""
-        return [block for network in self.children() for block in blocks_of(network)]
+        return [block for network in self.named().values() for block in blocks_of(network)]
 
 
 def blocks_of(network: nn.Module) -> list[nn.Module]:
@@ -30,67 +58,79 @@ def blocks_of(network: nn.Module) -> list[nn.Module]:
     return list(named()) if callable(named) and not isinstance(named, nn.Module) else [network]
 
 
-def build_networks(config: Config) -> Networks:
-    """Fresh networks; the initial weights come from torch's global generator, which the caller seeds.
+def network_class(target: str, role: str) -> type[nn.Module]:
+    """The class that a target names. Raises ConfigError: for a package that nobody has named as trusted, before it is
+    imported; for what is not there or no nn.Module."""
+    if target in SHORT:
+        if role not in SHORT[target]:
+            fitting = ", ".join(name for name, roles in SHORT.items() if role in roles)
+            raise ConfigError(f"target {target} is no {role}; these are: {fitting}, or package.module:Class")
+        target = SHORT[target][role]
+    module, colon, name = target.partition(":")
+    if not colon or not all(part.isidentifier() for part in [*module.split("."), name]):
+        raise ConfigError(f"target {target!r} is neither of {', '.join(SHORT)} nor package.module:Class")
+    package = module.split(".")[0]
+    if package not in _trusted:
+        raise ConfigError(
+            f"target {target}: its package runs as code of yours, and a configuration may come from others: say "
+            f"--trust {package} (or load(..., trust=[{package!r}])) if you trust it"
+        )
+    if os.getcwd() not in sys.path and package != "lzn_dist":
+        sys.path.append(os.getcwd())  # a script's own folder is there instead, where it was started as one
+    try:
+        found = getattr(importlib.import_module(module), name)
+    except (ImportError, AttributeError) as error:
+        raise ConfigError(f"target {target} cannot be imported: {type(error).__name__}: {error}") from error
+    if not (isinstance(found, type) and issubclass(found, nn.Module)):
+        raise ConfigError(f"target {target} is no class of networks (a subclass of torch.nn.Module)")
+    return found
 
-    Raises ValueError, naming the argument, for sizes that do not fit together.
+
+def make_network(config: NetworkConfig, role: str, given: Mapping[str, Any], where: str) -> nn.Module:
+    """A fresh network; the initial weights come from torch's global generator, which the caller seeds.
+
+    given: what follows from the data and the run (image_size, latent_dim, …): the class gets of it what it takes.
+    where: the key of the configuration. Raises ConfigError, naming the argument, for one that the class does not take,
+    of another type, or missing; and for sizes that do not fit together.
     """
-    data = config.data
-    image_encoder = None if config.objective == "rectified_flow" else _encoder(config)
-    decoder: nn.Module | None = None
-    if config.task != "representation":
-        decoder = ImageDecoder(
-            **_shared(config), latent_dim=config.decoder_latent_dim, **_sizes(config.decoder),
-            num_classes=data.num_classes if config.labels_decoder else 0, embedding=config.decoder.embedding,
-            scale_by_sigma=config.decoder.scale_by_sigma,
-        )  # fmt: skip
-    labels = LabelAnchors(data.num_classes, config.latent.dim) if config.task == "joint" else None
-    return Networks(image_encoder, decoder, labels)
+    kind = network_class(config.target, role)
+    wanted = {
+        name: parameter
+        for name, parameter in inspect.signature(kind).parameters.items()
+        if parameter.kind in (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
+    }
+    own = {name: value for name, value in given.items() if name in wanted}
+    free = [name for name in wanted if name not in own]
+    for name in config.arguments:
+        if name in own:
+            raise ConfigError(f"{where}.arguments.{name} follows from the data and the run ({own[name]}): leave it out")
+        if name not in free:
+            raise ConfigError(f"{where}: {config.target} takes no {name}; it takes {', '.join(free)}")
+    arguments = _checked(kind, {name: wanted[name] for name in free}, config, where)
+    try:
+        return kind(**own, **arguments)
+    except (ValueError, TypeError) as error:
+        raise ConfigError(f"{where}.arguments: {error}") from error
 
 
-def _encoder(config: Config) -> nn.Module:
-    data, encoder = config.data, config.encoder
-    supervised = config.objective == "supervised"
-    outputs = data.num_classes if supervised else config.latent.dim
-    if encoder.kind == "resnet":
-        return ResNetEncoder(
-            image_channels=data.image_channels, latent_dim=outputs, channels=encoder.channels,
-            blocks=encoder.blocks, stem=encoder.stem, head="linear" if supervised else "projection",
-        )  # fmt: skip
-    return ImageEncoder(
-        **_shared(config), latent_dim=outputs, **_sizes(encoder), feature_resolutions=encoder.feature_resolutions
-    )
-
-
-def _shared(config: Config) -> dict[str, Any]:
-    return {"image_size": config.data.image_size, "image_channels": config.data.image_channels}
-
-
-def _sizes(network: NetworkConfig) -> dict[str, Any]:
-    return {name: getattr(network, name) for name in NetworkConfig.model_fields}
-
-
-def level_sizes(image_size: int) -> list[int]:
-    """Resolutions of an NCSN++ for images of a size: halved as long as 8 pixels are left and it can be."""
-    sizes = [image_size]
-    while sizes[-1] % 2 == 0 and sizes[-1] >= 8:
-        sizes.append(sizes[-1] // 2)
-    return sizes
-
-
-def fitted(network: NetworkConfig, image_size: int) -> dict[str, Any]:
-    """What a network's settings leave open (null), by the image size: levels of 1, 1, 2, 2, … times the channels from
-    128 pixels on (as the published 256), 1, 2, 2, … below (as the published 32); attention at 16 pixels or fewer."""
-    changes: dict[str, Any] = {}
-    multipliers = network.channel_multipliers
-    if multipliers is None:
-        levels = len(level_sizes(image_size))
-        multipliers = tuple([1, 1, *[2] * levels] if image_size >= 128 else [1, *[2] * levels])[:levels]
-        changes["channel_multipliers"] = multipliers
-        if isinstance(network, EncoderConfig) and network.feature_resolutions is None and image_size >= 128:
-            sizes = [image_size >> level for level in range(levels)]
-            changes["feature_resolutions"] = tuple(size for size in sizes if size <= 64)
-    if network.attention_resolutions is None:
-        sizes = [image_size >> level for level in range(len(multipliers))]
-        changes["attention_resolutions"] = tuple(size for size in sizes if size <= 16)[:1]
-    return changes
+def _checked(
+    kind: type[nn.Module], wanted: Mapping[str, inspect.Parameter], config: NetworkConfig, where: str
+) -> dict[str, Any]:
+    """The arguments, of the types that the class says they have."""
+    try:
+        hints = get_type_hints(kind.__init__)
+    except (NameError, TypeError):  # of imports that the module makes for type checkers alone
+        hints = {}
+    fields: dict[str, Any] = {
+        name: (hints.get(name, Any), ... if parameter.default is inspect.Parameter.empty else parameter.default)
+        for name, parameter in wanted.items()
+    }
+    model = create_model("Arguments", __config__=ConfigDict(arbitrary_types_allowed=True, strict=True), **fields)
+    try:
+        found = model.model_validate(config.arguments)
+    except ValidationError as error:
+        first = error.errors()[0]
+        name = ".".join(map(str, first["loc"]))
+        what = f"{config.target} needs it" if first["type"] == "missing" else f"{first['msg']} (got {first['input']!r})"
+        raise ConfigError(f"{where}.arguments.{name}: {what}") from None
+    return {name: getattr(found, name) for name in config.arguments}

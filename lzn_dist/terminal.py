@@ -13,6 +13,7 @@ from contextlib import suppress
 from typing import Any
 
 INTERRUPTED = 130  # the exit status of what Ctrl-C ended, as shells give it
+TRUST = "a package of network classes that the configuration may name; importing it runs its code"
 READERS = ("batches", "fetch")  # names of threads that read data, which nobody needs once a command is done
 _PLAIN = {
     "─": "-", "‖": "||", "·": "-", "…": "...", "→": "->", "±": "+-", "×": "x", "²": "^2", "σ": "sigma", "é": "e",

@@ -26,8 +26,9 @@ from lzn_dist.engines.flags import obey
 from lzn_dist.engines.launch import Launch, build_accelerator
 from lzn_dist.exit_status import status_of
 from lzn_dist.inference import LZN
-from lzn_dist.networks import build_networks
-from lzn_dist.terminal import command
+from lzn_dist.networks import trust
+from lzn_dist.objectives import build_networks, needs
+from lzn_dist.terminal import TRUST, command
 from lzn_dist.training import failures
 from lzn_dist.training.checkpoint import average_pieces
 from lzn_dist.training.resolve import resolve
@@ -116,7 +117,9 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("config", help="a YAML file, for example configs/digits_joint.yaml")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="overrides of its keys")
-    options = parser.parse_args(arguments)
+    parser.add_argument("--trust", action="append", default=[], metavar="PACKAGE", help=TRUST)
+    options = parser.parse_intermixed_args(arguments)
+    trust(options.trust)
     end_with_launcher()
     output_dir = ""
     try:
@@ -125,7 +128,7 @@ def main(arguments: list[str] | None = None) -> int:
         launch = Launch.asked()
         config = resolve(obey(config, launch.deepspeed))
         accelerator = build_accelerator(config, launch)
-        if config.evaluation.inception and config.task != "representation":
+        if config.evaluation.inception and needs(config).decodes:
             from lzn_dist.evaluation.report import inception_network  # what it needs must be there before a long run
 
             inception_network(config, accelerator.device)

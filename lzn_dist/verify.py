@@ -33,8 +33,8 @@ from lzn_dist.distributed.collectives import broadcast_object
 from lzn_dist.distributed.pieces import gather_pieces
 from lzn_dist.engines.flags import obey
 from lzn_dist.engines.launch import Launch, build_accelerator
-from lzn_dist.networks import Networks
-from lzn_dist.terminal import command
+from lzn_dist.networks import Networks, trust
+from lzn_dist.terminal import TRUST, command
 from lzn_dist.training.batches import make_embedded_data, open_stream, prepare_samples
 from lzn_dist.training.checkpoint import CheckpointError
 from lzn_dist.training.resolve import resolve
@@ -100,7 +100,7 @@ def group_of(networks: Networks) -> dict[str, str]:
     """A group's name for each parameter: its network and the type of its layer."""
     owners = dict(networks.named_modules())
     return {
-        name: f"{name.split('.')[0]} {type(owners[name.rpartition('.')[0]]).__name__}"
+        name: f"{'.'.join(name.split('.')[:2])} {type(owners[name.rpartition('.')[0]]).__name__}"
         for name, _ in networks.named_parameters()
     }
 
@@ -186,7 +186,9 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("config", help="a YAML file, for example configs/digits_joint.yaml")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="overrides of its keys")
     parser.add_argument("--micro-batch", type=int, default=0, help="gradient caching in the single process as well")
-    options = parser.parse_args(arguments)
+    parser.add_argument("--trust", action="append", default=[], metavar="PACKAGE", help=TRUST)
+    options = parser.parse_intermixed_args(arguments)
+    trust(options.trust)
     try:
         config = load_config(options.config, [*options.overrides, "tracking.wandb=disabled"])
         config = config.model_copy(update={"tf32": False})  # before it is switched on for the process

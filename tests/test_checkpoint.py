@@ -21,7 +21,7 @@ import pytest
 import torch
 
 from lzn_dist.config import Config, load_config, save_config
-from lzn_dist.networks import build_networks
+from lzn_dist.objectives import build_networks
 from lzn_dist.training.checkpoint import (
     CheckpointError,
     CheckpointWriter,
@@ -35,6 +35,7 @@ from lzn_dist.training.checkpoint import (
     set_aside,
 )
 from lzn_dist.training.step import TrainState, train_step
+from tests.helpers.settings import decoder_with, encoder_with
 from tests.helpers.small_run import small_config, small_samples, small_state
 
 
@@ -80,7 +81,7 @@ def _moments(a: TrainState, b: TrainState):  # type: ignore[no-untyped-def]
 
 
 def test_averaged_weights_and_constants_come_back(tmp_path: Path) -> None:
-    config = small_config("decoder.embedding=fourier")
+    config = small_config(*decoder_with(embedding="fourier"))
     state = trained(config, 3)
     saver = writer(tmp_path, config)
     saver.save(state)
@@ -179,7 +180,7 @@ def saved(folder: Path) -> Path:
 def test_refusals_name_what_is_wrong(tmp_path: Path) -> None:
     path = saved(tmp_path)
     with pytest.raises(CheckpointError, match=r"another model .* is \[20, 8, 1, 1\] there, \[20, 16, 1, 1\] here"):
-        load_weights(build_networks(small_config("encoder.channels=16")), path)
+        load_weights(build_networks(small_config(*encoder_with(channels=16))), path)
     with pytest.raises(CheckpointError, match="no complete checkpoint"):
         find_checkpoint(tmp_path / "elsewhere")
     record = json.loads((path / "run.json").read_text())

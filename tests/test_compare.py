@@ -16,6 +16,7 @@ from lzn_dist import compare
 from lzn_dist.config import ConfigError, load_config
 from lzn_dist.evaluation.figures import comparison_figure
 from lzn_dist.prepare.digits import write_digits
+from tests.helpers.settings import encoder_with
 
 ROOT = Path(__file__).parents[1]
 DIGITS = str(ROOT / "configs" / "digits_representation.yaml")
@@ -85,7 +86,7 @@ def test_a_comparison_from_training_to_table_and_figure(tmp_path: Path, capsys: 
     ]
     more = {"overrides": {"log_every": 2}, "evaluate": ["--no-figures"], "jobs": 2}
     arguments = [str(written(tmp_path / "c.yaml", rows, **more)), "max_steps=6", f"data.shards={shards}"]
-    arguments += ["encoder.channels=8", "data.global_batch=16", "tracking.wandb=disabled"]
+    arguments += [*encoder_with(channels=8), "data.global_batch=16", "tracking.wandb=disabled"]
     assert compare.main(arguments) == 0
     printed = capsys.readouterr().out
     found = json.loads((tmp_path / "out" / "comparison.json").read_text())["tables"]["T"]

@@ -82,7 +82,7 @@ OTHER_CLASSES = r"data\.num_classes is {}, but .* has 10 classes: set data\.num_
     "shards,task,overrides,what",
     [
         ("unlabelled", "joint", [], UNLABELLED),
-        ("unlabelled", "generation", ["decoder.class_conditional=true"], UNLABELLED),
+        ("unlabelled", "generation", ["decode=[{class_conditional: true}]"], UNLABELLED),
         ("unlabelled", "representation", ["objective=supervised"], UNLABELLED),
         ("unlabelled", "generation", [], ""),
         ("unlabelled", "representation", [], ""),

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from lzn_dist.inference import LZN
 from lzn_dist.inputs import as_count, as_images, as_labels
-from lzn_dist.networks import build_networks
+from lzn_dist.objectives import build_networks
 from tests.helpers.small_run import small_config
 
 PIXELS = torch.randint(0, 256, (3, 1, 8, 8), generator=torch.Generator().manual_seed(0)).to(torch.uint8)

@@ -9,7 +9,7 @@ import torch
 
 from lzn_dist.config import load_config
 from lzn_dist.evaluation.linear_probe import ProbeSettings
-from lzn_dist.networks import build_networks
+from lzn_dist.objectives import build_networks
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 
@@ -25,7 +25,7 @@ def test_networks_have_the_published_number_of_parameters(name: str, encoder: in
         networks = build_networks(config)
     counts = [
         0 if part is None else sum(p.numel() for p in part.parameters() if p.requires_grad)
-        for part in (networks.encoder, networks.decoder, networks.label_anchors)
+        for part in map(networks.named().get, ("image.encoder", "image.decoder", "label.encoder"))
     ]
     assert counts == [encoder, decoder, labels]
 
@@ -41,12 +41,14 @@ def test_published_settings(name: str, batch: int, steps: int, rates: tuple[floa
     config = load_config(CONFIGS / f"{name}.yaml")
     optimizer = config.optimizer
     assert (config.data.global_batch, config.max_steps) == (batch, steps)
-    assert (optimizer.encoder_lr, optimizer.decoder_lr, optimizer.ema_decay) == (*rates, average)
+    networks = [config.network("image", role) for role in ("encoder", "decoder")]
+    assert (*(network.lr for network in networks), optimizer.ema_decay) == (*rates, average)
     assert (optimizer.warmup_steps, optimizer.clip_norm) == (5000, 1.0)
     assert (config.latent.dim, config.latent.solver, config.latent.steps) == (200, "dpm_solver_pp", 20)
     assert config.data.flip and config.precision == "float32" and config.latent.noise_scale == 1.0
     assert (config.flow.sampler, config.flow.sampler_steps, config.flow.t_min) == ("dopri5", 10, 1e-3)
-    assert config.encoder.dropout == config.decoder.dropout == (0.15 if config.data.image_size == 32 else 0.0)
+    dropout = 0.15 if config.data.image_size == 32 else 0.0
+    assert [network.arguments["dropout"] for network in networks] == [dropout, dropout]
 
 
 def test_imagenets_published_settings() -> None:
@@ -54,9 +56,8 @@ def test_imagenets_published_settings() -> None:
     optimizer, data, probe = config.optimizer, config.data, ProbeSettings()
     assert (data.global_batch, data.image_size, data.resize, data.views) == (8192, 224, 256, "simclr")
     assert config.max_steps == 5_000_000 and config.precision == "float32"
-    assert (optimizer.encoder_lr, optimizer.ema_decay, optimizer.warmup_steps, optimizer.clip_norm) == (
-        8e-4, 0.9999, 5000, 1.0,
-    )  # fmt: skip
+    assert config.network("image", "encoder").lr == 8e-4
+    assert (optimizer.ema_decay, optimizer.warmup_steps, optimizer.clip_norm) == (0.9999, 5000, 1.0)
     latent, alignment = config.latent, config.alignment
     assert (latent.dim, latent.solver, latent.steps, latent.noise_scale) == (256, "euler", 20, 0.45)
     assert (alignment.steps, alignment.cutoff, alignment.kind) == (20, 0.2, "cross_entropy")
@@ -65,5 +66,5 @@ def test_imagenets_published_settings() -> None:
 
 def test_the_joint_study_stops_its_decoder() -> None:
     config = load_config(CONFIGS / "cifar10_joint.yaml")
-    assert config.optimizer.decoder_stop == 60_000 and config.optimizer.label_lr == 1e-4
+    assert config.network("image", "decoder").stop == 60_000 and config.network("label", "encoder").lr == 1e-4
     assert (config.alignment.kind, config.alignment.steps, config.alignment.cutoff) == ("probability", 100, 0.2)

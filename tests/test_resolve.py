@@ -12,13 +12,15 @@ from PIL import Image
 
 from lzn_dist.config import Config, ConfigError, load_config
 from lzn_dist.distributed import Topology
-from lzn_dist.networks import build_networks, level_sizes
+from lzn_dist.models.ncsnpp import fitting_multipliers
+from lzn_dist.objectives import build_networks
 from lzn_dist.prepare.image_folder import ImageFolder
 from lzn_dist.prepare.writer import Options, prepare
 from lzn_dist.training.batches import open_stream, prepare_samples
 from lzn_dist.training.resolve import resolve
 from lzn_dist.training.setup import changed_keys, single_state
 from lzn_dist.training.step import train_step
+from tests.helpers.settings import decoder_with, encoder_with
 from tests.helpers.small_run import ROOT
 
 
@@ -44,18 +46,26 @@ def of_images(task: str, data: Path, *overrides: str) -> Config:
 def test_size_colours_and_classes_are_those_of_the_shards(tmp_path: Path) -> None:
     config = resolve(of_images("joint", shards(tmp_path / "rgb", 4)))
     assert (config.data.image_size, config.data.image_channels, config.data.num_classes) == (24, 3, 2)
-    assert config.encoder.channel_multipliers == (1, 2, 2) and config.decoder.attention_resolutions == (12,)
-    grey = resolve(of_images("joint", shards(tmp_path / "grey", 4, mode="L"), "encoder.channel_multipliers=[1,3]"))
-    assert grey.data.image_channels == 1 and grey.encoder.channel_multipliers == (1, 3)
+    networks = build_networks(config)["image"]
+    assert networks["encoder"].widths == (32, 64, 64) and networks["decoder"].attention_resolutions == (12,)  # type: ignore[index]
+    grey = resolve(
+        of_images(
+            "joint",
+            shards(tmp_path / "grey", 4, mode="L"),
+            *encoder_with(channel_multipliers=[1, 3]),
+        )
+    )
+    assert grey.data.image_channels == 1 and build_networks(grey)["image"]["encoder"].widths == (32, 96)  # type: ignore[index]
     assert resolve(grey) == grey  # what was written to a run is what it is
     assert not changed_keys(grey, resolve(grey))
     given = resolve(of_images("joint", tmp_path / "rgb" / "out", "data.image_size=16", "data.resize=16"))
-    assert (given.data.image_size, given.decoder.attention_resolutions) == (16, (16,))
+    decoder = build_networks(given)["image"]["decoder"]  # type: ignore[index]
+    assert (given.data.image_size, decoder.attention_resolutions) == (16, (16,))
     with pytest.raises(ConfigError, match=r"not squares of one size, one is 30x20: prepare .* --resize and --crop"):
         resolve(of_images("joint", shards(tmp_path / "wide", 4, (20, 30))))
     with pytest.raises(ConfigError, match="nowhere"):
         resolve(of_images("joint", tmp_path / "nowhere"))
-    with pytest.raises(ConfigError, match=r"task=joint.* need data\.num_classes"):
+    with pytest.raises(ConfigError, match=r"labels are needed .* set data\.num_classes"):
         prepare(ImageFolder(tmp_path / "rgb" / "in", False), Options(tmp_path / "unlabelled"), quiet=True)
         resolve(of_images("joint", tmp_path / "unlabelled"))
 
@@ -63,7 +73,7 @@ def test_size_colours_and_classes_are_those_of_the_shards(tmp_path: Path) -> Non
 @pytest.mark.parametrize("size", [8, 16, 24, 28, 30, 32, 37, 48, 64, 96, 100, 128, 224, 256])
 def test_networks_fit_any_size(size: int, tmp_path: Path) -> None:
     """Shapes alone, on torch's meta device: the settings as they are, of any size."""
-    sizes = level_sizes(size)
+    sizes = [size >> level for level in range(len(fitting_multipliers(size)))]
     assert all(a == 2 * b for a, b in itertools.pairwise(sizes)) and (sizes[-1] < 8 or sizes[-1] % 2)
     known = ["data.image_channels=3", "data.num_classes=2", f"data.image_size={size}"]
     for task in ("joint", "generation", "representation"):
@@ -71,11 +81,11 @@ def test_networks_fit_any_size(size: int, tmp_path: Path) -> None:
         with torch.device("meta"), torch.no_grad():
             networks = build_networks(config)
             images = torch.zeros(2, 3, size, size)
-            assert networks.encoder(images).shape == (2, config.latent.dim)  # type: ignore[misc]
+            assert networks["image"]["encoder"](images).shape == (2, config.latent.dim)  # type: ignore[misc]
             if task != "representation":
                 labels = torch.zeros(2, dtype=torch.int64) if task == "joint" else None
                 latents = torch.zeros(2, config.latent.dim)
-                assert networks.decoder(images, torch.ones(2), latents, labels=labels).shape == images.shape  # type: ignore[misc]
+                assert networks["image"]["decoder"](images, torch.ones(2), latents, labels=labels).shape == images.shape  # type: ignore[misc]
 
 
 def mixed(folder: Path, *images: Image.Image) -> Path:
@@ -110,13 +120,21 @@ def test_encoders_of_large_images_stay_small(size: int, tmp_path: Path) -> None:
     known = ["data.image_channels=3", "data.num_classes=2", f"data.image_size={size}"]
     with torch.device("meta"):
         networks = build_networks(resolve(of_images("joint", tmp_path, *known)))
-    assert networks.encoder is not None
-    assert sum(weight.numel() for weight in networks.encoder.parameters()) < 60e6
+    assert sum(weight.numel() for weight in networks["image"]["encoder"].parameters()) < 60e6  # type: ignore[index]
 
 
 def test_a_step_on_ones_own_images(tmp_path: Path) -> None:
     data = shards(tmp_path, 8)
-    config = resolve(of_images("joint", data, "data.global_batch=8", "encoder.channels=4", "decoder.channels=4", *FEW))
+    config = resolve(
+        of_images(
+            "joint",
+            data,
+            "data.global_batch=8",
+            *encoder_with(channels=4),
+            *decoder_with(channels=4),
+            *FEW,
+        )
+    )
     state = single_state(config, torch.device("cpu"))
     batch = open_stream(config, Topology()).batch(0)
     result = train_step(state, prepare_samples(batch, 0, config, torch.device("cpu"), Topology()))

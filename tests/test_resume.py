@@ -83,7 +83,7 @@ def test_what_is_not_finite_is_skipped_and_a_group_that_stops_stays(
     """A NaN in one rank's loss is skipped on all; the decoder stops after 3 steps; neither is forgotten on resuming."""
     run, again = tmp_path / "run", tmp_path / "again"
     arguments = [ROOT / "configs" / "digits_joint.yaml", f"data.shards={tmp_path / 'digits'}", *SETTINGS]
-    arguments += ["optimizer.decoder_stop=3", f"micro_batch={micro_batch}", "checkpoint_every=1", "keep_last=9"]
+    arguments += ["modalities.image.decoder.stop=3", f"micro_batch={micro_batch}", "checkpoint_every=1", "keep_last=9"]
     done = accelerate(engine, FAULTY, 2, 2, *arguments, "max_steps=5", f"output_dir={run}", cwd=tmp_path)
     assert done.returncode == 0, done.stdout[-3000:]
     assert done.stdout.count("skipped global batch 2") == 1

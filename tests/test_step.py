@@ -12,11 +12,13 @@ from lzn_dist.engines.activation_checkpointing import checkpoint_activations
 from lzn_dist.engines.build import build_engine
 from lzn_dist.engines.launch import Launch
 from lzn_dist.models import ResNetEncoder
-from lzn_dist.networks import Networks, build_networks
+from lzn_dist.networks import Networks
+from lzn_dist.objectives import build_networks
 from lzn_dist.training.flops import training_flops_per_image
 from lzn_dist.training.grad_cache import cached_backward, check_batch_independent
 from lzn_dist.training.optimizer import make_optimizer
 from lzn_dist.training.step import TrainState, compute_gradients, train_step
+from tests.helpers.settings import RESNET, encoder_with
 from tests.helpers.small_run import small_config, small_samples, small_state
 
 
@@ -71,8 +73,8 @@ def test_activation_checkpointing_forgets_and_changes_nothing(policy: str, most:
 
 def test_batch_statistics_are_refused_for_caching() -> None:
     normalised = nn.Sequential(nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4))
-    with pytest.raises(ConfigError, match=r"encoder\.1 \(BatchNorm2d\)"):
-        check_batch_independent(Networks(normalised, None, None))
+    with pytest.raises(ConfigError, match=r"image\.encoder\.1 \(BatchNorm2d\)"):
+        check_batch_independent(Networks({"image": {"encoder": normalised}}))
     check_batch_independent(build_networks(small_config()))
 
 
@@ -83,7 +85,7 @@ def test_a_step_that_is_not_finite_changes_nothing_but_the_cursor(micro_batch: i
     before = {name: piece.data.clone() for name, piece in state.engine.weights().items()}
     averages = {name: value.clone() for name, value in state.ema.shadow.items()}
     poisoned = small_samples(1)
-    poisoned.views[0][3, 0, 2, 2] = float("nan")
+    poisoned.inputs["image"][0][3, 0, 2, 2] = float("nan")
     result = train_step(state, poisoned)
     assert not result.applied and not result.scalars["loss"].isfinite()
     assert (state.counters.step, state.counters.batch, state.counters.nonfinite) == (1, 2, 1)
@@ -103,21 +105,21 @@ def test_a_loss_that_is_not_finite_poisons_finite_gradients() -> None:
 
 
 def test_a_stopped_group_stays_while_others_move() -> None:
-    state = small_state(small_config("optimizer.decoder_stop=2"))
+    state = small_state(small_config("modalities.image.decoder.stop=2"))
     for batch in range(2):
         train_step(state, small_samples(batch))
     before = {name: piece.data.clone() for name, piece in state.engine.weights().items()}
     averages = {name: value.clone() for name, value in state.ema.shadow.items()}
     result = train_step(state, small_samples(2))
     for name, piece in state.engine.weights().items():
-        stopped = name.startswith("decoder.")
+        stopped = name.startswith("image.decoder.")
         assert torch.equal(piece.data, before[name]) == stopped or not piece.data.any(), name
         assert torch.equal(state.ema.shadow[name], averages[name]) == stopped or not piece.data.any(), name
     # the frozen network has no part in the norm that is clipped
     again = small_state(small_config())
     compute_gradients(again, small_samples(0))
     whole = again.engine.step(1.0).norm
-    frozen = small_state(small_config("optimizer.decoder_stop=1"))
+    frozen = small_state(small_config("modalities.image.decoder.stop=1"))
     frozen.counters.step = 1
     assert train_step(frozen, small_samples(0)).scalars["grad_norm"] < whole
     assert result.applied
@@ -148,9 +150,12 @@ def test_another_engine_than_asked_for_is_refused(monkeypatch: pytest.MonkeyPatc
 def test_flops_of_resnet50_are_the_published_ones() -> None:
     """He et al. 2016, table 1: 3.8e9 multiply-adds at 224 pixels (4.1e9 with the shortcuts' projections)."""
     config = small_config(
-        "encoder.kind=resnet", "encoder.channels=64", "encoder.blocks=[3,4,6,3]", "encoder.stem=imagenet",
+        RESNET, *encoder_with(channels=64, blocks=[3, 4, 6, 3], stem="imagenet"),
         "data.embedded=none", "data.image_size=224", "data.image_channels=3", "latent.dim=256", task="representation",
     )  # fmt: skip
-    networks = Networks(ResNetEncoder(), None, None)
+    networks = Networks({"image": {"encoder": ResNetEncoder()}})
     per_forward = training_flops_per_image(networks, config) / 3 / 2  # two views
     assert per_forward / 2 == pytest.approx(4.1e9, rel=0.02)
+    # MoCo: the queries' forward and backward, the keys' forward alone
+    moco = config.model_copy(update={"objective": "moco"})
+    assert training_flops_per_image(networks, moco) == pytest.approx(4 * per_forward)

@@ -16,7 +16,7 @@ from lzn_dist import train
 from lzn_dist.config import load_config
 from lzn_dist.evaluation import evaluate_model
 from lzn_dist.exit_status import REFUSED, UNREADABLE
-from lzn_dist.networks import build_networks
+from lzn_dist.objectives import build_networks
 from lzn_dist.training.checkpoint import find_checkpoint, load_weights
 from lzn_dist.training.tracking import wandb_mode
 from tests.helpers.small_run import ROOT, SMALL_RUN, rows

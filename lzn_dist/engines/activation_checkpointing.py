@@ -23,7 +23,7 @@ def checkpoint_activations(networks: Networks, policy: Policy) -> list[nn.Module
     if policy == "selective":
         chosen = networks.blocks()
     elif policy == "full":
-        chosen = [network for network in networks.children() if blocks_of(network)]
+        chosen = [network for network in networks.named().values() if blocks_of(network)]
     for module in chosen:
         # on the instance: engines' hooks stay outside, parameters keep their names
         module.forward = partial(checkpoint, module.forward, use_reentrant=False, preserve_rng_state=False)

@@ -135,7 +135,7 @@ class Engine(ABC):
 
     def frozen_names(self) -> set[str]:
         """Names of the parameters that no longer move."""
-        return {name for name in self.parameters if name.split(".")[0] in self.frozen}
+        return {name for name in self.parameters if name.startswith(tuple(f"{group}." for group in self.frozen))}
 
     def _frozen(self, network: str) -> None:  # noqa: B027
         """What an engine must do besides, once; nothing for most."""

@@ -25,7 +25,7 @@ def build_engine(
     """
     checkpointed = checkpoint_activations(networks, config.activation_checkpointing)
     if config.compile:
-        for network in networks.children():
+        for network in networks.named().values():
             network.compile()
     engine: Engine
     # each engine's libraries are imported where they are used: DeepSpeed's alone take seconds

@@ -77,7 +77,7 @@ class ZeROEngine(Engine):
     def _frozen(self, network: str) -> None:
         # DeepSpeed takes the norm over all gradients, so those of a frozen network must be 0
         for name in self.frozen_names():
-            if name.split(".")[0] == network:
+            if name.startswith(f"{network}."):
                 self._hooks.append(self.parameters[name].register_hook(torch.zeros_like))
 
     @contextmanager

@@ -64,14 +64,14 @@ def generate(model: LZN, n: int, labels: Tensor | None = None, seed: int = 0, zo
             zone=None if zone is None else zone[rows], first=rows.start,
         )  # fmt: skip
         own = None if found.labels is None else found.labels.cpu()
-        return Generated(found.images.cpu(), found.latents.cpu(), own, found.evaluations)
+        return Generated(found.images.cpu(), found.latents.cpu(), own, found.nfe)
 
     parts = spread(len(starts), part)
     found_labels = [part.labels for part in parts if part.labels is not None]
     return Generated(
         torch.cat([part.images for part in parts]), torch.cat([part.latents for part in parts]),
         torch.cat(found_labels) if found_labels else None,
-        sum(part.evaluations * len(part.images) for part in parts) / n,
+        sum(part.nfe * len(part.images) for part in parts) / n,
     )  # fmt: skip
 
 

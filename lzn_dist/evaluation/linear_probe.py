@@ -23,8 +23,9 @@ from lzn_dist.distributed.collectives import all_gather_object
 from lzn_dist.distributed.spread import spread
 from lzn_dist.evaluation.data import EvaluationData
 from lzn_dist.inference import LZN
+from lzn_dist.modalities import Image
 from lzn_dist.terminal import one_line
-from lzn_dist.training.batches import open_stream, prepare_samples
+from lzn_dist.training.batches import open_stream
 from lzn_dist.training.checkpoint_reader import read_saved
 from lzn_dist.training.tracking import BadSamples
 
@@ -54,11 +55,9 @@ def published_probe(
     config, topology = model.config, Topology.current()
     if not data.labelled:
         raise ConfigError("a linear probe needs labels: set data.num_classes")
-    views = config.model_copy(
-        update={"task": "representation", "data": config.data.model_copy(update={"global_batch": settings.batch})}
-    )
+    views = config.model_copy(update={"data": config.data.model_copy(update={"global_batch": settings.batch})})
     try:
-        stream = open_stream(views, topology, labelled=True)
+        stream = open_stream(views, topology, labelled=True, augmented=True)
     except ValueError as error:
         raise ConfigError(f"linear probe: {error}") from error
     probe, optimizer, first = _begin(model, settings, folder / "linear_probe.pt")
@@ -69,8 +68,8 @@ def published_probe(
         batches = stream.iterate(start, start + stream.batches_per_epoch)
         for number in range(start, start + stream.batches_per_epoch):
             batch = _next(batches, bad, number, config.data.max_bad_samples)
-            samples = prepare_samples(batch, number, views, model.device, topology)
-            loss = F.cross_entropy(probe(model.embed(samples.views[0]).float()), samples.labels)
+            image, *_ = Image(views).views(batch, batch.index.to(model.device), 1, augmented=True)
+            loss = F.cross_entropy(probe(model.embed(image).float()), batch.labels.to(model.device))
             optimizer.zero_grad()
             loss.backward()
             _average([p.grad for p in probe.parameters() if p.grad is not None], topology)

@@ -15,7 +15,7 @@ import torch
 from lzn_dist.config import Config
 from lzn_dist.evaluation.data import Unmeasurable
 from lzn_dist.inference import LZN
-from lzn_dist.networks import build_networks
+from lzn_dist.objectives import build_networks
 
 NEIGHBOURS = 10
 LABELS_A_CLASS = 10

@@ -45,7 +45,7 @@ def evaluate_model(
 
     joint: accuracy_centre (noise scale 0; with _low and _high, a 95 % Wilson interval), accuracy@S and
     accuracy_weighted@S for every scale S of the configuration (weighted by the training images' class frequencies).
-    joint and generation: evaluations (of the decoder a sample, NFE), reconstruction_error, latent_only_error, and
+    joint and generation: nfe (evaluations of the decoder a sample), reconstruction_error, latent_only_error, and
     embeddings' linear_probe, knn, probe_10_labels. Of digits also recognised, recognised_prior, rarest_class_prior (the
     share of prior draws in the zone of the class with fewest; 1/K at best, 0 where a zone is dead),
     disagreement_latent, disagreement_label, frechet, frechet_prior, frechet_real (the floor: training images instead of
@@ -85,7 +85,7 @@ def evaluate_model(
 
 
 # of samples or the training images' statistics alone
-UNMEASURED = {"evaluations", "recognised", "recognised_prior", "rarest_class_prior", "disagreement_latent",
+UNMEASURED = {"nfe", "recognised", "recognised_prior", "rarest_class_prior", "disagreement_latent",
               "disagreement_label"}  # fmt: skip
 
 
@@ -136,7 +136,7 @@ def generation_values(
     values: dict[str, float] = {}
     config, judge = model.config, data.judge
     if judge is None:
-        values["evaluations"] = generate(model, COUNTED, seed=seed).evaluations
+        values["nfe"] = generate(model, COUNTED, seed=seed).nfe
     per_class = config.evaluation.samples_per_class
     short = quick and model.takes_labels  # without labels, Fréchet distance and reconstruction are all there is to see
     if short:
@@ -158,7 +158,7 @@ def generation_values(
             values["rarest_class_prior"] = shares.min().item()
         if samples.labels is not None:
             values["recognised"] = recognised(judge, samples.images, samples.labels).value
-        values["evaluations"] = prior.evaluations
+        values["nfe"] = prior.nfe
         if not short:  # with fewer samples a Fréchet distance is larger: it would not compare
             values["frechet"] = distance(samples.images)
             values["frechet_real"] = distance(data.train.images)
@@ -237,7 +237,7 @@ def probe_values(
         reasons["probes"] = str(error)
         return values
     probe(features(model))
-    if model.config.task == "representation" and not quick:
+    if not model.has_decoder and not quick:
         fresh = untrained_model(model.config, model.config.seed)
         fresh.networks.to(model.device)
         probe(features(fresh), "untrained.")
@@ -276,9 +276,8 @@ def write_figures(
         paths = [interpolate(model, batch, first, second, 12, seed, own) for first, second in pairs]
         if paths:
             written.append(interpolation_grid(paths, folder / "interpolation.png"))
-    if model.networks.label_anchors is not None and config.data.num_classes <= 20 and config.latent.dim > 1:
-        with torch.no_grad():
-            anchors = model.networks.label_anchors()
+    if model.has_labels and config.data.num_classes <= 20 and config.latent.dim > 1:
+        anchors = model.label_anchors()
         names = [data.class_name(label) for label in range(len(anchors))]
         labels = torch.arange(len(anchors))
         written.append(zone_figure(anchors, labels, folder / "zones.png", lines=48, class_names=names))

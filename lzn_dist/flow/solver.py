@@ -18,7 +18,7 @@ class Solution:
     """x [b, ...] at the end of the walk, and how often the velocity was evaluated."""
 
     x: Tensor
-    evaluations: int
+    nfe: int
 
 
 def sample(
@@ -59,15 +59,15 @@ def _walk(
         raise ValueError(f"method must be euler or dopri5, got {method!r}")
     if not len(x):
         return Solution(x, 0)
-    evaluations = 0
+    nfe = 0
 
     def counted(t: Tensor, x: Tensor) -> Tensor:
-        nonlocal evaluations
-        evaluations += 1
+        nonlocal nfe
+        nfe += 1
         return velocity(t, x)
 
     span = torch.tensor([begin, end], dtype=x.dtype, device=x.device)
     from torchdiffeq import odeint  # here: with scipy it takes a second to import, and training does without
 
     end_point = odeint(counted, x, span, method="dopri5", rtol=rtol, atol=atol)[-1]
-    return Solution(end_point, evaluations)
+    return Solution(end_point, nfe)

@@ -123,6 +123,16 @@ class InputSkip(nn.Module):
         return skipped + h
 
 
+def fitting_multipliers(image_size: int) -> list[int]:
+    """Levels of an image size: halved as long as 8 pixels are left and it can be; 1, 1, 2, 2, … times the channels from
+    128 pixels on (as the published 256), 1, 2, 2, … below (as the published 32)."""
+    levels = 1
+    while image_size % 2 == 0 and image_size >= 8:
+        image_size //= 2
+        levels += 1
+    return ([1, 1, *[2] * levels] if image_size << (levels - 1) >= 128 else [1, *[2] * levels])[:levels]
+
+
 class _DownHalf(nn.Module):
     """What encoder and decoder share: the sizes, and the levels from the image down to the middle blocks."""
 
@@ -135,15 +145,22 @@ class _DownHalf(nn.Module):
         image_size: int,
         image_channels: int,
         channels: int,
-        channel_multipliers: Sequence[int],
+        channel_multipliers: Sequence[int] | None,
         residual_blocks: int,
-        attention_resolutions: Sequence[int],
+        attention_resolutions: Sequence[int] | None,
         dropout: float,
         fir: bool,
         progressive: bool,
         embedding_dim: int | None,
     ) -> None:
+        """channel_multipliers, attention_resolutions: None for what fits the image size."""
         super().__init__()
+        if channel_multipliers is None:
+            channel_multipliers = fitting_multipliers(image_size)
+        if attention_resolutions is None:
+            attention_resolutions = [
+                size for level in range(len(channel_multipliers)) if (size := image_size >> level) <= 16
+            ][:1]
         numbers = {
             "image_size": image_size,
             "image_channels": image_channels,
@@ -250,9 +267,9 @@ class ImageEncoder(_DownHalf):
         image_size: int = 32,
         image_channels: int = 3,
         channels: int = 128,
-        channel_multipliers: Sequence[int] = (1, 2, 2, 2),
+        channel_multipliers: Sequence[int] | None = (1, 2, 2, 2),
         residual_blocks: int = 4,
-        attention_resolutions: Sequence[int] = (16,),
+        attention_resolutions: Sequence[int] | None = (16,),
         dropout: float = 0.15,
         latent_dim: int = 200,
         fir: bool = False,
@@ -262,7 +279,8 @@ class ImageEncoder(_DownHalf):
         hidden_dim: int = 200,
     ) -> None:
         """progressive: add the downsampled image at each level. feature_resolutions: of the maps that are read;
-        None for all. Raises ValueError, naming the argument, for sizes that do not fit together.
+        None for all, or those of 64 pixels or fewer where channel_multipliers are None too, from 128 pixels on.
+        Raises ValueError, naming the argument, for sizes that do not fit together.
         """
         super().__init__(
             image_size=image_size,
@@ -284,6 +302,8 @@ class ImageEncoder(_DownHalf):
             if number < 1:
                 raise ValueError(f"{name}: a positive number is needed, not {number}")
         read = self.resolutions if feature_resolutions is None else feature_resolutions
+        if feature_resolutions is None and channel_multipliers is None and image_size >= 128:
+            read = [size for size in self.resolutions if size <= 64]  # as the published 256
         self.feature_resolutions = self._known("feature_resolutions", read)
         if not self.feature_resolutions:
             raise ValueError("feature_resolutions: at least one resolution must be read")
@@ -349,9 +369,9 @@ class ImageDecoder(_DownHalf):
         image_size: int = 32,
         image_channels: int = 3,
         channels: int = 128,
-        channel_multipliers: Sequence[int] = (1, 2, 2, 2),
+        channel_multipliers: Sequence[int] | None = (1, 2, 2, 2),
         residual_blocks: int = 4,
-        attention_resolutions: Sequence[int] = (16,),
+        attention_resolutions: Sequence[int] | None = (16,),
         dropout: float = 0.15,
         latent_dim: int = 200,
         num_classes: int = 0,

@@ -1,6 +1,6 @@
-"""What each task optimises: LZN's objective, and the baselines that the paper compares it with."""
+"""What a run optimises: LZN's objective, and the baselines that the paper compares it with."""
 
-from lzn_dist.objectives.base import Coupling, Gather, Objective, Samples
-from lzn_dist.objectives.build import build_objective
+from lzn_dist.objectives.base import Gather, Needs, Objective, Related, Samples, View
+from lzn_dist.objectives.build import build_networks, build_objective, needs
 
-__all__ = ["Coupling", "Gather", "Objective", "Samples", "build_objective"]
+__all__ = ["Gather", "Needs", "Objective", "Related", "Samples", "View", "build_networks", "build_objective", "needs"]

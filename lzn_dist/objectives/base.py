@@ -1,9 +1,9 @@
 """The stages that all objectives share.
 
-**encode** (networks, each sample by itself) → **couple** (all samples of the global batch, no trained network) →
+**encode** (networks, each sample by itself) → **relate** (all samples of the global batch, no trained network) →
 **decode** (networks, each sample by itself). One forward runs them one after the other; gradient caching
-(`lzn_dist.training.grad_cache`) runs the outer two in micro-batches. An objective says how many views it encodes,
-whether it decodes, and how it couples.
+(`lzn_dist.training.grad_cache`) runs the outer two in micro-batches. An objective declares what it needs (`Needs`), and
+says how it relates.
 
 An objective sees this rank's samples, and what the other ranks encoded through `gather`; its losses are means over the
 rank's samples (see `gather_anchors` for why that is right). It knows no process group and no engine.
@@ -14,15 +14,72 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
-from typing import ClassVar
+from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from lzn_dist.config import Config
-from lzn_dist.flow import path
-from lzn_dist.keyed_random import make_key, normal, uniform
+from lzn_dist.config import Config, ConfigError, DecodingConfig
+from lzn_dist.keyed_random import make_key
+from lzn_dist.modalities import Modality, Network, modality
 from lzn_dist.networks import Networks
+
+
+class View(NamedTuple):
+    """A view of a data type's samples, numbered from 0; written image.1 for the first, image for the only one."""
+
+    modality: str
+    number: int = 0
+
+    @staticmethod
+    def of(text: str) -> View:
+        """Raises ConfigError."""
+        name, dot, number = text.partition(".")
+        if not name or (dot and not (number.isascii() and number.isdigit() and int(number) > 0)):
+            raise ConfigError(f"{text!r} is no view: write image, or image.1, image.2")
+        return View(name, int(number) - 1 if dot else 0)
+
+
+@dataclass(frozen=True)
+class Needs:
+    """What an objective declares, from the configuration alone.
+
+    encodes: what is encoded with gradients, in this order. tables: data types whose anchors are a table (labels).
+    decodes: what is decoded. labels: of the samples. augmented: the views are augmentations. latents: the decoders are
+    conditioned on latents. logits: the encoder's output are those of the classes. without_gradient: what is encoded
+    besides.
+    """
+
+    encodes: tuple[View, ...] = ()
+    tables: tuple[str, ...] = ()
+    decodes: tuple[DecodingConfig, ...] = ()
+    labels: bool = False
+    augmented: bool = False
+    latents: bool = True
+    logits: bool = False
+    without_gradient: tuple[View, ...] = ()
+
+    @property
+    def networks(self) -> list[tuple[str, str]]:
+        """(modality, role) of each network, in the order in which they are made and stepped."""
+        encoders = list(dict.fromkeys(view.modality for view in self.encodes))
+        decoders = list(dict.fromkeys(decoding.what for decoding in self.decodes))
+        names = list(dict.fromkeys([*encoders, *decoders, *self.tables]))
+        roles = {"encoder": {*encoders, *self.tables}, "decoder": set(decoders)}
+        return [(name, role) for name in names for role, has in roles.items() if name in has]
+
+    @property
+    def modalities(self) -> list[str]:
+        return list(dict.fromkeys(name for name, _ in self.networks))
+
+    def views(self, name: str) -> int:
+        """How many views of a data type's samples are encoded."""
+        every = (*self.encodes, *self.without_gradient)
+        return max((view.number + 1 for view in every if view.modality == name), default=0)
+
+    @property
+    def class_conditional(self) -> bool:
+        return any(decoding.class_conditional for decoding in self.decodes)
 
 
 @dataclass
@@ -30,18 +87,21 @@ class Samples:
     """This rank's share of a global batch, or a part of it.
 
     batch: number of the global batch in the run; with index it addresses every random number. index: int64 [b], the
-    samples' numbers in the data set. position: int64 [b], where they stand in the global batch. views: one or two
-    [b, c, h, w] in [−1, 1]. labels: int64 [b].
+    samples' numbers in the data set. position: int64 [b], where they stand in the global batch. inputs: by data type
+    the views, [b, …] each (an image: [b, c, h, w] in [−1, 1]). labels: int64 [b].
     """
 
     batch: int
     index: Tensor
     position: Tensor
-    views: tuple[Tensor, ...]
+    inputs: dict[str, tuple[Tensor, ...]]
     labels: Tensor
 
     def __len__(self) -> int:
         return len(self.index)
+
+    def view(self, view: View) -> Tensor:
+        return self.inputs[view.modality][view.number]
 
     def part(self, rows: slice) -> Samples:
         """Some of the samples."""
@@ -49,7 +109,7 @@ class Samples:
             self,
             index=self.index[rows],
             position=self.position[rows],
-            views=tuple(view[rows] for view in self.views),
+            inputs={name: tuple(view[rows] for view in views) for name, views in self.inputs.items()},
             labels=self.labels[rows],
         )
 
@@ -60,23 +120,22 @@ class Samples:
 
 
 @dataclass
-class Coupling:
+class Related:
     """What becomes of the global batch's anchors.
 
-    latents [b, D] of the rank's samples, on which the decoder is conditioned ([b, 0]: on none); loss: the part of the
-    objective that needs no decoder, or None; parts: what is worth watching.
+    latents: for each decoding those [b, D] of the rank's samples that it is conditioned on ([b, 0]: none); loss: the
+    part of the objective that needs no decoder, or None; parts: what is worth watching.
     """
 
-    latents: Tensor
+    latents: tuple[Tensor, ...]
     loss: Tensor | None
     parts: dict[str, Tensor]
 
-    def assembled(self, flow: Tensor | None) -> tuple[Tensor, dict[str, Tensor]]:
-        """The loss that is optimised, with rectified flow's where there is a decoder, and its parts (detached)."""
-        parts, total = dict(self.parts), self.loss
-        if flow is not None:
-            parts["loss_flow"] = flow
-            total = flow if total is None else flow + total
+    def assembled(self, decoded: Mapping[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
+        """The loss that is optimised, with the decoders' by name, and its parts (detached)."""
+        parts, total = {**self.parts, **decoded}, self.loss
+        for loss in decoded.values():
+            total = loss if total is None else loss + total
         assert total is not None
         return total, {name: value.detach() for name, value in parts.items()}
 
@@ -85,54 +144,57 @@ Gather = Callable[[Tensor], Tensor]
 Weights = Callable[[str], Mapping[str, Tensor]]  # of a network: whole, by name within it, the same on every rank
 
 
-@dataclass
 class Objective(ABC):
     """A loss as a function of networks and samples. gather: [b, ...] → [N, ...] over ranks, differentiable."""
 
-    config: Config
-    gather: Gather
+    def __init__(self, config: Config, gather: Gather) -> None:
+        self.config, self.gather = config, gather
+        self.needs = self.declare(config)
+        self.modalities: dict[str, Modality] = {name: modality(name, config) for name in self.needs.modalities}
 
-    views: ClassVar[int] = 1  # of an image, that are encoded with gradients
-    decodes: ClassVar[bool] = False
+    @classmethod
+    @abstractmethod
+    def declare(cls, config: Config) -> Needs:
+        """What it needs. Raises ConfigError for a configuration that is not one of it."""
 
     def __call__(self, networks: Networks, samples: Samples) -> tuple[Tensor, dict[str, Tensor]]:
         """The loss that is optimised, and its parts (detached); scalars, still on the device."""
-        anchors = [self.encode(networks, samples, view) for view in range(self.views)]
-        coupling = self.couple(anchors, self.label_anchors(networks), samples)
-        return coupling.assembled(self.decode(networks, samples, coupling.latents) if self.decodes else None)
+        anchors = {view: self.encode(networks, samples, view) for view in self.needs.encodes}
+        related = self.relate(anchors, self.tables(networks, samples), samples)
+        decodings = zip(self.needs.decodes, related.latents, strict=True)
+        return related.assembled(
+            {loss_name(decoding): self.decode(networks, samples, decoding, latents) for decoding, latents in decodings}
+        )
 
-    def encode(self, networks: Networks, samples: Samples, view: int) -> Tensor:
+    def encode(self, networks: Networks, samples: Samples, view: View) -> Tensor:
         """The encoder's output [b, D] for a view, in float32 at least."""
-        assert networks.encoder is not None
-        with self._autocast(samples.index):
-            key = self._keys("dropout/encoder", samples, view)
-            anchors: Tensor = networks.encoder(samples.views[view], key=key)
+        kind = self.modalities[view.modality]
+        encoder = self._network(networks.find(view.modality, "encoder"))
+        key = self._keys(kind.stream("dropout/encoder"), samples, view.number)
+        anchors = kind.encode(encoder, samples.view(view), key)
         return anchors if anchors.dtype == torch.float64 else anchors.float()
 
-    def label_anchors(self, networks: Networks) -> Tensor | None:
-        """Anchors [K, D] of the classes where the task has them; never autocast."""
-        if networks.label_anchors is None:
-            return None
-        anchors: Tensor = networks.label_anchors()
-        return anchors
+    def tables(self, networks: Networks, samples: Samples) -> dict[str, Tensor]:
+        """Anchors [K, D] of each data type that has a table of them; never autocast."""
+        found = {}
+        for name in self.needs.tables:
+            encoder: Any = networks.find(name, "encoder")
+            found[name] = self.modalities[name].encode(encoder, samples.labels, samples.index)
+        return found
 
     @abstractmethod
-    def couple(self, anchors: list[Tensor], labels: Tensor | None, samples: Samples) -> Coupling:
-        """anchors: [b, D] a view; labels: [K, D] or None. Collective where there are several ranks."""
+    def relate(self, anchors: Mapping[View, Tensor], tables: Mapping[str, Tensor], samples: Samples) -> Related:
+        """anchors: [b, D] of each view that is encoded; tables: [K, D]. Collective where there are several ranks."""
 
-    def decode(self, networks: Networks, samples: Samples, latents: Tensor) -> Tensor:
-        """Rectified flow's loss under the samples' latents [b, D] (arXiv 2209.03003, equation 1): a scalar."""
-        images = samples.views[0]
-        noise = normal(self._keys("flow/noise", samples), images.shape[1:], images.dtype)
-        t = path.times(uniform(self._keys("flow/time", samples), (), images.dtype), self.config.flow.t_min)
-        point = path.interpolate(noise, images, t)
-        assert networks.decoder is not None
-        labels = samples.labels if self.config.labels_decoder else None
-        with self._autocast(samples.index):
-            velocity: Tensor = networks.decoder(
-                point.x_t, t, latents.to(images.dtype), labels=labels, key=self._keys("dropout/decoder", samples)
-            )
-        return path.loss(velocity.to(images.dtype), point)
+    def decode(self, networks: Networks, samples: Samples, decoding: DecodingConfig, latents: Tensor) -> Tensor:
+        """A decoder's weighted loss under the samples' latents [b, D]: a scalar."""
+        kind = self.modalities[decoding.what]
+        loss = kind.decoding_loss(
+            self._network(networks.find(decoding.what, "decoder")), samples.view(View(decoding.what)), latents,
+            samples.labels if decoding.class_conditional else None,
+            lambda stream: self._keys(kind.stream(stream), samples),
+        )  # fmt: skip
+        return loss if decoding.weight == 1.0 else loss * decoding.weight
 
     def after_step(self, weights: Weights) -> None:  # noqa: B027
         """After an optimiser step that was taken; nothing for most. Collective."""
@@ -149,6 +211,19 @@ class Objective(ABC):
         batch = torch.tensor(samples.batch, device=samples.index.device)
         return make_key(self.config.seed, stream, batch, samples.index, *more)
 
-    def _autocast(self, like: Tensor) -> torch.autocast:
-        """The networks alone run in bfloat16: their weights, the zones and the losses stay in float32."""
-        return torch.autocast(like.device.type, torch.bfloat16, enabled=self.config.precision == "bf16")
+    def _network(self, network: nn.Module | None) -> Network:
+        """Networks alone run in bfloat16: their weights, the zones and the losses stay in float32."""
+        assert network is not None
+
+        def forward(*inputs: Any, **more: Any) -> Tensor:
+            like = next(value for value in inputs if isinstance(value, Tensor))
+            with torch.autocast(like.device.type, torch.bfloat16, enabled=self.config.precision == "bf16"):
+                output: Tensor = network(*inputs, **more)
+            return output
+
+        return forward
+
+
+def loss_name(decoding: DecodingConfig) -> str:
+    """Under which a decoder's loss is watched."""
+    return "loss_flow" if decoding.what == "image" else f"loss_{decoding.what}"

@@ -35,7 +35,7 @@ NAMES = {
 
 def _state(networks: ReferenceNetworks) -> dict[str, torch.Tensor]:
     """Under the names that a run's networks have."""
-    names = {"encoder": "encoder", "decoder": "decoder", "label_anchor": "label_anchors"}
+    names = {"encoder": "image.encoder", "decoder": "image.decoder", "label_anchor": "label.encoder"}
     return {
         f"{names[part]}.{name}": value
         for part, network in networks.parts().items()

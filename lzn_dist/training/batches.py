@@ -18,30 +18,31 @@ from lzn_dist.data import (
     SampleOrder,
     ShardedDataset,
     ShardIndex,
-    augment,
-    to_unit_range,
     whole_images,
 )
 from lzn_dist.data.pixels import load_with_pillow
 from lzn_dist.distributed import Topology
-from lzn_dist.objectives import Samples
+from lzn_dist.modalities import modality
+from lzn_dist.objectives import Samples, needs
 from lzn_dist.prepare.digits import ensure_digits
 
 
-def open_stream(config: Config, topology: Topology, *, labelled: bool = False) -> BatchStream:
-    """A rank's stream of training batches. labelled: labels are needed whatever the objective.
+def open_stream(config: Config, topology: Topology, *, labelled: bool = False, augmented: bool = False) -> BatchStream:
+    """A rank's stream of training batches. labelled, augmented: labels, and augmented images, are needed whatever the
+    objective.
 
     Raises ConfigError where they are needed and the shards have none, or another number of classes, and where images
     have another size; ValueError or OSError, naming the shards.
     """
-    data, simclr = config.data, config.task == "representation" and config.data.views == "simclr"
+    data, wanted = config.data, needs(config)
+    simclr = (augmented or wanted.augmented) and data.views == "simclr"
     try:
         index = ShardIndex.load(data.shards, data.cache, data.retry_seconds)
     except ValueError as error:
         raise ConfigError(str(error)) from error
     if index.samples("train") < 2:
         raise ConfigError(f"{index.folder} has a single training image: zones are made between two at least")
-    if data.global_batch < 2 and config.objective != "rectified_flow":
+    if data.global_batch < 2 and wanted.latents:
         raise ConfigError(
             "data.global_batch=1: a batch's images share the latent space, two at least: set it to 2 or more"
         )
@@ -49,7 +50,7 @@ def open_stream(config: Config, topology: Topology, *, labelled: bool = False) -
         raise ConfigError(f"evaluation.split={measured}: {index.folder} has {', '.join(sorted(index.splits))}")
     if not simclr and not data.resize:
         _check_sizes(index, data.image_size)
-    labelled = labelled or config.labels_decoder or config.objective == "supervised"
+    labelled = labelled or wanted.labels
     if labelled:
         _check_labels(index, data.num_classes)
     dataset = ShardedDataset(
@@ -128,14 +129,15 @@ def fixed_batches(config: Config, index: ShardIndex, split: str, num_classes: in
 
 def prepare_samples(batch: Batch, number: int, config: Config, device: torch.device, topology: Topology) -> Samples:
     """Views, positions and labels of a rank's share of global batch `number`, on the device, in the run's dtype."""
-    images = [to_unit_range(view) for view in batch.pixels.to(device, non_blocking=True)]
-    index = batch.index.to(device)
-    if config.task == "representation" and config.data.views != "none":
-        policy = augment.SimCLRPolicy() if config.data.views == "simclr" else augment.DigitsPolicy()
-        views: tuple[torch.Tensor, ...] = augment.make_views(images, batch.index, batch.epoch, config.seed, policy)
-    else:
-        views = (augment.random_flip(images[0], index, batch.epoch, config.seed) if config.data.flip else images[0],)
+    index, wanted = batch.index.to(device), needs(config)
+    inputs = {
+        name: modality(name, config).views(batch, index, wanted.views(name), wanted.augmented)
+        for name in wanted.modalities
+    }
     if config.precision == "float64":
-        views = tuple(view.double() for view in views)
+        inputs = {
+            name: tuple(view.double() if view.is_floating_point() else view for view in views)
+            for name, views in inputs.items()
+        }
     position = torch.arange(len(index), device=device) + topology.rank * len(index)
-    return Samples(number, index, position, views, batch.labels.to(device))
+    return Samples(number, index, position, inputs, batch.labels.to(device))

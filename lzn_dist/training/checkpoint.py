@@ -42,12 +42,14 @@ from lzn_dist.distributed.topology import Topology
 from lzn_dist.engines.base import MOMENTS, Engine
 from lzn_dist.json_files import read_json
 from lzn_dist.models.ema import EMA
-from lzn_dist.networks import Networks, build_networks
+from lzn_dist.networks import Networks
+from lzn_dist.objectives import build_networks
 from lzn_dist.paths import expand_path
+from lzn_dist.training import format_2
 from lzn_dist.training.checkpoint_reader import SUMS, CheckedReader, check_sums, write_sums
 from lzn_dist.training.step import Counters, TrainState
 
-FORMAT = 2
+FORMAT = 3
 # a run of one process is meant as one: no need to say so at every checkpoint
 warnings.filterwarnings("ignore", message="torch.distributed is disabled, unavailable or uninitialized")
 
@@ -209,8 +211,10 @@ class RunRecord:
             found = read_json(path / "run.json", RunRecord)
         except (OSError, ValueError) as error:
             raise CheckpointError(f"{path}/run.json cannot be read ({error}); name an older checkpoint") from error
-        if found.format != FORMAT:
-            raise CheckpointError(f"{path} has format {found.format}, this version of lzn_dist reads {FORMAT}")
+        if found.format not in (2, FORMAT):
+            raise CheckpointError(f"{path} has format {found.format}, this version of lzn_dist reads 2 and {FORMAT}")
+        if found.format == 2:
+            found.shapes = {format_2.new_name(name): shape for name, shape in found.shapes.items()}
         return found
 
     @staticmethod
@@ -224,9 +228,18 @@ class RunRecord:
         return record
 
 
-def _read_into(pieces: Mapping[str, Piece], path: Path) -> None:
+def config_of(path: Path) -> Config:
+    """A checkpoint's configuration. Raises ConfigError."""
+    if RunRecord.read(path).format == 2:
+        return format_2.load_config(path / "config.yaml")
+    return load_config(path / "config.yaml")
+
+
+def _read_into(pieces: Mapping[str, Piece], path: Path, record: RunRecord) -> None:
     """Fill the pieces from a checkpoint; every rank reads by itself what it needs."""
     reader = CheckedReader(path)
+    if record.format == 2:
+        pieces = {format_2.old_key(name): piece for name, piece in pieces.items()}
     try:
         known = reader.read_metadata().state_dict_metadata
         for name, piece in pieces.items():
@@ -286,11 +299,11 @@ def load_weights(networks: Networks, path: Path, *, averaged: bool = False) -> R
     """Fill whole networks with a checkpoint's weights (averaged: the EMA's). Raises CheckpointError."""
     record = RunRecord.checked(path)
     check_model(_shapes(networks), record, path)
-    _fill(networks, path, averaged)
+    _fill(networks, path, averaged, record)
     return record
 
 
-def _fill(networks: Networks, path: Path, averaged: bool) -> None:
+def _fill(networks: Networks, path: Path, averaged: bool, record: RunRecord) -> None:
     """Of a checkpoint that has been checked, and is of these networks."""
     trained = {name for name, p in networks.named_parameters() if p.requires_grad}
     staged = {name: value.detach().cpu().contiguous() for name, value in networks.state_dict().items()}
@@ -300,7 +313,7 @@ def _fill(networks: Networks, path: Path, averaged: bool) -> None:
             for name, value in staged.items()
         }
     prefix = {name: "ema" if averaged and name in trained else "weights" for name in staged}
-    _read_into({f"{prefix[name]}.{name}": whole(value) for name, value in staged.items()}, path)
+    _read_into({f"{prefix[name]}.{name}": whole(value) for name, value in staged.items()}, path, record)
     for name, value in networks.state_dict().items():
         value.copy_(staged[name])
 
@@ -314,9 +327,11 @@ def resume_state(state: TrainState, path: Path) -> None:
     }
     averages = {name: piece.cpu() for name, piece in average_pieces(state.ema, state.engine).items()}
     remembered = {name: value.cpu().contiguous() for name, value in state.objective.state().items()}
-    _read_into({f"{key}.{name}": piece for key, pieces in moments.items() for name, piece in pieces.items()}, path)
-    _read_into({f"ema.{name}": piece for name, piece in averages.items()}, path)
-    _read_into({f"objective.{name}": whole(value) for name, value in remembered.items()}, path)
+    _read_into(
+        {f"{key}.{name}": piece for key, pieces in moments.items() for name, piece in pieces.items()}, path, record
+    )
+    _read_into({f"ema.{name}": piece for name, piece in averages.items()}, path, record)
+    _read_into({f"objective.{name}": whole(value) for name, value in remembered.items()}, path, record)
     for name, value in state.objective.state().items():
         value.copy_(remembered[name])
     state.engine.set_moments(moments, record.counters.step - record.counters.without_moments)
@@ -342,14 +357,14 @@ def load_networks(run_or_checkpoint: str | Path) -> tuple[Networks, Config, int]
     """
     with held_checkpoint(run_or_checkpoint) as path:
         record = RunRecord.checked(path)
-        config = load_config(path / "config.yaml")
+        config = config_of(path)
         with torch.device("meta"):  # a file from others may describe networks that no memory holds
             shapes = _shapes(build_networks(config))
         check_model(shapes, record, path)
         if sum(map(math.prod, shapes.values())) > sum(file.stat().st_size for file in path.glob("*.distcp")):
             raise CheckpointError(f"{path} is damaged: its files are too small for the networks in its config.yaml")
         networks = build_networks(config)
-        _fill(networks, path, averaged=True)
+        _fill(networks, path, True, record)
     return networks.eval(), config, record.counters.step
 
 

@@ -9,6 +9,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from lzn_dist.config import Config
 from lzn_dist.networks import Networks
+from lzn_dist.objectives import needs
 
 # Dense peak in FLOP/s by (part of the device's name): float32 without tensor cores, TF32, bf16 (vendor data sheets).
 PEAKS = {
@@ -30,25 +31,26 @@ def peak_flops(config: Config) -> float:
 
 
 def training_flops_per_image(networks: Networks, config: Config) -> float:
-    """FLOPs of a training step an image: three times the networks' forward (one forward, two products a backward).
+    """FLOPs of a training step an image: of each forward and backward that the objective asks for (a backward is two
+    products for a forward's one).
 
     The zones, optimiser, normalisations and recomputation are not counted: it is the model's FLOPs, not the hardware's.
+    Networks of other data types than images are not counted either.
     """
     shadow = copy.deepcopy(networks).to("meta").eval()
-    data = config.data
+    data, wanted = config.data, needs(config)
     image = torch.zeros(1, data.image_channels, data.image_size, data.image_size, device="meta")
     image = image.to(next(shadow.parameters()).dtype)
-    total = 0
-    if shadow.encoder is not None:
-        views = 2 if config.task == "representation" and config.objective != "supervised" else 1
-        with FlopCounterMode(display=False) as encoder, torch.no_grad():
-            shadow.encoder(image)
-        total += views * encoder.get_total_flops()
-    if shadow.decoder is not None:
+    total = 0.0
+    if (encoder := shadow.find("image", "encoder")) is not None:
+        with FlopCounterMode(display=False) as counted, torch.no_grad():
+            encoder(image)
+        total += (3 * len(wanted.encodes) + len(wanted.without_gradient)) * counted.get_total_flops()
+    if (decoder := shadow.find("image", "decoder")) is not None:
         one = torch.ones(1, device="meta", dtype=image.dtype)
-        latents = torch.zeros(1, config.decoder_latent_dim, device="meta", dtype=image.dtype)
-        labels = torch.zeros(1, dtype=torch.int64, device="meta") if config.labels_decoder else None
-        with FlopCounterMode(display=False) as decoder, torch.no_grad():
-            shadow.decoder(image, one, latents, labels=labels)
-        total += decoder.get_total_flops()
-    return 3.0 * total
+        latents = torch.zeros(1, config.latent.dim if wanted.latents else 0, device="meta", dtype=image.dtype)
+        labels = torch.zeros(1, dtype=torch.int64, device="meta") if wanted.class_conditional else None
+        with FlopCounterMode(display=False) as counted, torch.no_grad():
+            decoder(image, one, latents, labels=labels)
+        total += 3 * len(wanted.decodes) * counted.get_total_flops()
+    return total

@@ -9,13 +9,17 @@ of the encoder.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
-from lzn_dist.config import ConfigError
+from lzn_dist.config import ConfigError, DecodingConfig
 from lzn_dist.engines.base import Engine
 from lzn_dist.networks import Networks
-from lzn_dist.objectives import Objective, Samples
+from lzn_dist.objectives import Objective, Samples, View
+from lzn_dist.objectives.base import loss_name
 from lzn_dist.training.stopwatch import Stopwatch
 
 
@@ -38,32 +42,41 @@ def cached_backward(
     if engine.touches_first:
         engine.backward(lambda networks: (_touch(objective, networks, samples), None), last=False)
 
-    def encode(chunk: Samples, view: int) -> Tensor:
+    def encode(chunk: Samples, view: View) -> Tensor:
         return engine.forward(lambda networks: objective.encode(networks, chunk, view))
 
-    anchors = [torch.cat([encode(chunk, view) for chunk in chunks]) for view in range(objective.views)]
-    labels = engine.forward(objective.label_anchors)
-    leaves = [*anchors] if labels is None else [*anchors, labels]
+    views = objective.needs.encodes
+    anchors = {view: torch.cat([encode(chunk, view) for chunk in chunks]) for view in views}
+    tables = engine.forward(lambda networks: objective.tables(networks, samples))
+    leaves = [*anchors.values(), *tables.values()]
     for leaf in leaves:
         leaf.requires_grad_()
-    coupling = objective.couple(anchors, labels, samples)
+    related = objective.relate(anchors, tables, samples)
 
-    outputs, cotangents = ([], []) if coupling.loss is None else ([coupling.loss], [torch.ones_like(coupling.loss)])
-    flow = None
-    if objective.decodes:
-        flow, latent_grads = _decode(engine, objective, chunks, coupling.latents.detach())
-        outputs, cotangents = [*outputs, coupling.latents], [*cotangents, latent_grads]
-    total, parts = coupling.assembled(flow)
+    outputs, cotangents = ([], []) if related.loss is None else ([related.loss], [torch.ones_like(related.loss)])
+    decoded = {}
+    for decoding, latents in zip(objective.needs.decodes, related.latents, strict=True):
+        decoded[loss_name(decoding)], latent_grads = _decode(engine, objective, decoding, chunks, latents.detach())
+        if latents.requires_grad:
+            outputs, cotangents = [*outputs, latents], [*cotangents, latent_grads]
+    total, parts = related.assembled(decoded)
     with watch("backward"):
-        grads = torch.autograd.grad(outputs, leaves, cotangents) if leaves else ()
+        grads = (
+            dict(zip([*anchors, *tables], torch.autograd.grad(outputs, leaves, cotangents), strict=True))
+            if leaves
+            else {}
+        )
 
-    if labels is not None:
-        engine.backward(lambda networks: (_inner(objective.label_anchors(networks), grads[-1]), None), last=False)
-    for view in range(objective.views):
+    if tables:
+        engine.backward(
+            lambda networks: (_inner(objective.tables(networks, samples), grads), None),
+            last=not views and not engine.touches_last,
+        )
+    for view in views:
         for chunk, grad in zip(chunks, grads[view].split(micro_batch), strict=True):
-            last = view == objective.views - 1 and chunk is chunks[-1] and not engine.touches_last
+            last = view == views[-1] and chunk is chunks[-1] and not engine.touches_last
             engine.backward(
-                lambda networks, c=chunk, v=view, g=grad: (_inner(objective.encode(networks, c, v), g), None),  # type: ignore[misc]
+                lambda networks, c=chunk, v=view, g=grad: (_inner({v: objective.encode(networks, c, v)}, {v: g}), None),  # type: ignore[misc]
                 last=last,
             )
     if engine.touches_last:
@@ -71,40 +84,42 @@ def cached_backward(
     return total.detach(), parts
 
 
-def _decode(engine: Engine, objective: Objective, chunks: list[Samples], latents: Tensor) -> tuple[Tensor, Tensor]:
+def _decode(
+    engine: Engine, objective: Objective, decoding: DecodingConfig, chunks: list[Samples], latents: Tensor
+) -> tuple[Tensor, Tensor]:
     """The decoder's loss over all samples, and its gradient by the latents [b, D]."""
     total = latents.new_zeros(())
     grads: list[Tensor] = []
+    needs = objective.needs
     for chunk, part in zip(chunks, latents.split(len(chunks[0])), strict=True):
         own, weight = part.clone().requires_grad_(), len(chunk) / len(latents)
 
         def loss(
             networks: Networks, own: Tensor = own, chunk: Samples = chunk, weight: float = weight
         ) -> tuple[Tensor, None]:
-            return objective.decode(networks, chunk, own) * weight, None
+            return objective.decode(networks, chunk, decoding, own) * weight, None
 
         # where nothing is encoded, this is the step's last backward
-        last = not objective.views and chunk is chunks[-1] and not engine.touches_last
-        value, _ = engine.backward(loss, last=last)
+        alone = not needs.encodes and not needs.tables and decoding is needs.decodes[-1]
+        value, _ = engine.backward(loss, last=alone and chunk is chunks[-1] and not engine.touches_last)
         assert own.grad is not None
         total = total + value
         grads.append(own.grad)
     return total, torch.cat(grads)
 
 
-def _inner(value: Tensor | None, cotangent: Tensor) -> Tensor:
-    """A scalar whose gradient by value is the cotangent."""
-    assert value is not None
-    return (value * cotangent).sum()
+def _inner(values: Mapping[Any, Tensor], cotangents: Mapping[Any, Tensor]) -> Tensor:
+    """A scalar whose gradient by the values are the cotangents."""
+    return torch.stack([(value * cotangents[name]).sum() for name, value in values.items()]).sum()
 
 
 def _touch(objective: Objective, networks: Networks, samples: Samples) -> Tensor:
     """0, with a gradient of 0 for every parameter: one sample through every network."""
-    one = samples.part(slice(0, 1))
-    reached = [objective.encode(networks, one, 0)] if objective.views else []
-    if (labels := objective.label_anchors(networks)) is not None:
-        reached.append(labels)
-    if objective.decodes:
-        latents = reached[0].detach() if objective.views else one.views[0].new_zeros(1, 0)
-        reached.append(objective.decode(networks, one, latents))
-    return torch.stack([0.0 * value.sum() for value in reached]).sum()
+    one, needs = samples.part(slice(0, 1)), objective.needs
+    reached = list(objective.tables(networks, one).values())
+    encoded = {view.modality: objective.encode(networks, one, view) for view in needs.encodes if view.number == 0}
+    for decoding in needs.decodes:
+        size = objective.config.latent.dim if needs.latents else 0
+        latents = one.view(View(decoding.what)).new_zeros(1, size)
+        reached.append(objective.decode(networks, one, decoding, latents))
+    return torch.stack([0.0 * value.sum() for value in [*encoded.values(), *reached]]).sum()

@@ -12,25 +12,19 @@ from lzn_dist.networks import Networks
 def make_optimizer(networks: Networks, config: Config) -> torch.optim.Optimizer:
     """Adam with one group a network (paper, appendix: settings of the case studies)."""
     settings = config.optimizer
-    rates = {"encoder": settings.encoder_lr, "decoder": settings.decoder_lr, "label_anchors": settings.label_lr}
     groups: list[Group] = []
-    for name, rate in rates.items():
-        module = getattr(networks, name)
-        if module is not None:
-            parameters = [p for p in module.parameters() if p.requires_grad]
-            groups.append({"name": name, "params": parameters, "lr": rate})
+    for name, network in networks.named().items():
+        parameters = [p for p in network.parameters() if p.requires_grad]
+        groups.append({"name": name, "params": parameters, "lr": config.network(*name.split(".")).lr})
     return torch.optim.Adam(groups, betas=settings.betas, eps=settings.eps)
 
 
 def schedule(engine: Engine, step: int, config: Config) -> None:
     """Learning rates of the step after `step` completed ones: linear from lr/warmup_steps, constant, or 0."""
-    settings = config.optimizer
-    factor = min(1.0, (step + 1) / max(1, settings.warmup_steps))
-    peak = {"encoder": settings.encoder_lr, "decoder": settings.decoder_lr, "label_anchors": settings.label_lr}
-    stop = {"encoder": settings.encoder_stop, "decoder": settings.decoder_stop, "label_anchors": settings.label_stop}
+    factor = min(1.0, (step + 1) / max(1, config.optimizer.warmup_steps))
     for group in engine.groups:
-        last = stop[group["name"]]
-        if last is not None and step >= last:
+        network = config.network(*group["name"].split("."))
+        if network.stop is not None and step >= network.stop:
             engine.freeze(group)
         else:
-            group["lr"] = peak[group["name"]] * factor
+            group["lr"] = network.lr * factor

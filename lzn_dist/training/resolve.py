@@ -1,9 +1,10 @@
-"""What a configuration leaves to the data: image size and channels, number of classes, networks that fit these."""
+"""What a configuration leaves to the data: image size and channels, number of classes."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 
+import torch
 from pydantic import ValidationError
 
 from lzn_dist.config import Config, ConfigError
@@ -11,13 +12,13 @@ from lzn_dist.data import (
     ShardIndex,
 )
 from lzn_dist.data.storage import RemoteError
-from lzn_dist.networks import fitted
+from lzn_dist.objectives import build_networks
 from lzn_dist.training.batches import first_images
 
 
 def resolve(config: Config) -> Config:
-    """A configuration with what it leaves to the data: image size and channels, number of classes, and networks that
-    fit these. Reads the shards' index and the first images: every process finds the same.
+    """A configuration with what it leaves to the data: image size and channels, number of classes; the networks
+    that it describes can be made. Reads the shards' index and the first images: every process finds the same.
 
     Raises ConfigError, and RemoteError where a server is away.
     """
@@ -50,8 +51,9 @@ def _resolved(config: Config) -> Config:
             colours = max(channels for *_, channels in images)  # one in colour makes it a set in colour
             found |= {"image_size": data.image_size or height, "image_channels": data.image_channels or colours}
         config = _updated(config, data=found)
-    size = config.data.image_size
-    return _updated(config, encoder=fitted(config.encoder, size), decoder=fitted(config.decoder, size))
+    with torch.device("meta"):  # what the networks' classes refuse is told before any work
+        build_networks(config)
+    return config
 
 
 def _updated(config: Config, **sections: Mapping[str, object]) -> Config:

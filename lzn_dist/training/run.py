@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 from accelerate import Accelerator
 
-from lzn_dist.config import Config, ConfigError, load_config, save_config
+from lzn_dist.config import Config, ConfigError, save_config
 from lzn_dist.data import Batch, BatchStream
 from lzn_dist.data.storage import RemoteError
 from lzn_dist.distributed import Topology
@@ -19,10 +19,16 @@ from lzn_dist.distributed.collectives import all_gather_object
 from lzn_dist.engines.launch import Launch
 from lzn_dist.engines.start import spoken
 from lzn_dist.exit_status import FINISHED, PREEMPTED, told
-from lzn_dist.networks import build_networks
-from lzn_dist.objectives import Samples
+from lzn_dist.objectives import Samples, build_networks
 from lzn_dist.training.batches import make_embedded_data, open_stream, prepare_samples
-from lzn_dist.training.checkpoint import CheckpointError, CheckpointWriter, find_checkpoint, not_counted, set_aside
+from lzn_dist.training.checkpoint import (
+    CheckpointError,
+    CheckpointWriter,
+    config_of,
+    find_checkpoint,
+    not_counted,
+    set_aside,
+)
 from lzn_dist.training.flops import training_flops_per_image
 from lzn_dist.training.run_folder import RunFolder, SupersededError, read_lines
 from lzn_dist.training.setup import build_state, changed_keys, checkpoint_to_resume, describe
@@ -84,7 +90,7 @@ class Run:
         say, state = self.accelerator.print, self.state
         if checkpoint is not None:
             say(f"resumed from {checkpoint} at step {state.counters.step}")
-            for change in changed_keys(load_config(checkpoint / "config.yaml"), self.config):
+            for change in changed_keys(config_of(checkpoint), self.config):
                 say(f"changed since that checkpoint: {change}")
         if self.folder is not None:
             for other in not_counted(self.folder.path / "checkpoints"):

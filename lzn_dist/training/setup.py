@@ -16,8 +16,8 @@ from lzn_dist.engines.build import build_engine
 from lzn_dist.engines.launch import Launch
 from lzn_dist.engines.single import SingleEngine
 from lzn_dist.models.ema import EMA
-from lzn_dist.networks import Networks, build_networks
-from lzn_dist.objectives import Objective, build_objective
+from lzn_dist.networks import Networks
+from lzn_dist.objectives import Objective, build_networks, build_objective
 from lzn_dist.training.checkpoint import CheckpointError, RunRecord, held_checkpoint, load_weights, resume_state
 from lzn_dist.training.grad_cache import check_batch_independent
 from lzn_dist.training.optimizer import make_optimizer
@@ -46,7 +46,7 @@ def build_state(config: Config, launch: Launch, accelerator: Accelerator, checkp
     objective = make_objective(config, networks)
     engine = build_engine(config, launch, networks, lambda: make_optimizer(networks, config), accelerator)
     state = TrainState(config, engine, objective, _averages(engine, config))
-    state.watch.around(objective, encode="encode", couple="flow", decode="decode")
+    state.watch.around(objective, encode="encode", relate="flow", decode="decode")
     state.watch.around(engine, propagate="backward")
     if checkpoint is not None:
         resume_state(state, checkpoint)
@@ -56,7 +56,7 @@ def build_state(config: Config, launch: Launch, accelerator: Accelerator, checkp
 def single_state(config: Config, device: torch.device) -> TrainState:
     """Fresh state of one process, whatever the world around it: no collective, all anchors at hand."""
     networks = fresh_networks(config, device)
-    objective = build_objective(config, networks, gather=lambda anchors: anchors)
+    objective = build_objective(config, networks, lambda anchors: anchors)
     engine = SingleEngine(networks, lambda: make_optimizer(networks, config))
     return TrainState(config, engine, objective, _averages(engine, config))
 

@@ -33,6 +33,7 @@ from lzn_dist.config import Config, load_config
 from lzn_dist.objectives import Samples
 from lzn_dist.training.setup import single_state
 from lzn_dist.training.step import TrainState, train_step
+from tests.helpers.settings import encoder_with
 
 ROOT = Path(__file__).parents[2]
 CPU = torch.device("cpu")
@@ -64,7 +65,7 @@ def make_samples(batch: int, size: int, channels: int) -> Samples:
 def config(batch: int, micro_batch: int) -> Config:
     return representation(
         batch, SIZE, 3,
-        [f"micro_batch={micro_batch}", f"latent.dim={DIM}", "encoder.channels=16", "encoder.blocks=[1,1,1]"],
+        [f"micro_batch={micro_batch}", f"latent.dim={DIM}", *encoder_with(channels=16, blocks=[1, 1, 1])],
     )  # fmt: skip
 
 

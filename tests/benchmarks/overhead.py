@@ -29,6 +29,7 @@ from lzn_dist.networks import Networks
 from lzn_dist.objectives import Samples
 from lzn_dist.training.setup import single_state
 from lzn_dist.training.step import TrainState, apply_gradients, schedule, train_step
+from tests.helpers.settings import encoder_with
 
 
 @dataclass
@@ -44,7 +45,10 @@ class Case:
     loss_turns: int = 30
 
 
-RESNET_50 = ("encoder.channels=64", "encoder.blocks=[3,4,6,3]", "encoder.stem=imagenet", "latent.dim=256")
+RESNET_50 = (
+    *encoder_with(channels=64, blocks=[3, 4, 6, 3], stem="imagenet"),
+    "latent.dim=256",
+)
 FULL = [
     Case("digits encoder, 8x8, batch 256, D 64", 256, 8, 1, (), 30),
     Case("ResNet-50, 64x64, batch 128, D 256", 128, 64, 3, RESNET_50, 7),

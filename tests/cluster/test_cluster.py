@@ -19,12 +19,14 @@ from lzn_dist.cluster.profile import Profile, ProfileError, load_profile
 from lzn_dist.cluster.submission import SubmissionError, parse_minutes
 from lzn_dist.cluster.task import has_trained, launch_environment
 from lzn_dist.cluster.watch import MARKER, last_error
+from tests.helpers.settings import decoder_with, encoder_with
 
 ROOT = Path(__file__).parents[2]
 SMALL = [
     "evaluation.samples_per_class=2", "evaluation.alignment_steps=5", "flow.sampler_steps=2",
-    "data.global_batch=24", "encoder.channels=8", "decoder.channels=8", "latent.dim=8", "latent.steps=6",
-    "alignment.steps=6", "decoder.attention_resolutions=[]", "log_every=1", "tracking.wandb=disabled", "max_steps=4",
+    "data.global_batch=24", *encoder_with(channels=8), "latent.dim=8", "latent.steps=6",
+    "alignment.steps=6", *decoder_with(channels=8, attention_resolutions=[]), "log_every=1",
+    "tracking.wandb=disabled", "max_steps=4",
 ]  # fmt: skip
 
 

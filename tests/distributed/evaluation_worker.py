@@ -20,7 +20,7 @@ from lzn_dist.evaluation.fid import fid_values
 from lzn_dist.evaluation.inception import InceptionOutput
 from lzn_dist.evaluation.linear_probe import ProbeSettings, published_probe
 from lzn_dist.inference import LZN
-from lzn_dist.networks import build_networks
+from lzn_dist.objectives import build_networks
 from tests.helpers.launching import ROOT, SMALL
 
 CELLS = [

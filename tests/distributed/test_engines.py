@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 
 from tests.helpers.launching import ROOT, SMALL, accelerate
+from tests.helpers.settings import BOTH_DIRECTIONS
 
 pytestmark = pytest.mark.process
 
@@ -30,7 +31,13 @@ PAIRS = [
     cell("generation", "none", True, "ring"),
     cell("generation", "selective", False, "gathered"),
     cell("generation", "full", False, "ring"),
-    cell("representation", "none", False, "gathered", "alignment.both_directions=true"),
+    cell(
+        "representation",
+        "none",
+        False,
+        "gathered",
+        BOTH_DIRECTIONS,
+    ),
     cell("representation", "selective", True, "ring"),
     cell("representation", "full", True, "gathered"),
     cell("joint", "none", True, "gathered"),
@@ -38,7 +45,7 @@ PAIRS = [
     cell("joint", "full", True, "ring"),
 ]
 BASELINES = [
-    cell("generation", "selective", True, "gathered", "objective=rectified_flow", "decoder.class_conditional=true"),
+    cell("generation", "selective", True, "gathered", "objective=rectified_flow", "decode=[{class_conditional: true}]"),
     cell("representation", "none", False, "gathered", "objective=simclr"),
     cell("representation", "none", True, "gathered", "objective=moco", "contrast.queue=48", "contrast.momentum=0.9"),
     cell("representation", "full", True, "gathered", "objective=supervised"),

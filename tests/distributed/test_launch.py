@@ -205,7 +205,7 @@ def test_a_flag_that_leaves_no_trace_is_read_off_the_launcher(monkeypatch: pytes
     }
     for command, refused in commands.items():
         monkeypatch.setattr("pathlib.Path.read_text", lambda _, command=command, **__: command.replace(" ", "\0"))
-        config = Config(task="joint", output_dir="x", max_steps=1)
+        config = Config(output_dir="x", max_steps=1)
         if refused:
             with pytest.raises(ConfigError, match="micro_batch=N"):
                 obey(config, None, {})

@@ -86,7 +86,7 @@ def test_results_are_printed_where_they_cannot_be_written(
     digits: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(evaluate, "shared_checkpoint", lambda named, held: named)
-    monkeypatch.setattr(evaluate, "load", lambda path: tiny("joint", digits))
+    monkeypatch.setattr(evaluate, "load", lambda path, trust: tiny("joint", digits))
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     (tmp_path / "file").touch()
     arguments = [str(tmp_path), "--quick", "--no-figures", "evaluation.samples_per_class=1", "--output"]
@@ -103,7 +103,7 @@ def test_results_are_printed_where_they_cannot_be_written(
     assert "accuracy_centre" in told.out and f"No space left on device: {tmp_path}/out/evaluation.json" in told.err
     monkeypatch.undo()
     monkeypatch.setattr(evaluate, "shared_checkpoint", lambda named, held: named)
-    monkeypatch.setattr(evaluate, "load", lambda path: tiny("joint", digits))
+    monkeypatch.setattr(evaluate, "load", lambda path, trust: tiny("joint", digits))
     monkeypatch.setattr(evaluate, "write_figures", full)
     del arguments[2]
     assert evaluate.main([*arguments, str(tmp_path / "out")]) == 0
@@ -116,7 +116,7 @@ def test_the_published_probe_needs_held_out_images_too(
 ) -> None:
     model = of_split("representation", digits, tmp_path / "data", "")
     monkeypatch.setattr(evaluate, "shared_checkpoint", lambda named, held: named)
-    monkeypatch.setattr(evaluate, "load", lambda path: model)
+    monkeypatch.setattr(evaluate, "load", lambda path, trust: model)
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     assert evaluate.main([str(tmp_path), "--probe-epochs", "1"]) == 2
     told = capsys.readouterr()

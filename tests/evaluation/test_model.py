@@ -7,11 +7,17 @@ from lzn_dist import inference
 from lzn_dist.config import load_config, override
 from lzn_dist.data import ShardedDataset, ShardIndex, whole_images
 from lzn_dist.inference import LZN, MissingCapability
-from lzn_dist.networks import build_networks
+from lzn_dist.objectives import build_networks
 from tests.helpers.hand_made import CLASSES, DIM, class_images, hand_made
+from tests.helpers.settings import decoder_with, encoder_with
 
 ROOT = Path(__file__).parents[2]
-SIZES = ["encoder.channels=8", "decoder.channels=8", "latent.dim=8", "flow.sampler_steps=2"]
+SIZES = [
+    *encoder_with(channels=8),
+    *decoder_with(channels=8),
+    "latent.dim=8",
+    "flow.sampler_steps=2",
+]
 
 
 def test_classify_finds_the_class_of_every_image(joint: LZN) -> None:
@@ -53,7 +59,7 @@ def test_large_images_go_through_the_networks_in_parts(joint: LZN, monkeypatch: 
     monkeypatch.setattr(inference, "CHUNK_PIXELS", 3 * 64)
     assert joint.chunk == 3
     sizes: list[int] = []
-    joint.networks.encoder.register_forward_pre_hook(lambda module, given: sizes.append(len(given[0])))  # type: ignore[union-attr]
+    joint.networks["image"]["encoder"].register_forward_pre_hook(lambda module, given: sizes.append(len(given[0])))  # type: ignore[union-attr]
     assert torch.equal(joint.anchors(images), expected[0]) and torch.equal(joint.embed(images), expected[1])
     assert max(sizes) == 3 and sum(sizes) == 20
 
@@ -78,10 +84,10 @@ def test_a_labels_latents_are_random_points_of_its_zone(joint: LZN) -> None:
 
 @pytest.mark.parametrize("task", ["joint", "generation"])
 def test_generate_is_a_function_of_seed_and_sample_number(task: str) -> None:
-    model = hand_made(task, flow={"sampler_steps": 3, "t_min": 0.1}, decoder={})
+    model = hand_made(task, flow={"sampler_steps": 3, "t_min": 0.1})
     # stop short of the target, so that the noise still shows
     model.networks.decoder = torch.nn.Identity()
-    model.networks.decoder.forward = lambda x, t, latents, labels=None: latents[:, :1, None, None] - 0.5 * x  # type: ignore[method-assign, assignment, return-value]
+    model.networks["image"]["decoder"].forward = lambda x, t, latents, labels=None: latents[:, :1, None, None] - 0.5 * x  # type: ignore[method-assign, assignment, return-value]
     whole = model.generate(7, seed=5)
     assert whole.shape == (7, 1, 8, 8) and whole.abs().max() <= 1
     assert torch.equal(whole, model.generate(7, seed=5))
@@ -121,7 +127,7 @@ def test_reconstruct_returns_every_image(joint: LZN) -> None:
 
 def test_inverse_and_decode_use_the_configured_sampler() -> None:
     model = hand_made("generation", flow={"sampler": "dopri5"})
-    model.networks.decoder.forward = lambda x, t, latents, labels=None: -x + latents[:, :1, None, None]  # type: ignore[union-attr, method-assign, assignment]
+    model.networks["image"]["decoder"].forward = lambda x, t, latents, labels=None: -x + latents[:, :1, None, None]  # type: ignore[union-attr, method-assign, assignment]
     images = torch.rand(8, 1, 8, 8) - 0.5  # a whole batch
     torch.testing.assert_close(model.reconstruct(images), images, rtol=0, atol=1e-3)
 
@@ -138,13 +144,13 @@ def test_missing_capabilities_are_one_clear_error() -> None:
     model = hand_made("representation")
     images = class_images(torch.arange(2))
     assert model.embed(images).shape == (2, 64)
-    with pytest.raises(MissingCapability, match="task=representation has no label anchors"):
+    with pytest.raises(MissingCapability, match="representation model has no label anchors"):
         model.classify(images)
     with pytest.raises(MissingCapability, match="no image decoder"):
         model.generate(2)
     with pytest.raises(MissingCapability, match="no image decoder"):
         model.reconstruct(images)
-    with pytest.raises(MissingCapability, match="task=generation has no label anchors"):
+    with pytest.raises(MissingCapability, match="generation model has no label anchors"):
         hand_made("generation").generate(2, labels=1)
 
 
@@ -172,9 +178,9 @@ def baseline(*overrides: str) -> LZN:
 
 
 def test_rectified_flow_by_class_takes_labels_in_turn_where_none_are_asked_for() -> None:
-    model = baseline("objective=rectified_flow", "decoder.class_conditional=true")
+    model = baseline("objective=rectified_flow", "decode=[{class_conditional: true}]")
     found = model.generate_with_latents(5, first=8)
-    assert found.latents.shape == (5, 0) and found.evaluations == 2
+    assert found.latents.shape == (5, 0) and found.nfe == 2
     assert found.labels is not None and found.labels.tolist() == [8, 9, 0, 1, 2]
     assert torch.equal(model.generate(5, torch.tensor([8, 9, 0, 1, 2]), first=8), found.images)
     images = class_images(torch.arange(4))
@@ -190,10 +196,10 @@ def test_rectified_flow_by_class_takes_labels_in_turn_where_none_are_asked_for()
 
 
 def test_a_supervised_model_classifies_by_its_largest_logit() -> None:
-    model = baseline("task=representation", "objective=supervised", "data.num_classes=4", "encoder.kind=ncsnpp")
+    model = baseline("objective=supervised", "data.num_classes=4")
     images = class_images(torch.arange(4))
     logits = torch.eye(4)[[2, 0, 3, 3]]
-    model.networks.encoder.forward = lambda images: logits  # type: ignore[union-attr, method-assign, assignment]
+    model.networks["image"]["encoder"].forward = lambda images: logits  # type: ignore[union-attr, method-assign, assignment]
     assert model.classify(images).tolist() == [2, 0, 3, 3]
     with pytest.raises(MissingCapability, match="no image decoder"):
         model.generate(1)

@@ -81,7 +81,7 @@ HEALTH = {
 }  # fmt: skip
 PROBES = {"linear_probe", "knn", "probe_10_labels", "probe_10_labels_std"}
 GENERATION = {"judge_accuracy", "frechet", "frechet_real", "reconstruction_error", "latent_only_error",
-              "evaluations"}  # fmt: skip
+              "nfe"}  # fmt: skip
 JOINT = {
     "accuracy_centre", "accuracy_centre_low", "accuracy_centre_high", "recognised", "recognised_prior",
     "rarest_class_prior", "frechet_prior",
@@ -143,8 +143,8 @@ def test_what_is_measured_of_baselines(
     assert {key for key in values if not key.startswith(("untrained.", "pixels."))} == measured
     assert all(np.isfinite(value) for value in values.values())
     assert {path.name for path in (tmp_path / "figures").glob("*.png") if drawn(path)} == pictures
-    if "evaluations" in measured:
-        assert values["evaluations"] == 2.0
+    if "nfe" in measured:
+        assert values["nfe"] == 2.0
     if objective == "supervised":
         assert values["accuracy"] < 0.4  # untrained
 
@@ -195,8 +195,7 @@ def test_frechet_distances_are_to_held_out_images(digits: Path) -> None:
 
 def test_a_dead_zone_shows_in_the_priors_classes(digits: Path) -> None:
     model = tiny("joint", digits)
-    assert model.networks.label_anchors is not None
-    anchors = next(model.networks.label_anchors.parameters())
+    anchors = next(model.networks["label"].parameters())
     with torch.no_grad():
         anchors[9] = anchors[8]  # the first of two equal anchors is the nearest
     model.config = override(model.config, ["evaluation.samples_per_class=30"])
@@ -213,7 +212,7 @@ def test_evaluations_are_counted_without_a_judge(digits: Path) -> None:
     model = tiny("generation", digits)
     model.config = override(model.config, ["data.embedded=none", "flow.sampler_steps=3"])
     values = generation_values(model, EvaluationData(model.config), True, 0)
-    assert values["evaluations"] == 3.0 and "frechet" not in values and "reconstruction_error" in values
+    assert values["nfe"] == 3.0 and "frechet" not in values and "reconstruction_error" in values
 
 
 def test_zone_health_is_of_images_that_count(digits: Path) -> None:

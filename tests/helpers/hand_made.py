@@ -9,7 +9,8 @@ from torch import Tensor, nn
 
 from lzn_dist.config import Config
 from lzn_dist.inference import LZN
-from lzn_dist.networks import Networks, build_networks
+from lzn_dist.networks import Networks
+from lzn_dist.objectives import build_networks
 
 CLASSES, DIM = 4, 6
 
@@ -67,9 +68,22 @@ def class_images(labels: Tensor) -> Tensor:
     return images.reshape(-1, 1, 8, 8)
 
 
+TASKS: dict[str, dict[str, object]] = {
+    "generation": {"decode": ({},)},
+    "representation": {"alignment": {"pairs": ({"latents": "image.1", "anchors": "image.2"},)}},
+    "joint": {
+        "alignment": {"pairs": ({"latents": "image", "anchors": "label"},)},
+        "decode": ({"class_conditional": True},),
+    },
+}
+SIZES = {
+    "channels": 32, "channel_multipliers": (1,), "residual_blocks": 1, "attention_resolutions": (), "dropout": 0.0,
+}  # fmt: skip
+
+
 def make_config(task: str, **values: object) -> Config:
     base = {
-        "task": task,
+        **TASKS[task],
         "output_dir": "unused",
         "max_steps": 1,
         "data": {"num_classes": CLASSES},
@@ -82,18 +96,29 @@ def make_config(task: str, **values: object) -> Config:
 def hand_made(task: str, **values: object) -> LZN:
     """Classes are anchors along their own axes, images lie at their class's anchor: everything can be right."""
     decoder = None if task == "representation" else Decoder(task == "joint")
-    networks = Networks(Encoder(), decoder, Labels() if task == "joint" else None)
+    networks = Networks(
+        {
+            "image": {"encoder": Encoder()} | ({} if decoder is None else {"decoder": decoder}),
+            **({"label": {"encoder": Labels()}} if task == "joint" else {}),
+        }
+    )
     return LZN(networks, make_config(task, **values))
 
 
 def tiny(task: str, folder: Path, objective: str = "lzn", by_class: bool = False) -> LZN:
     config = Config.model_validate(
         {
-            "task": task, "objective": objective, "output_dir": "unused", "max_steps": 1,
+            **(TASKS[task] | ({"decode": ({"class_conditional": True},)} if by_class else {})),
+            "objective": objective, "output_dir": "unused", "max_steps": 1,
             "data": {"shards": str(folder), "embedded": "digits"},
             "latent": {"dim": 8, "steps": 4},
-            "encoder": {"channels": 32, "channel_multipliers": (1,)},
-            "decoder": {"channels": 32, "channel_multipliers": (1,), "class_conditional": by_class},
+            "modalities": {
+                "image": {
+                    "encoder": {"target": "ncsnpp", "arguments": SIZES},
+                    "decoder": {"target": "ncsnpp", "arguments": SIZES},
+                },
+                "label": {"encoder": {"target": "label_anchors"}},
+            },
             "evaluation": {"batch": 200, "samples_per_class": 2, "alignment_steps": 10, "noise_scales": (0.0, 0.5)},
             "flow": {"sampler_steps": 2},
         }

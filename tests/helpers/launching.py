@@ -14,12 +14,15 @@ from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
+from tests.helpers.settings import decoder_with, encoder_with
+
 ROOT = Path(__file__).parents[2]
+DROPOUT = encoder_with(dropout=0.1)  # beside SMALL, for what is no ResNet
 SMALL = [
     "evaluation.samples_per_class=2", "evaluation.alignment_steps=5", "flow.sampler_steps=2",
-    "data.global_batch=24", "encoder.channels=8", "decoder.channels=8", "latent.dim=8", "latent.steps=6",
-    "alignment.steps=6", "decoder.attention_resolutions=[4]", "encoder.dropout=0.1", "decoder.dropout=0.1",
-    "optimizer.warmup_steps=2", "tracking.wandb=disabled",
+    "data.global_batch=24", *encoder_with(channels=8),
+    *decoder_with(channels=8, attention_resolutions=[4], dropout=0.1),
+    "latent.dim=8", "latent.steps=6", "alignment.steps=6", "optimizer.warmup_steps=2", "tracking.wandb=disabled",
 ]  # fmt: skip
 _TIMES = re.compile("images_per_second|seconds_.*|peak_memory_mb|mfu")
 

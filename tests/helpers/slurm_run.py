@@ -12,12 +12,13 @@ from pathlib import Path
 from typing import Any
 
 from tests.helpers.launching import SMALL, untimed_rows
+from tests.helpers.settings import decoder_with
 from tests.helpers.slurm_cluster import Cluster
 
 ROOT = Path(__file__).parents[2]
 STEPS = 60
 SETTINGS = [
-    *SMALL, "decoder.attention_resolutions=[]", "log_every=1", "checkpoint_every=10", f"max_steps={STEPS}",
+    *SMALL, *decoder_with(attention_resolutions=[]), "log_every=1", "checkpoint_every=10", f"max_steps={STEPS}",
 ]  # fmt: skip
 ENDED = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "PREEMPTED")
 

@@ -12,7 +12,7 @@ import torch
 
 import lzn_dist
 from lzn_dist.engines.single import SingleEngine
-from lzn_dist.networks import build_networks
+from lzn_dist.objectives import build_networks
 from lzn_dist.tools.published_checkpoint import PREFIX, build_case, load_reference_checkpoint
 from lzn_dist.training.checkpoint import find_checkpoint, load_weights, resume_state
 from lzn_dist.training.setup import single_state

@@ -55,12 +55,13 @@ from lzn_dist.training.run_folder import RunFolder, read_lines
 from lzn_dist.training.setup import build_state, checkpoint_to_resume
 from lzn_dist.training.step import TrainState
 from tests.helpers.range_server import serve
+from tests.helpers.settings import decoder_with, encoder_with
 
 ROOT = Path(__file__).parents[2]
 SMALL = [
-    "data.global_batch=24", "encoder.channels=4", "decoder.channels=4", "latent.dim=4", "latent.steps=3",
-    "alignment.steps=3", "decoder.attention_resolutions=[]", "encoder.channel_multipliers=[1]",
-    "decoder.channel_multipliers=[1]", "evaluation.samples_per_class=2", "evaluation.alignment_steps=3",
+    "data.global_batch=24", *encoder_with(channels=4), *decoder_with(channels=4), "latent.dim=4", "latent.steps=3",
+    "alignment.steps=3", *decoder_with(attention_resolutions=[]), *encoder_with(channel_multipliers=[1]),
+    *decoder_with(channel_multipliers=[1]), "evaluation.samples_per_class=2", "evaluation.alignment_steps=3",
     "evaluation.batch=40", "evaluation.noise_scales=[0.5]", "flow.sampler_steps=2", "log_every=1", "checkpoint_every=2",
     "max_steps=4", "tracking.wandb=disabled", "data.embedded=none",
 ]  # fmt: skip

@@ -39,11 +39,12 @@ import torch.distributed.checkpoint as dcp
 from torch import Tensor
 
 from tests.helpers.launching import SMALL, untimed_rows
+from tests.helpers.settings import decoder_with
 
 ROOT = Path(__file__).parents[2]
 STEPS = 40
 SETTINGS = [
-    *SMALL, "decoder.attention_resolutions=[]", "log_every=1", "checkpoint_every=3", f"max_steps={STEPS}",
+    *SMALL, *decoder_with(attention_resolutions=[]), "log_every=1", "checkpoint_every=3", f"max_steps={STEPS}",
 ]  # fmt: skip
 warnings.filterwarnings("ignore", message="torch.distributed is disabled")
 

@@ -18,30 +18,30 @@ import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
+from tests.helpers.settings import BOTH_DIRECTIONS, both_with, decoder_with, encoder_with
+
 ROOT = Path(__file__).parents[2]
 STEPS = 20
 SAID = ["log_every=1", f"max_steps={STEPS}", "tracking.wandb=disabled", "cpu_threads=1"]
 SMALL = [
-    "data.global_batch=24", "encoder.channels=8", "decoder.channels=8", "latent.dim=8", "latent.steps=6",
-    "alignment.steps=6", "encoder.dropout=0.1", "decoder.dropout=0.1", "optimizer.warmup_steps=2",
+    "data.global_batch=24", "latent.dim=8", "latent.steps=6", "alignment.steps=6", "optimizer.warmup_steps=2",
     "evaluation.samples_per_class=1", "evaluation.alignment_steps=3", "evaluation.noise_scales=[0.5]",
     "flow.sampler=euler", "flow.sampler_steps=1",
 ]  # fmt: skip
 DIGITS = {
-    "joint": ("digits_joint", ["decoder.attention_resolutions=[4]"]),
-    "generation": ("digits_generation", ["decoder.attention_resolutions=[4]"]),
-    "conditional": ("digits_generation", ["decoder.class_conditional=true"]),
-    "representation": ("digits_representation", ["alignment.both_directions=true"]),
+    "joint": ("digits_joint", [*decoder_with(attention_resolutions=[4])]),
+    "generation": ("digits_generation", [*decoder_with(attention_resolutions=[4])]),
+    "conditional": ("digits_generation", ["decode=[{class_conditional: true}]"]),
+    "representation": ("digits_representation", [BOTH_DIRECTIONS]),
     "rectified_flow": ("digits_generation", ["objective=rectified_flow"]),
     "simclr": ("digits_representation", ["objective=simclr"]),
     "moco": ("digits_representation", ["objective=moco", "contrast.queue=48"]),
     "supervised": ("digits_representation", ["objective=supervised"]),
 }
-CIFAR = ["data.workers=0", "data.streams=2", "encoder.channel_multipliers=[1,2]", "decoder.channel_multipliers=[1,2]",
-         "encoder.residual_blocks=1", "decoder.residual_blocks=1"]  # fmt: skip
+CIFAR = ["data.workers=0", "data.streams=2", *both_with(channel_multipliers=[1, 2], residual_blocks=1)]
 AT_256 = ["data.workers=0", "data.streams=2", "data.image_size=32", "data.resize=32",
-          "encoder.channel_multipliers=[1,1,2]", "decoder.channel_multipliers=[1,1,2]", "encoder.residual_blocks=1",
-          "decoder.residual_blocks=1", "encoder.feature_resolutions=[16,8]"]  # fmt: skip
+          *both_with(channel_multipliers=[1, 1, 2], residual_blocks=1),
+          *encoder_with(feature_resolutions=[16, 8])]  # fmt: skip
 PUBLISHED = {
     "cifar10_generation": ("cifar10_generation", CIFAR),
     "cifar10_joint": ("cifar10_joint", CIFAR),
@@ -50,7 +50,7 @@ PUBLISHED = {
     "lsun_bedroom_generation": ("lsun_bedroom_generation", AT_256),
     "imagenet_representation": ("imagenet_representation", [
         "data.workers=0", "data.streams=2", "data.shuffle_window=0", "data.image_size=32", "data.resize=36",
-        "data.num_classes=4", "encoder.blocks=[1,1,1,1]"]),
+        "data.num_classes=4", *encoder_with(blocks=[1, 1, 1, 1])]),
 }  # fmt: skip
 ENGINES = ("ddp", "zero1", "zero2", "zero3", "zero3_offload", "fsdp")
 # what runs under every engine, also with gradient caching, recomputation and a ring
@@ -95,7 +95,16 @@ def losses(work: Path, number: int, engine: str, config: str, overrides: list[st
     else:
         command += ["lzn_dist.train"]
     classes = ["data.num_classes=4"] if config == "cifar10_joint" else []
-    command += [f"configs/{config}.yaml", *SAID, *SMALL, *classes, f"data.shards={work / shards}", f"output_dir={run}"]
+    networks = encoder_with(channels=8) if "representation" in config else both_with(channels=8, dropout=0.1)
+    command += [
+        f"configs/{config}.yaml",
+        *SAID,
+        *SMALL,
+        *networks,
+        *classes,
+        f"data.shards={work / shards}",
+        f"output_dir={run}",
+    ]
     done = subprocess.run(
         [*command, *overrides], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=900,
         env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},

@@ -17,9 +17,11 @@ import tempfile
 import time
 from pathlib import Path
 
+from tests.helpers.settings import decoder_with, encoder_with
+
 ROOT = Path(__file__).parents[2]
 SMALL = [
-    "data.global_batch=32", "encoder.channels=8", "decoder.channels=8", "latent.steps=4", "alignment.steps=5",
+    "data.global_batch=32", *encoder_with(channels=8), *decoder_with(channels=8), "latent.steps=4", "alignment.steps=5",
     "evaluation.alignment_steps=5", "evaluation.samples_per_class=2", "flow.sampler_steps=2", "cpu_threads=1",
     "tracking.wandb=disabled", "max_steps=100000", "checkpoint_every=100000", "log_every=1",
 ]  # fmt: skip
