@@ -22,6 +22,7 @@ import torch
 
 from lzn_dist.config import Config, load_config, save_config
 from lzn_dist.objectives import build_networks
+from lzn_dist.training import checkpoint, format_2
 from lzn_dist.training.checkpoint import (
     CheckpointError,
     CheckpointWriter,
@@ -34,6 +35,7 @@ from lzn_dist.training.checkpoint import (
     resume_state,
     set_aside,
 )
+from lzn_dist.training.checkpoint_reader import write_sums
 from lzn_dist.training.step import TrainState, train_step
 from tests.helpers.settings import decoder_with, encoder_with
 from tests.helpers.small_run import small_config, small_samples, small_state
@@ -449,3 +451,51 @@ def test_a_damaged_newest_checkpoint_is_not_passed_over_unsaid(tmp_path: Path) -
     good = re.escape(str(newest.with_name("step_00000001")))
     with pytest.raises(CheckpointError, match=rf"00003 is damaged .*run\.json.*takes another: {good}$"):
         load_networks(tmp_path)
+
+
+OF_FORMAT_2 = """\
+task: joint
+optimizer: {encoder_lr: 0.002, decoder_lr: 0.003, label_lr: 0.004, encoder_stop: null, decoder_stop: 9,
+  label_stop: null, betas: [0.9, 0.999], eps: 1e-8, clip_norm: 1.0, warmup_steps: 2, ema_decay: 0.995}
+alignment: {steps: 5, cutoff: 0.2, kind: cross_entropy, both_directions: false, class_weights: true, weight: 0.5}
+encoder: {kind: ncsnpp, channels: 8, channel_multipliers: [1, 2], residual_blocks: 1, attention_resolutions: [],
+  dropout: 0.2, fir: false, progressive: false, blocks: [3, 4, 6, 3], stem: imagenet, feature_resolutions: null}
+decoder: {channels: 8, channel_multipliers: [1, 2], residual_blocks: 1, attention_resolutions: [], dropout: 0.0,
+  fir: false, progressive: false, class_conditional: false, embedding: positional, scale_by_sigma: false}
+latent: {dim: 8, steps: 5}
+output_dir: runs/before
+max_steps: 600
+"""
+
+
+def test_checkpoints_of_format_2_load_and_resume(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Written as that version did: its names of tensors, its configuration."""
+    config = small_config("alignment.pairs=[{latents: image, anchors: label, weight: 0.5}]")
+    state = trained(config, 2)
+    pieces = {format_2.old_key(key): piece for key, piece in checkpoint._state_pieces(state).items()}
+    shapes = {format_2.old_key(f"x.{n}")[2:]: shape for n, shape in checkpoint._record_shapes(state.engine).items()}
+    assert "weights.label_anchors.anchor" in pieces and "ema.decoder.all_modules.0.weight" in pieces
+    with monkeypatch.context() as before:
+        before.setattr(checkpoint, "_state_pieces", lambda _: pieces)
+        before.setattr(checkpoint, "_record_shapes", lambda _: shapes)
+        before.setattr(checkpoint, "save_config", lambda _, path: path.write_text(OF_FORMAT_2))
+        saver = writer(tmp_path, config)
+        saver.save(state)
+        saver.close()
+    path = find_checkpoint(tmp_path)
+    record = json.loads((path / "run.json").read_text())
+    (path / "run.json").write_text(json.dumps({**record, "format": 2}))
+    write_sums(path)
+    networks, found, step = load_networks(path)
+    assert step == 2 and found.alignment == config.alignment and found.decode == config.decode
+    assert [found.network("image", role).lr for role in ("encoder", "decoder")] == [2e-3, 3e-3]
+    assert found.network("image", "decoder").stop == 9 and found.network("label", "encoder").lr == 4e-3
+    averages = state.ema.shadow
+    assert all(torch.equal(p.flatten(), averages[name]) for name, p in networks.named_parameters() if p.requires_grad)
+    again = resumed(config, path)
+    for number in range(2, 4):
+        ours, theirs = (train_step(each, small_samples(number)).scalars["loss"] for each in (again, state))
+        assert torch.equal(ours, theirs)
+    (path / "run.json").write_text(json.dumps({**record, "format": 1}))
+    with pytest.raises(CheckpointError, match="has format 1, this version of lzn_dist reads 2 and 3"):
+        load_networks(path)

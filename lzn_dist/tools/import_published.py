@@ -1,4 +1,4 @@
-"""A published checkpoint as a run: python -m lzn_dist.tools.published_checkpoint FILE --case CASE --out RUN_DIR
+"""A published checkpoint as a run: python -m lzn_dist.tools.import_published FILE --case CASE --out RUN_DIR
 
 The run has the case study's configuration (configs/), the trained and the averaged weights, and no optimiser moments:
 evaluate it, load it, or train on from it (Adam's moments begin anew, the learning rate goes on where it was).

@@ -1,6 +1,6 @@
 """Checkpoints as the paper's authors published them, one file a case study.
 
-    python -m lzn_dist.tools.published_checkpoint FILE --case case_study_3 --out RUN_DIR
+    python -m lzn_dist.tools.import_published FILE --case case_study_3 --out RUN_DIR
 
 turns one into a run's folder that `python -m lzn_dist.evaluate`, `lzn_dist.load` and training accept.
 
@@ -12,7 +12,6 @@ the published names and order, so that both go in as they are.
 
 from __future__ import annotations
 
-import runpy
 import zipfile
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -144,8 +143,3 @@ def _fill_averages(network: nn.Module, state: Any, what: str) -> None:
         if parameter.shape != average.shape:
             raise ValueError(f"{what}: the average of {name} is {tuple(average.shape)}, not {tuple(parameter.shape)}")
         parameter.copy_(average)
-
-
-if __name__ == "__main__":
-    # writing a run needs configuration and checkpoints, which this folder does not know
-    runpy.run_module("lzn_dist.tools.import_published", run_name="__main__")

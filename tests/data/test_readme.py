@@ -54,7 +54,7 @@ ELSEWHERE = {
     "python slurm/submit.py configs/digits_joint.yaml output_dir=runs/cluster --nodes 2 --time 30m --preflight":
         "needs a cluster: tests/slurm submits so",
     "python slurm/status.py runs/cluster": "needs a cluster: tests/slurm looks so",
-    "python -m lzn_dist.tools.published_checkpoint FILE": "needs the authors' file: tests/models makes one",
+    "python -m lzn_dist.tools.import_published FILE": "needs the authors' file: tests/models makes one",
     "python -m lzn_dist.compare configs/compare/digits.yaml": "45 minutes; tests/test_compare.py compares two rows",
 }  # fmt: skip
 

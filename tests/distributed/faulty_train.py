@@ -10,12 +10,12 @@ from __future__ import annotations
 import sys
 from typing import Any
 
+from lzn_dist.objectives.zoning import Zoning
 from torch import Tensor
 
 from lzn_dist import train
 from lzn_dist.distributed import Topology
 from lzn_dist.objectives import Samples
-from lzn_dist.objectives.zoning import Zoning
 
 
 def main() -> int:

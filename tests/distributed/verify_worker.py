@@ -23,7 +23,8 @@ from lzn_dist.config import load_config
 from lzn_dist.distributed import Topology
 from lzn_dist.distributed.gather import _GatherAnchors
 from lzn_dist.engines.launch import Launch, build_accelerator
-from lzn_dist.engines.zero import ZeroEngine
+from lzn_dist.engines.zero import ZeROEngine
+from lzn_dist.networks import trust
 from lzn_dist.verify import verify
 from tests.helpers.launching import ROOT, SMALL
 
@@ -39,13 +40,13 @@ def fault(name: str | None) -> Iterator[None]:
         with patch.object(_GatherAnchors, "backward", staticmethod(wrong)):
             yield
     elif name == "stale":
-        complete = ZeroEngine.__init__
+        complete = ZeROEngine.__init__
 
-        def incomplete(self: ZeroEngine, *arguments: Any) -> None:
+        def incomplete(self: ZeROEngine, *arguments: Any) -> None:
             complete(self, *arguments)
             self.touches_first = False
 
-        with patch.object(ZeroEngine, "__init__", incomplete):
+        with patch.object(ZeROEngine, "__init__", incomplete):
             yield
     else:
         assert name is None
@@ -55,6 +56,7 @@ def fault(name: str | None) -> Iterator[None]:
 def main() -> None:
     output, cells = Path(sys.argv[1]), json.loads(sys.argv[2])
     launch, accelerator, results = Launch.asked(), None, []
+    trust(["tests"])
     for cell in cells:
         overrides = [*SMALL, f"data.shards={output.parent / 'digits'}", "output_dir=unused", *cell["overrides"]]
         config = load_config(ROOT / "configs" / f"digits_{cell['config']}.yaml", overrides)

@@ -25,6 +25,7 @@ def _network(role: str, arguments: dict[str, Any]) -> list[str]:
 
 
 RESNET = "modalities.image.encoder.target=resnet"  # drops the arguments of the configuration's own class
+OWN = [f"modalities.image.{role}.target=tests.helpers.own_networks:{role.title()}" for role in ("encoder", "decoder")]
 BOTH_DIRECTIONS = (
     "alignment.pairs=[{latents: image.1, anchors: image.2, weight: 0.5}, "
     "{latents: image.2, anchors: image.1, weight: 0.5}]"
