@@ -30,13 +30,12 @@ from typing import Annotated, Any, NamedTuple
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, PositiveInt, ValidationError, field_validator
 from tqdm import tqdm
 
-from lzn_dist.config import ConfigError, load_config
+from lzn_dist.config import ConfigError, changed_keys, load_config
 from lzn_dist.json_files import read_json, write_json
 from lzn_dist.paths import expand_path, folder_or_url, path_argument
 from lzn_dist.terminal import command
 from lzn_dist.training.resolve import resolve
 from lzn_dist.training.run_folder import read_lines
-from lzn_dist.training.setup import changed_keys
 from lzn_dist.yaml_core import read_yaml
 
 

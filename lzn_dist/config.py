@@ -382,6 +382,22 @@ def _explain(path: str | Path, error: Any) -> str:
     return f"{path}: {key + ': ' if key else ''}{message}" + (f" (got {error['input']!r})" if key else "")
 
 
+def changed_keys(before: Config, now: Config) -> list[str]:
+    """Keys of a checkpoint's configuration that the present one has changed, as "key: before → now"."""
+    ignored = {
+        "output_dir", "max_steps", "resume", "tracking", "log_every", "checkpoint_every", "keep_last", "cpu_threads",
+    }  # fmt: skip
+
+    def flat(values: dict[str, object], prefix: str = "") -> dict[str, object]:
+        found: dict[str, object] = {}
+        for key, value in values.items():
+            found |= flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
+        return found
+
+    old, new = (flat(config.model_dump(exclude=ignored)) for config in (before, now))
+    return [f"{key}: {old.get(key)} → {value}" for key, value in new.items() if old.get(key) != value]
+
+
 def save_config(config: Config, path: Path) -> None:
     """Write the resolved configuration as YAML that load_config reads back to an equal one."""
     path.write_text(dump_yaml(config.model_dump(mode="json")), encoding="utf-8")

@@ -10,7 +10,7 @@ import pytest
 import torch
 from PIL import Image
 
-from lzn_dist.config import Config, ConfigError, load_config
+from lzn_dist.config import Config, ConfigError, changed_keys, load_config
 from lzn_dist.distributed import Topology
 from lzn_dist.models.ncsnpp import fitting_multipliers
 from lzn_dist.objectives import build_networks
@@ -18,7 +18,7 @@ from lzn_dist.prepare.image_folder import ImageFolder
 from lzn_dist.prepare.writer import Options, prepare
 from lzn_dist.training.batches import open_stream, prepare_samples
 from lzn_dist.training.resolve import resolve
-from lzn_dist.training.setup import changed_keys, single_state
+from lzn_dist.training.setup import single_state
 from lzn_dist.training.step import train_step
 from tests.helpers.settings import decoder_with, encoder_with
 from tests.helpers.small_run import ROOT

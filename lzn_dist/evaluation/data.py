@@ -162,7 +162,7 @@ class EvaluationData:
         return counts / counts.sum()
 
     @cached_property
-    def judge(self) -> DigitClassifier | None:
+    def digit_classifier(self) -> DigitClassifier | None:
         """A classifier trained on the real training images; for digits alone: raw pixels are enough for them.
         Collective."""
         if self.config.data.embedded != "digits":

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -34,6 +35,28 @@ PIXELS_COMPARED = 64 * 64 * 3  # numbers an image: probes of raw pixels say litt
 RECONSTRUCTED = 1000  # images whose reconstruction is measured, at least
 
 
+@dataclass(frozen=True)
+class Asked:
+    """What is measured and how; left_out takes the reasons of what cannot be."""
+
+    model: LZN
+    data: EvaluationData
+    quick: bool
+    seed: int
+    left_out: dict[str, str]
+    inception: InceptionFeatures | None
+
+
+@dataclass(frozen=True)
+class Metric:
+    """name: under which its absence is told. applies: whether it means anything of a model (and is wanted). measure:
+    its values; ValueError where they cannot be had. Collective."""
+
+    name: str
+    applies: Callable[[Asked], bool]
+    measure: Callable[[Asked], dict[str, float]]
+
+
 def evaluate_model(
     model: LZN, output_dir: Path | None = None, *, figures: bool = True, quick: bool = False,
     data: EvaluationData | None = None, seed: int = 0, run: Path | None = None, left_out: dict[str, str] | None = None,
@@ -49,7 +72,7 @@ def evaluate_model(
     embeddings' linear_probe, knn, probe_10_labels. Of digits also recognised, recognised_prior, rarest_class_prior (the
     share of prior draws in the zone of the class with fewest; 1/K at best, 0 where a zone is dead),
     disagreement_latent, disagreement_label, frechet, frechet_prior, frechet_real (the floor: training images instead of
-    samples), judge_accuracy.
+    samples), digit_classifier_accuracy.
     representation: those three probes, and the same under untrained. and (of small images) pixels. for comparison.
     Baselines: what they have of these, and a supervised model's accuracy.
     Of decoders also fid and the like (`fid_values`) where evaluation.inception names the network's weights; of all LZN
@@ -61,22 +84,13 @@ def evaluate_model(
     every one gets the values. Raises ConfigError, before anything else, for Inception weights that are not to be had.
     """
     inception = inception_network(model.config, model.device) if model.has_decoder else None
-    data = data or EvaluationData(model.config)
     reasons: dict[str, str] = {} if left_out is None else left_out
+    asked = Asked(model, data or EvaluationData(model.config), quick, seed, reasons, inception)
+    data = asked.data
     values: dict[str, float] = {}
-    if model.has_labels:
-        values |= _attempt("accuracy", reasons, lambda: accuracy_values(model, data, quick, seed))
-    if model.has_logits:
-        values |= _attempt("accuracy", reasons, lambda: logit_values(model, data))
-    if model.has_decoder:
-        values |= generation_values(model, data, quick, seed, reasons)
-    if inception is not None:
-        seeds = 1 if quick else model.config.evaluation.fid_seeds
-        values |= _attempt("fid", reasons, lambda: inception_values(model, inception, data, seed, seeds))
-    if model.has_latents:
-        values |= _attempt("zones", reasons, lambda: health_values(model, data, seed))
-    if data.labelled and model.has_encoder and not (quick and model.has_decoder):
-        values |= probe_values(model, data, quick, reasons)
+    for metric in METRICS:
+        if metric.applies(asked):
+            values |= _attempt(metric.name, reasons, lambda measure=metric.measure: measure(asked))  # type: ignore[misc]
     if figures and output_dir is not None:
         once(lambda: write_figures(model, data, output_dir, seed, run))
     if not data.held_out and data.asked:
@@ -101,8 +115,9 @@ def _attempt(name: str, left_out: dict[str, str], measure: Callable[[], dict[str
         return {}
 
 
-def logit_values(model: LZN, data: EvaluationData) -> dict[str, float]:
+def logit_values(asked: Asked) -> dict[str, float]:
     """A supervised classifier's accuracy on the held-out images."""
+    model, data = asked.model, asked.data
     data.need_held_out()
     data.need_labels()
     found = logit_accuracy(model, data.batches("test"))
@@ -110,8 +125,9 @@ def logit_values(model: LZN, data: EvaluationData) -> dict[str, float]:
     return {"accuracy": found.value, "accuracy_low": low, "accuracy_high": high}
 
 
-def accuracy_values(model: LZN, data: EvaluationData, quick: bool, seed: int) -> dict[str, float]:
+def accuracy_values(asked: Asked) -> dict[str, float]:
     """Classification on the held-out images over noise scales, with and without class weights."""
+    model, data, quick, seed = asked.model, asked.data, asked.quick, asked.seed
     data.need_held_out()
     data.need_labels()
     scales = sorted({0.0} if quick else {0.0, 1.0, *model.config.evaluation.noise_scales})
@@ -125,16 +141,15 @@ def accuracy_values(model: LZN, data: EvaluationData, quick: bool, seed: int) ->
     return values
 
 
-def generation_values(
-    model: LZN, data: EvaluationData, quick: bool, seed: int, left_out: dict[str, str] | None = None
-) -> dict[str, float]:
+def generation_values(asked: Asked) -> dict[str, float]:
     """Recognised samples, Fréchet distances (where there is a judge), reconstruction.
 
     Fréchet distances are those of classes · samples_per_class samples to the held-out images: they shrink with the
     number of samples, so compare equal ones.
     """
+    model, data, quick, seed = asked.model, asked.data, asked.quick, asked.seed
     values: dict[str, float] = {}
-    config, judge = model.config, data.judge
+    config, judge = model.config, data.digit_classifier
     if judge is None:
         values["nfe"] = generate(model, COUNTED, seed=seed).nfe
     per_class = config.evaluation.samples_per_class
@@ -142,7 +157,7 @@ def generation_values(
     if short:
         per_class = min(per_class, QUICK_SAMPLES_PER_CLASS)
     if judge is not None:
-        values["judge_accuracy"] = judge.accuracy(data.test.pixels, data.test.labels.numpy())
+        values["digit_classifier_accuracy"] = judge.accuracy(data.test.pixels, data.test.labels.numpy())
         real = judge.features(data.test.pixels)
 
         def distance(images: torch.Tensor) -> float:
@@ -174,7 +189,7 @@ def generation_values(
             data.need_held_out()
             return reconstruction_errors(model, data.batches("test"), RECONSTRUCTED, seed)
 
-        values |= _attempt("reconstruction_error", {} if left_out is None else left_out, errors)
+        values |= _attempt("reconstruction_error", asked.left_out, errors)
     return values
 
 
@@ -191,19 +206,20 @@ def inception_network(config: Config, device: torch.device) -> InceptionFeatures
         raise ConfigError(f"evaluation.inception: {error}") from error
 
 
-def inception_values(
-    model: LZN, network: InceptionFeatures, data: EvaluationData, seed: int, seeds: int
-) -> dict[str, float]:
+def inception_values(asked: Asked) -> dict[str, float]:
     """FID and the like in Inception features."""
-    settings = model.config.evaluation
+    settings, network = asked.model.config.evaluation, asked.inception
+    assert network is not None
+    seeds = 1 if asked.quick else settings.fid_seeds
     return fid_values(
-        model, data, network, weights=network.digest, cache=Path(settings.cache).expanduser(),
-        samples=settings.fid_samples, seeds=range(seed, seed + seeds),
+        asked.model, asked.data, network, weights=network.digest, cache=Path(settings.cache).expanduser(),
+        samples=settings.fid_samples, seeds=range(asked.seed, asked.seed + seeds),
     )  # fmt: skip
 
 
-def health_values(model: LZN, data: EvaluationData, seed: int) -> dict[str, float]:
+def health_values(asked: Asked) -> dict[str, float]:
     """`zone_health` of the first fixed batch of measured images (those that count), with noise of scale 1."""
+    model, data, seed = asked.model, asked.data, asked.seed
     latent = model.config.latent
 
     def health() -> dict[str, float]:
@@ -215,11 +231,9 @@ def health_values(model: LZN, data: EvaluationData, seed: int) -> dict[str, floa
     return once(health)
 
 
-def probe_values(
-    model: LZN, data: EvaluationData, quick: bool, left_out: dict[str, str] | None = None
-) -> dict[str, float]:
+def probe_values(asked: Asked) -> dict[str, float]:
     """Probes of the features, and for a representation model of pixels and an untrained encoder beside them."""
-    reasons = {} if left_out is None else left_out
+    model, data, quick, reasons = asked.model, asked.data, asked.quick, asked.left_out
     values: dict[str, float] = {}
 
     def probe(of: FeatureSet, prefix: str = "") -> None:
@@ -246,6 +260,20 @@ def probe_values(
             train, test = data.train, data.test
             probe(FeatureSet(train.pixels, train.labels.numpy(), test.pixels, test.labels.numpy()), "pixels.")
     return values
+
+
+METRICS = (
+    Metric("accuracy", lambda asked: asked.model.has_labels, accuracy_values),
+    Metric("accuracy", lambda asked: asked.model.has_logits, logit_values),
+    Metric("generation", lambda asked: asked.model.has_decoder, generation_values),
+    Metric("fid", lambda asked: asked.inception is not None, inception_values),
+    Metric("zones", lambda asked: asked.model.has_latents, health_values),
+    Metric(
+        "probes",
+        lambda asked: asked.data.labelled and asked.model.has_encoder and not (asked.quick and asked.model.has_decoder),
+        probe_values,
+    ),
+)
 
 
 def write_figures(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections import Counter
-from contextlib import suppress
 from pathlib import Path
 
 import torch
@@ -20,11 +19,11 @@ from lzn_dist.data import (
     ShardIndex,
     whole_images,
 )
-from lzn_dist.data.pixels import load_with_pillow
 from lzn_dist.distributed import Topology
 from lzn_dist.modalities import modality
 from lzn_dist.objectives import Samples, needs
 from lzn_dist.prepare.digits import ensure_digits
+from lzn_dist.training.resolve import first_images
 
 
 def open_stream(config: Config, topology: Topology, *, labelled: bool = False, augmented: bool = False) -> BatchStream:
@@ -65,25 +64,6 @@ def open_stream(config: Config, topology: Topology, *, labelled: bool = False, a
         data.shuffle_window,
     )  # fmt: skip
     return BatchStream(dataset, order, topology.rank, topology.world_size, data.workers)
-
-
-_LOOKED_AT = 32
-
-
-def first_images(index: ShardIndex) -> list[tuple[int, int, int]]:
-    """Height, width and channels (1 or 3) of the first training images, of those that can be read."""
-    split, found = index.split("train"), []
-    for row in range(min(len(split), _LOOKED_AT)):
-        content = index.storage.read(split.shard_of(row).name, *split.images[row].tolist())
-        with suppress(ValueError):
-            image = load_with_pillow(content)
-            grey = image.mode in ("1", "L", "LA") or image.mode.startswith("I")
-            found.append((image.height, image.width, 1 if grey else 3))
-    if not found:
-        raise ConfigError(
-            f"{index.folder}: none of its first images can be read: see python data_prep/check.py --decode"
-        )
-    return found
 
 
 def _check_sizes(index: ShardIndex, image_size: int) -> None:

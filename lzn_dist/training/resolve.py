@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import suppress
 
 import torch
 from pydantic import ValidationError
@@ -11,9 +12,9 @@ from lzn_dist.config import Config, ConfigError
 from lzn_dist.data import (
     ShardIndex,
 )
+from lzn_dist.data.pixels import load_with_pillow
 from lzn_dist.data.storage import RemoteError
 from lzn_dist.objectives import build_networks
-from lzn_dist.training.batches import first_images
 
 
 def resolve(config: Config) -> Config:
@@ -65,3 +66,22 @@ def _updated(config: Config, **sections: Mapping[str, object]) -> Config:
         return Config.model_validate(values)
     except ValidationError as error:
         raise ConfigError("; ".join(e["msg"].removeprefix("Value error, ") for e in error.errors())) from None
+
+
+_LOOKED_AT = 32
+
+
+def first_images(index: ShardIndex) -> list[tuple[int, int, int]]:
+    """Height, width and channels (1 or 3) of the first training images, of those that can be read."""
+    split, found = index.split("train"), []
+    for row in range(min(len(split), _LOOKED_AT)):
+        content = index.storage.read(split.shard_of(row).name, *split.images[row].tolist())
+        with suppress(ValueError):
+            image = load_with_pillow(content)
+            grey = image.mode in ("1", "L", "LA") or image.mode.startswith("I")
+            found.append((image.height, image.width, 1 if grey else 3))
+    if not found:
+        raise ConfigError(
+            f"{index.folder}: none of its first images can be read: see python data_prep/check.py --decode"
+        )
+    return found

@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 from accelerate import Accelerator
 
-from lzn_dist.config import Config, ConfigError, save_config
+from lzn_dist.config import Config, ConfigError, changed_keys, save_config
 from lzn_dist.data import Batch, BatchStream
 from lzn_dist.data.storage import RemoteError
 from lzn_dist.distributed import Topology
@@ -31,7 +31,7 @@ from lzn_dist.training.checkpoint import (
 )
 from lzn_dist.training.flops import training_flops_per_image
 from lzn_dist.training.run_folder import RunFolder, SupersededError, read_lines
-from lzn_dist.training.setup import build_state, changed_keys, checkpoint_to_resume, describe
+from lzn_dist.training.setup import build_state, checkpoint_to_resume, describe
 from lzn_dist.training.signals import Signals
 from lzn_dist.training.step import StepResult, TrainState
 from lzn_dist.training.tracking import Tracker

@@ -95,22 +95,6 @@ def shared_checkpoint(named: str | Path, held: ExitStack | None, *, needed: bool
     return None if found is None else Path(found)
 
 
-def changed_keys(before: Config, now: Config) -> list[str]:
-    """Keys of a checkpoint's configuration that the present one has changed, as "key: before → now"."""
-    ignored = {
-        "output_dir", "max_steps", "resume", "tracking", "log_every", "checkpoint_every", "keep_last", "cpu_threads",
-    }  # fmt: skip
-
-    def flat(values: dict[str, object], prefix: str = "") -> dict[str, object]:
-        found: dict[str, object] = {}
-        for key, value in values.items():
-            found |= flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
-        return found
-
-    old, new = (flat(config.model_dump(exclude=ignored)) for config in (before, now))
-    return [f"{key}: {old.get(key)} → {value}" for key, value in new.items() if old.get(key) != value]
-
-
 def describe(state: TrainState) -> str:
     """The engine that runs, for people."""
     world = Topology.current().world_size

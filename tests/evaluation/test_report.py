@@ -80,7 +80,7 @@ HEALTH = {
                 "solver_error")
 }  # fmt: skip
 PROBES = {"linear_probe", "knn", "probe_10_labels", "probe_10_labels_std"}
-GENERATION = {"judge_accuracy", "frechet", "frechet_real", "reconstruction_error", "latent_only_error",
+GENERATION = {"digit_classifier_accuracy", "frechet", "frechet_real", "reconstruction_error", "latent_only_error",
               "nfe"}  # fmt: skip
 JOINT = {
     "accuracy_centre", "accuracy_centre_low", "accuracy_centre_high", "recognised", "recognised_prior",
@@ -108,7 +108,7 @@ def test_what_is_measured_of_each_task(task: str, digits: Path, tmp_path: Path) 
     if task == "representation":
         assert 0.93 < values["pixels.linear_probe"] < 1 and 0.95 < values["pixels.knn"] < 1
     else:
-        assert values["judge_accuracy"] > 0.96
+        assert values["digit_classifier_accuracy"] > 0.96
         assert values["frechet"] > 10 * values["frechet_real"] > 0  # an untrained decoder is far off
     again = evaluate_model(model, None, data=data, quick=True)
     assert set(again) <= expected and len(again) >= 2
@@ -184,7 +184,7 @@ def test_features_of_a_large_split_are_those_of_its_first_images(digits: Path, m
 def test_frechet_distances_are_to_held_out_images(digits: Path) -> None:
     model = tiny("generation", digits, "rectified_flow")
     data = EvaluationData(model.config)
-    values, judge = generation_values(model, data, False, 0), data.judge
+    values, judge = generation_values(model, data, False, 0), data.digit_classifier
     assert judge is not None
     images = model.generate(20, seed=0).flatten(1).double().numpy()
     train, test = (judge.features(part.pixels) for part in (data.train, data.test))
