@@ -24,6 +24,7 @@ from pydantic import (
 )
 
 from lzn_dist.paths import expand_path, without_secrets
+from lzn_dist.shipped import find
 from lzn_dist.yaml_core import dump_yaml, parse_yaml, read_yaml
 
 UserPath = Annotated[str, AfterValidator(expand_path)]
@@ -251,7 +252,8 @@ class Config(_Section):
         return found
 
 
-def _read(path: Path, seen: tuple[Path, ...] = ()) -> dict[str, Any]:
+def _layers(path: Path, seen: tuple[Path, ...] = ()) -> list[tuple[Path, dict[str, Any]]]:
+    """A file's values and those of its bases, the lowest first."""
     if not path.is_file():
         raise ConfigError(f"no configuration file {path}")
     if path.resolve() in seen:
@@ -267,8 +269,21 @@ def _read(path: Path, seen: tuple[Path, ...] = ()) -> dict[str, Any]:
         raise ConfigError(f"{path} is a {kind}: a configuration has a line `key: value` for each key")
     base = own.pop("base", None)
     if base is None:
-        return own
-    return _merge(_read(path.parent / _path(str(base), path), (*seen, path.resolve())), own, str(path))
+        return [(path, own)]
+    return [*_layers(path.parent / _path(str(base), path), (*seen, path.resolve())), (path, own)]
+
+
+def _found(name: str | Path) -> Path:
+    try:
+        return find(_path(str(name), "configuration"), "configs")
+    except FileNotFoundError as error:
+        raise ConfigError(f"no configuration: {error}") from error
+
+
+def layers(path: str | Path, overrides: Sequence[str] = ()) -> list[tuple[str, dict[str, Any]]]:
+    """What a configuration is made of, the lowest first: files' values, then the overrides'. Raises ConfigError."""
+    files = [(str(file), values) for file, values in _layers(_found(path))]
+    return files + [("override", _nested(item)) for item in overrides]
 
 
 def _path(text: str, where: str | Path) -> str:
@@ -294,10 +309,14 @@ def _merge(below: dict[str, Any], above: dict[str, Any], where: str, prefix: str
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     """Read a configuration file, apply ``key=value`` overrides, check everything.
 
+    path: a file, or the name of a configuration that comes with lzn_dist (digits_joint).
     The value of a key of text (a path, a name) is the text after the first ``=`` as it stands; all others are YAML 1.2.
     Raises ConfigError, one line a problem: a missing file, an unknown key, a wrong type, an impossible combination.
     """
-    return _merged(_read(Path(_path(str(path), "configuration"))), overrides, str(path))
+    values: dict[str, Any] = {}
+    for file, own in _layers(_found(path)):
+        values = _merge(values, own, str(file))
+    return _merged(values, overrides, str(path))
 
 
 def override(config: Config, overrides: Sequence[str]) -> Config:
@@ -305,20 +324,25 @@ def override(config: Config, overrides: Sequence[str]) -> Config:
     return _merged(config.model_dump(mode="json"), overrides, "configuration")
 
 
+def _nested(item: str) -> dict[str, Any]:
+    """What an override says."""
+    key, equals, text = item.partition("=")
+    if not equals or not key.strip():
+        raise ConfigError(f"override {item!r} is not of the form key=value")
+    *sections, name = key.strip().split(".")
+    try:
+        value = text if _is_text(sections, name) else parse_yaml(text)
+    except ValueError as error:
+        raise ConfigError(f"override {item!r} is not readable YAML: {error}") from error
+    nested: dict[str, Any] = {name: value}
+    for section in reversed(sections):
+        nested = {section: nested}
+    return nested
+
+
 def _merged(values: dict[str, Any], overrides: Sequence[str], where: str) -> Config:
     for item in overrides:
-        key, equals, text = item.partition("=")
-        if not equals or not key.strip():
-            raise ConfigError(f"override {item!r} is not of the form key=value")
-        *sections, name = key.strip().split(".")
-        try:
-            value = text if _is_text(sections, name) else parse_yaml(text)
-        except ValueError as error:
-            raise ConfigError(f"override {item!r} is not readable YAML: {error}") from error
-        nested: dict[str, Any] = {name: value}
-        for section in reversed(sections):
-            nested = {section: nested}
-        values = _merge(values, nested, f"override {item!r}")
+        values = _merge(values, _nested(item), f"override {item!r}")
     return config_from(values, where)
 
 

@@ -81,7 +81,7 @@ def test_a_mistake_is_one_line_that_names_the_key(override: str, says: str) -> N
 
 
 def test_missing_files_and_keys_and_circles(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="no configuration file"):
+    with pytest.raises(ConfigError, match="no configuration: no file"):
         load_config(tmp_path / "absent.yaml")
     (tmp_path / "a.yaml").write_text("base: a.yaml\n")
     with pytest.raises(ConfigError, match="circle"):

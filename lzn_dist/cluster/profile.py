@@ -18,9 +18,10 @@ from pydantic import (
 )
 
 from lzn_dist.paths import expand_path
+from lzn_dist.shipped import shipped
 from lzn_dist.yaml_core import read_yaml
 
-FOLDER = Path(__file__).parents[2] / "slurm" / "profiles"
+FOLDER = shipped("slurm") / "profiles"
 
 
 class ProfileError(ValueError):

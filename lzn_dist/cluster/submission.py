@@ -25,10 +25,11 @@ from lzn_dist.cluster.watch import ACTIVE, queue
 from lzn_dist.config import Config, load_config, save_config
 from lzn_dist.distributed import Topology
 from lzn_dist.prepare.digits import ensure_digits
+from lzn_dist.shipped import shipped
 from lzn_dist.training.batches import open_stream
 from lzn_dist.training.resolve import resolve
 
-PROJECT = Path(__file__).parents[2]
+PACKAGE = Path(__file__).parents[1]
 ENGINES = ("ddp", "zero1", "zero2", "zero3", "zero3_offload", "fsdp")
 
 
@@ -173,8 +174,8 @@ def freeze(job: Job, config: Config, command: list[str]) -> None:
     folder = Path(job.folder)
     job.logs.mkdir(parents=True)
     ignored = shutil.ignore_patterns("__pycache__", "*.pyc")
-    shutil.copytree(PROJECT / "lzn_dist", job.code / "lzn_dist", ignore=ignored)
-    shutil.copytree(PROJECT / "launch", job.code / "launch", ignore=shutil.ignore_patterns("pictures", "*.sh"))
+    shutil.copytree(PACKAGE, job.code / "lzn_dist", ignore=ignored)
+    shutil.copytree(shipped("launch"), job.code / "launch", ignore=shutil.ignore_patterns("pictures", "*.sh"))
     save_config(config, job.config)
     packages = {found.metadata["Name"]: found.version for found in importlib.metadata.distributions()}
     commit, diff = _git("rev-parse", "HEAD").strip(), _git("diff", "HEAD")
@@ -188,7 +189,7 @@ def freeze(job: Job, config: Config, command: list[str]) -> None:
 
 def _git(*arguments: str) -> str:
     try:
-        done = subprocess.run(["git", "-C", str(PROJECT), *arguments], capture_output=True, text=True)
+        done = subprocess.run(["git", "-C", str(PACKAGE.parent), *arguments], capture_output=True, text=True)
     except OSError:
         return ""
     return done.stdout if done.returncode == 0 else ""

@@ -24,9 +24,9 @@ from accelerate.utils import DeepSpeedPlugin, InitProcessGroupKwargs
 from lzn_dist.config import Config, ConfigError
 from lzn_dist.distributed.topology import Topology
 from lzn_dist.engines.start import check_world, meeting, prepare_extension
+from lzn_dist.shipped import shipped
 
 EngineName = Literal["single", "ddp", "zero1", "zero2", "zero3", "zero3_offload", "fsdp"]
-PROJECT = Path(__file__).parents[2]
 
 
 @dataclass(frozen=True)
@@ -75,8 +75,8 @@ def _flag(name: str) -> bool:
 
 def _read_deepspeed() -> dict[str, Any]:
     name = os.environ.get("ACCELERATE_DEEPSPEED_CONFIG_FILE", "")
-    # the launch configurations name their JSON relative to the project
-    for path in (Path(name), PROJECT / name):
+    # ours name their JSON relative to the project
+    for path in (Path(name), shipped("launch").parent / name):
         if name and path.is_file():
             try:
                 found = json.loads(path.read_bytes())

@@ -22,7 +22,6 @@ from lzn_dist.training.run_folder import RunFolder
 from lzn_dist.training.setup import single_state
 from lzn_dist.training.step import Counters
 
-CONFIGS = Path(__file__).parents[2] / "configs"
 NAMES = {
     "case_study_1_cifar10": "cifar10_generation",
     "case_study_1_afhqcat": "afhq_cat_generation",
@@ -47,7 +46,7 @@ def write_run(path: Path, case: str, folder: Path, overrides: list[str]) -> None
     """Write the run. Raises ValueError for a file of another case, ConfigError, FileExistsError for a used folder."""
     if folder.exists() and any(folder.iterdir()):
         raise FileExistsError(f"{folder} is not empty: name another folder")
-    config = load_config(CONFIGS / f"{NAMES[case]}.yaml", [*overrides, f"output_dir={folder}"])
+    config = load_config(NAMES[case], [*overrides, f"output_dir={folder}"])
     trained, averaged = (load_reference_checkpoint(path, case, ema=ema) for ema in (False, True))
     state = single_state(config, torch.device("cpu"))
     state.engine.networks.load_state_dict(_state(trained))
