@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from lzn_dist.config import Config
 from lzn_dist.inputs import as_count, as_images, as_labels
 from lzn_dist.keyed_random import make_key, normal
+from lzn_dist.machine import has_float64
 from lzn_dist.modalities import Image
 from lzn_dist.networks import Networks
 from lzn_dist.networks import trust as trust_packages
@@ -76,6 +77,8 @@ class LZN:
         device, dtype, non_blocking, _ = torch._C._nn._parse_to(*args, **more)
         if dtype not in (None, torch.float32, torch.float64, torch.bfloat16):
             raise ValueError(f"{dtype} is not supported: torch.bfloat16, torch.float32 and torch.float64 are")
+        if device is not None and not has_float64(device):
+            raise ValueError(f"{device} computes no float64, which the zones need: leave the model on the CPU")
         if dtype is not None:
             self._bfloat16 = dtype == torch.bfloat16
         self.networks.to(device, None if dtype == torch.bfloat16 else dtype, non_blocking)

@@ -26,6 +26,7 @@ from torch import Tensor
 
 from lzn_dist import __version__
 from lzn_dist.config import ConfigError, load_config
+from lzn_dist.machine import cores
 from lzn_dist.paths import path_argument
 from lzn_dist.terminal import command
 
@@ -41,7 +42,7 @@ def facts(config_cache: str) -> dict[str, Any]:
     return {
         "host": socket.gethostname(),
         "gpus": f"{len(gpus)} x {gpus[0]}" if gpus else "none",
-        "cpus": len(os.sched_getaffinity(0)),
+        "cpus": cores(),
         "versions": f"lzn_dist {__version__}, torch {torch.__version__}, python {sys.version.split()[0]}",
         "free_disk_gb": round(shutil.disk_usage(config_cache or tempfile.gettempdir()).free / 1e9, 1),
     }

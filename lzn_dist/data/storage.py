@@ -178,7 +178,7 @@ class _CachedShard:
             content = get(start, min(start + BLOCK, self.size))
             try:
                 os.pwrite(self.data.number, content, start)
-                os.fdatasync(self.data.number)
+                getattr(os, "fdatasync", os.fsync)(self.data.number)  # macOS has the latter alone
                 os.pwrite(self.sums.number, _crc32(content), 4 * block)
             except OSError as error:
                 raise OSError(

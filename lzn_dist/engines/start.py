@@ -145,6 +145,8 @@ def clear_dead_lock(folder: Path) -> bool:
 
 
 def _is_open(path: Path) -> bool:
+    if not Path("/proc/self/fd").exists():  # not Linux: nobody can say
+        return True
     for process in Path("/proc").glob("[0-9]*/fd"):
         with suppress(OSError):
             for descriptor in process.iterdir():
@@ -157,6 +159,8 @@ def _is_open(path: Path) -> bool:
 def _is_remote(path: Path) -> bool:
     """Whether other machines may see this folder, by the type of its mount."""
     kind, longest = "", -1
+    if not Path("/proc/self/mounts").exists():  # not Linux
+        return False
     for line in Path("/proc/self/mounts").read_text(errors="replace").splitlines():
         _, mount, fstype, *_ = line.split(" ")
         mount = mount.replace("\\040", " ")

@@ -20,6 +20,7 @@ from lzn_dist.engines import start
 from lzn_dist.engines.flags import obey
 from lzn_dist.engines.launch import Launch, build_accelerator
 from lzn_dist.engines.start import check_world
+from lzn_dist.machine import has_float64
 
 ROOT = Path(__file__).parents[2]
 NAMES = ["ACCELERATE_USE_DEEPSPEED", "ACCELERATE_DEEPSPEED_CONFIG_FILE", "ACCELERATE_USE_FSDP", "FSDP_VERSION"]
@@ -277,3 +278,24 @@ def test_a_dead_lock_of_a_build_goes_and_a_living_one_stays(tmp_path: Path, monk
     monkeypatch.undo()
     (tmp_path / "lock").touch()
     assert start.clear_dead_lock(tmp_path)
+
+
+def test_a_gpu_without_float64_is_left_idle_in_one_line(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As Apple's are; here there is none, and torch refuses to make anything on it."""
+    before = torch.get_num_threads()
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    monkeypatch.setattr("torch.backends.mps.is_available", lambda: True)
+    monkeypatch.delattr("os.sched_getaffinity")
+    monkeypatch.setattr("os.cpu_count", lambda: 3)
+    try:
+        overrides = ["tracking.wandb=disabled"]
+        found = build_accelerator(load_config(ROOT / "configs" / "digits_joint.yaml", overrides), Launch("single", 1))
+        assert torch.get_num_threads() == 3 and found.device.type == "cpu"
+    finally:
+        torch.set_num_threads(before)
+        AcceleratorState._reset_state(reset_partial_state=True)
+    (said,) = capsys.readouterr().err.splitlines()
+    assert said == "this machine's GPU (mps) computes no float64, which the zones need: going on on the CPU"
+    assert has_float64(torch.device("cpu")) and not has_float64(torch.device("mps"))

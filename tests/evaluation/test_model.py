@@ -132,6 +132,12 @@ def test_inverse_and_decode_use_the_configured_sampler() -> None:
     torch.testing.assert_close(model.reconstruct(images), images, rtol=0, atol=1e-3)
 
 
+def test_a_device_without_float64_is_refused(joint: LZN) -> None:
+    with pytest.raises(ValueError, match="mps computes no float64, which the zones need: leave the model on the CPU"):
+        joint.to("mps")
+    assert joint.device.type == "cpu"
+
+
 def test_latents_have_their_shape_and_scale(joint: LZN) -> None:
     images = class_images(torch.arange(4))
     assert joint.anchors(images).shape == (4, DIM) and joint.embed(images).shape == (4, 64)
