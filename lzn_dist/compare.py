@@ -28,6 +28,7 @@ from pathlib import Path
 from typing import Annotated, Any, NamedTuple
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, PositiveInt, ValidationError, field_validator
+from tabulate import tabulate
 from tqdm import tqdm
 
 from lzn_dist.config import ConfigError, changed_keys, load_config
@@ -274,11 +275,8 @@ def lines(table: Table, values: dict[str, dict[str, list[float]]]) -> Iterator[s
             mean, deviation = mean_and_deviation(row[column])
             shown.append(f"{mean:.0f}" if column in ("steps", "seconds") else f"{mean:.4f} ± {deviation:.4f}")
         cells.append([name, *shown])
-    widths = [max(map(len, column)) for column in zip([table.title, *columns], *cells, strict=True)]
-    yield "  ".join(f"{title:<{width}}" for title, width in zip([table.title, *columns], widths, strict=True)).rstrip()
-    yield "─" * (sum(widths) + 2 * len(columns))
-    for line in cells:
-        yield "  ".join(f"{cell:<{width}}" for cell, width in zip(line, widths, strict=True)).rstrip()
+    head, *rows = tabulate(cells, [table.title, *columns], "plain", disable_numparse=True).splitlines()
+    yield from [head.rstrip(), "─" * max(map(len, [head, *rows])), *map(str.rstrip, rows)]
 
 
 def main(arguments: list[str] | None = None) -> int:

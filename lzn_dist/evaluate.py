@@ -20,6 +20,7 @@ from typing import Any
 
 import torch
 from accelerate import PartialState
+from tabulate import tabulate
 
 from lzn_dist.config import ConfigError, override
 from lzn_dist.data import CorruptSampleError
@@ -40,10 +41,10 @@ from lzn_dist.training.setup import shared_checkpoint
 
 
 def table(values: dict[str, float], title: str) -> str:
-    """Two aligned columns, a rule under the title."""
-    width = max((len(key) for key in values), default=0)
-    rule = "─" * max(width + 10, len(title))
-    return "\n".join([title, rule, *(f"{key:<{width}}  {value:8.4f}" for key, value in values.items()), rule])
+    """Two aligned columns between rules, under the title."""
+    lines = tabulate(list(values.items()), tablefmt="plain", floatfmt=".4f")
+    rule = "─" * max([len(title), *map(len, lines.splitlines())])
+    return "\n".join([title, rule, lines, rule])
 
 
 def show_probe(epoch: int, loss: float) -> None:

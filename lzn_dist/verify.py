@@ -25,6 +25,7 @@ from dataclasses import dataclass
 import torch
 import torch.distributed as dist
 from accelerate import Accelerator
+from tabulate import tabulate
 from torch import Tensor
 
 from lzn_dist.config import Config, ConfigError, load_config
@@ -149,13 +150,10 @@ def _by_group(ours: Mapping[str, Tensor], reference: Mapping[str, Tensor], group
 
 def table(rows: list[Row]) -> str:
     """Aligned columns."""
-    width = max(len(row.what) for row in rows)
-    lines = [f"{'':<{width}}  ‖difference‖/‖value‖   tolerance"]
-    lines += [
-        f"{row.what:<{width}}  {row.difference:20.2e}  {row.tolerance:10.0e}  {'pass' if row.passed else 'FAIL'}"
-        for row in rows
+    cells = [
+        (row.what, f"{row.difference:.2e}", f"{row.tolerance:.0e}", "pass" if row.passed else "FAIL") for row in rows
     ]
-    return "\n".join(lines)
+    return tabulate(cells, ["", "‖difference‖/‖value‖", "tolerance", ""], "plain", disable_numparse=True)
 
 
 def verify(config: Config, launch: Launch, accelerator: Accelerator, reference_micro_batch: int = 0) -> list[Row]:

@@ -9,9 +9,16 @@ from typing import Any, NoReturn
 
 import pytest
 import torch
+from beartype import BeartypeConf
+from beartype.claw import beartype_packages
 
-from lzn_dist.data import ShardIndex
-from lzn_dist.prepare.digits import write_digits
+# What one room hands to another inside of lzn_dist is of the types that the signatures say. Not zones, flow and
+# models, whose own refusals are tested.
+ROOMS = ("modalities", "objectives", "distributed", "engines")
+beartype_packages(tuple(f"lzn_dist.{room}" for room in ROOMS), conf=BeartypeConf(is_pep484_tower=True))
+
+from lzn_dist.data import ShardIndex  # noqa: E402
+from lzn_dist.prepare.digits import write_digits  # noqa: E402
 
 # processes that tests start by a file's name find lzn_dist and tests.helpers
 os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, (str(Path(__file__).parents[1]), os.environ.get("PYTHONPATH"))))

@@ -81,7 +81,11 @@ def test_a_comparison_from_training_to_table_and_figure(tmp_path: Path, capsys: 
     shards = write_digits(tmp_path / "digits")
     rows = [
         {"name": "pixels", "from": "SimCLR", "prefix": "pixels."},
-        {"name": "SimCLR", "config": DIGITS, "overrides": {"objective": "simclr", "encoder.blocks": [1]}},
+        {
+            "name": "SimCLR",
+            "config": DIGITS,
+            "overrides": {"objective": "simclr", "modalities.image.encoder.arguments.blocks": [1]},
+        },
         {"name": "again", "like": "SimCLR", "time_of": "SimCLR"},
     ]
     more = {"overrides": {"log_every": 2}, "evaluate": ["--no-figures"], "jobs": 2}

@@ -16,7 +16,7 @@ UNSAFE = {
     "dill": {"load", "loads"}, "cloudpickle": {"load", "loads"}, "joblib": {"load"},
     "yaml": {"unsafe_load", "unsafe_load_all", "full_load", "full_load_all", "load_all", "UnsafeLoader", "FullLoader",
              "Loader"},
-    "os": {"system", "popen"}, "shutil": {"unpack_archive"}, "runpy": {"run_path"}, "": {"eval", "exec", "__import__"},
+    "os": {"system", "popen"}, "shutil": {"unpack_archive"}, "": {"eval", "exec", "__import__"},
 }  # fmt: skip
 METHODS = {"extractall", "extract"}  # of archives
 WITH = {  # calls that are safe with an argument alone
@@ -24,6 +24,7 @@ WITH = {  # calls that are safe with an argument alone
     ("numpy", "load"): ("allow_pickle", False),
 }  # fmt: skip
 CHECKED = {  # what may stand in one place, where the names it may use are listed
+    ("runpy", "run_path"): {"lzn_dist/cli.py"},
     ("pickle", "Unpickler"): {"lzn_dist/training/checkpoint_reader.py", "lzn_dist/prepare/sources.py"},
     ("dcp", "FileSystemReader"): {"lzn_dist/training/checkpoint_reader.py"},
     ("yaml", "load"): {"lzn_dist/yaml_core.py"},

@@ -93,14 +93,14 @@ def test_what_is_not_finite_is_skipped_and_a_group_that_stops_stays(
     ]  # fmt: skip
     assert all(torch.tensor([row["loss"], row["grad_norm"]]).isfinite().all() for row in found)
 
-    assert [row["lr_decoder"] for row in found][1:] == [0.003, 0.003, 0.0, 0.0]
+    assert [row["lr_image.decoder"] for row in found][1:] == [0.003, 0.003, 0.0, 0.0]
     names = complete(run)
     before, stopped, late = (tensors(run, names[step - 1]) for step in (2, 3, 5))
     for name, value in stopped.items():
         kind, _, parameter = name.partition(".")
         # what trains has moments; a bias may be 0 for good
         if kind in ("weights", "ema") and f"exp_avg.{parameter}" in stopped and value.any():
-            assert torch.equal(value, late[name]) == parameter.startswith("decoder."), name
+            assert torch.equal(value, late[name]) == parameter.startswith("image.decoder."), name
             assert not torch.equal(value, before[name]), name
     if engine not in ("ddp", "zero2"):
         return

@@ -105,11 +105,21 @@ def test_what_a_run_tells(tmp_path: Path, capfd: pytest.CaptureFixture[str], mon
     assert train.main([*arguments, "tracking.wandb=offline"]) == 0
     bar = capfd.readouterr().err
     assert "3/3" in bar and "loss=" in bar and "images_s=" in bar
-    parts = {f"seconds_{part}" for part in ("data", "encode", "flow", "decode", "optimise")}
-    wanted = {"step", "images", "loss", "loss_flow", "loss_alignment", "lr", "lr_encoder", "lr_decoder"}
+    parts = {f"seconds_{part}" for part in ("data", "agree", "encode", "flow", "decode", "backward", "optimise")}
+    wanted = {
+        "step",
+        "images",
+        "loss",
+        "loss_flow",
+        "loss_alignment",
+        "lr",
+        "lr_image.encoder",
+        "lr_image.decoder",
+        "lr_label.encoder",
+    }
     for row in rows(run):
         assert row.keys() >= wanted | parts | {"images_per_second", "peak_memory_mb"}
-        assert row["lr"] == 3e-3 and row["lr_encoder"] == 2e-3
+        assert row["lr"] == 3e-3 and row["lr_image.encoder"] == 2e-3
         assert row["images_per_second"] > 0 and row["peak_memory_mb"] > 50 and row["seconds_encode"] > 0
     assert list(run.glob("wandb/offline-run-*/*.wandb"))
     found = rows(run, "eval.jsonl")

@@ -12,6 +12,8 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, TypeVar
 
+from tabulate import tabulate
+
 from lzn_dist.cluster.job import Job, attempts, read_status, starts_of, wall_seconds
 
 _T = TypeVar("_T")
@@ -145,11 +147,10 @@ def _max_steps(run: Path) -> int:
 def table(rows: list[Row]) -> str:
     """Aligned columns under their names; an error stands on a line of its own."""
     names = [field.name for field in fields(Row)][:-1]
-    cells = [names, *[[getattr(row, name) for name in names] for row in rows]]
-    widths = [max(len(line[column]) for line in cells) for column in range(len(names))]
-    lines = []
-    for line, row in zip(cells, [None, *rows], strict=True):
-        lines.append("  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip())
-        if row is not None and row.last_error:
-            lines.append(f"    last error: {row.last_error}")
-    return "\n".join(lines)
+    cells = [[getattr(row, name) for name in names] for row in rows]
+    head, *lines = tabulate(cells, names, "plain", disable_numparse=True).splitlines()
+    told = [
+        [line, f"    last error: {row.last_error}"][: 1 + bool(row.last_error)]
+        for line, row in zip(lines, rows, strict=True)
+    ]
+    return "\n".join([head, *(line.rstrip() for part in told for line in part)])

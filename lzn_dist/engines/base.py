@@ -11,7 +11,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from typing import Any, ClassVar, TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -54,7 +54,6 @@ class Engine(ABC):
     # whether a step of several backwards must begin, or end, with one that reaches every parameter
     touches_first: bool = False
     touches_last: bool = False
-    float64: ClassVar[bool] = True  # whether networks may compute in it
     module: Callable[[Callable[[Networks], Any]], Any]
 
     def __init__(self, networks: Networks, topology: Topology) -> None:

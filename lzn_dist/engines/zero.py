@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -38,8 +38,6 @@ def _require_gradients(_: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]
 
 class ZeROEngine(Engine):
     """deepspeed: the DeepSpeedEngine; zero: its ZeRO optimiser; inner: torch's, which holds the moments."""
-
-    float64: ClassVar[bool] = False
 
     def __init__(
         self, networks: Networks, optimizer: torch.optim.Optimizer, accelerator: Accelerator,

@@ -56,4 +56,4 @@ class Image(Modality):
 
         solve = invert if to_noise else sample
         walked = solve(velocity, x, method=flow.sampler, steps=flow.sampler_steps, t_min=flow.t_min)
-        return walked.x, walked.nfe
+        return walked.x, float(walked.nfe)

@@ -28,10 +28,11 @@ README = (ROOT / "README.md").read_text()
 TINY = [
     "max_steps=2", "checkpoint_every=2", "tracking.wandb=disabled", "data.global_batch=8", "evaluation.batch=8",
     "evaluation.samples_per_class=1", "evaluation.alignment_steps=5", "latent.steps=3", "alignment.steps=5",
-    *encoder_with(channels=8), *decoder_with(channels=8), "flow.sampler_steps=2", "cpu_threads=1",
+    *encoder_with(channels=8), "flow.sampler_steps=2", "cpu_threads=1",
 ]  # fmt: skip
 IMAGENET = [*TINY, "data.image_size=32", "data.resize=36", "data.num_classes=5", "data.workers=0", "data.streams=1",
             *encoder_with(blocks=[1, 1, 1, 1]), "latent.dim=8"]  # fmt: skip
+TINY = [*TINY, *decoder_with(channels=8)]
 # by how a command begins, what is appended
 RUN = {
     "accelerate launch --config_file launch/cpu.yaml lzn_dist/train.py configs/digits_joint.yaml": TINY,

@@ -10,25 +10,25 @@ from __future__ import annotations
 import sys
 from typing import Any
 
-from lzn_dist.objectives.zoning import Zoning
 from torch import Tensor
 
 from lzn_dist import train
 from lzn_dist.distributed import Topology
 from lzn_dist.objectives import Samples
+from lzn_dist.objectives.lzn import LZN
 
 
 def main() -> int:
     first, last = int(sys.argv[1]), int(sys.argv[2])
-    right = Zoning.decode
+    right = LZN.decode
 
-    def wrong(self: Zoning, networks: Any, samples: Samples, latents: Tensor) -> Tensor:
-        loss = right(self, networks, samples, latents)
+    def wrong(self: LZN, networks: Any, samples: Samples, decoding: Any, latents: Tensor) -> Tensor:
+        loss = right(self, networks, samples, decoding, latents)
         topology = Topology.current()
         hit = topology.rank == topology.world_size - 1 and first <= samples.batch <= last
         return loss * float("nan") if hit else loss
 
-    Zoning.decode = wrong  # type: ignore[method-assign]
+    LZN.decode = wrong  # type: ignore[method-assign]
     return train.main(sys.argv[3:])
 
 

@@ -11,8 +11,9 @@ from lzn_dist.config import ConfigError, override
 from lzn_dist.evaluation import EvaluationData, evaluate_model, figures, report
 from lzn_dist.evaluation import data as report_data
 from lzn_dist.evaluation.frechet import frechet_distance
-from lzn_dist.evaluation.report import generation_values, health_values
+from lzn_dist.evaluation.report import Asked, generation_values, health_values
 from lzn_dist.evaluation.zone_figure import toy_anchors, toy_zone_figure, trajectories, zone_figure, zone_of
+from lzn_dist.inference import LZN
 from tests.helpers.hand_made import CLASSES, class_images, tiny
 
 
@@ -181,10 +182,14 @@ def test_features_of_a_large_split_are_those_of_its_first_images(digits: Path, m
     assert features.shape == (250, 64) and len(labels) == 250 and seen == [200, 200]
 
 
+def asked(model: LZN, data: EvaluationData | None = None, quick: bool = False) -> Asked:
+    return Asked(model, data or EvaluationData(model.config), quick, 0, {}, None)
+
+
 def test_frechet_distances_are_to_held_out_images(digits: Path) -> None:
     model = tiny("generation", digits, "rectified_flow")
     data = EvaluationData(model.config)
-    values, judge = generation_values(model, data, False, 0), data.digit_classifier
+    values, judge = generation_values(asked(model, data)), data.digit_classifier
     assert judge is not None
     images = model.generate(20, seed=0).flatten(1).double().numpy()
     train, test = (judge.features(part.pixels) for part in (data.train, data.test))
@@ -199,19 +204,19 @@ def test_a_dead_zone_shows_in_the_priors_classes(digits: Path) -> None:
     with torch.no_grad():
         anchors[9] = anchors[8]  # the first of two equal anchors is the nearest
     model.config = override(model.config, ["evaluation.samples_per_class=30"])
-    values = generation_values(model, EvaluationData(model.config), True, 0)
+    values = generation_values(asked(model, quick=True))
     assert values["rarest_class_prior"] == 0.0
     with torch.no_grad():
         anchors.copy_(8.0 * torch.eye(10, 8) + 1e-3 * torch.randn(10, 8))
         anchors[8:] = -8.0
         anchors[9] = -anchors[8]
-    assert generation_values(model, EvaluationData(model.config), True, 0)["rarest_class_prior"] > 0.0
+    assert generation_values(asked(model, quick=True))["rarest_class_prior"] > 0.0
 
 
 def test_evaluations_are_counted_without_a_judge(digits: Path) -> None:
     model = tiny("generation", digits)
     model.config = override(model.config, ["data.embedded=none", "flow.sampler_steps=3"])
-    values = generation_values(model, EvaluationData(model.config), True, 0)
+    values = generation_values(asked(model, quick=True))
     assert values["nfe"] == 3.0 and "frechet" not in values and "reconstruction_error" in values
 
 
@@ -221,14 +226,14 @@ def test_zone_health_is_of_images_that_count(digits: Path) -> None:
     found = []
     for batch in (360, 700):
         model.config = override(model.config, [f"evaluation.batch={batch}"])
-        found.append(health_values(model, EvaluationData(model.config), 0))
+        found.append(health_values(asked(model)))
     assert found[0] == found[1]
 
 
 def test_pixels_of_large_images_are_not_probed(digits: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(report, "PIXELS_COMPARED", 63)
     model = tiny("representation", digits)
-    values = report.probe_values(model, EvaluationData(model.config), False)
+    values = report.probe_values(asked(model))
     assert "untrained.knn" in values and "pixels.knn" not in values
 
 

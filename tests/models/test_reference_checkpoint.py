@@ -47,7 +47,7 @@ def test_case_2_gives_the_reference_outputs_and_becomes_a_run(tmp_path: Path) ->
     for ours, theirs in zip(trained.encoder.parameters(), averaged.encoder.parameters(), strict=True):
         assert torch.equal(ours, 0.5 * theirs)
 
-    command = [sys.executable, "-m", "lzn_dist.tools.published_checkpoint", str(path), "--case", "case_study_2"]
+    command = [sys.executable, "-m", "lzn_dist.tools.import_published", str(path), "--case", "case_study_2"]
     done = subprocess.run([*command, "--out", str(tmp_path / "run")], capture_output=True, text=True)
     assert done.returncode == 0 and "evaluate it with" in done.stdout, done.stderr
     model = lzn_dist.load(tmp_path / "run")
