@@ -41,6 +41,7 @@ def values(folder: Path) -> list[dict[str, float]]:
     return [{k: v for k, v in row.items() if not k.startswith(TIMES)} for row in rows(folder)]
 
 
+@pytest.mark.slow
 def test_damaged_samples_are_replaced_told_and_in_the_end_too_many(
     tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
@@ -168,6 +169,7 @@ def errors(said: str) -> list[str]:
     return [line for line in said.splitlines() if line.startswith("error: ")]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("full", ["cache", "cache and checkpoints", "run"])
 def test_a_full_disk_stops_the_run_in_one_line_that_names_the_folder(
     tmp_path: Path, full: str, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]

@@ -72,6 +72,7 @@ def test_one_two_and_four_ranks_are_one_run(precision: str, steps: int, toleranc
     assert rows(tmp_path / "1", "eval.jsonl")[-1]["step"] == steps
 
 
+@pytest.mark.slow
 def test_a_resumed_run_logs_what_the_undisturbed_run_logs(
     digits: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
@@ -189,6 +190,7 @@ def test_what_cannot_run_is_refused_in_one_line(
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.slow
 def test_going_back_leaves_the_old_course(digits: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     """From an earlier step on with another seed: the newest checkpoint and all lines are the new course's."""
     run = tmp_path / "run"

@@ -250,6 +250,7 @@ def test_an_mpi_shell_is_refused() -> None:
     assert check_world(WHOLE | {"OMPI_COMM_WORLD_SIZE": "4"}) == 4
 
 
+@pytest.mark.slow
 def test_a_wait_for_others_says_for_whom(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setattr(start, "SILENCE", 0.7)
     server = dist.TCPStore("localhost", 0, is_master=True, wait_for_workers=False)

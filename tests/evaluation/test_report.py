@@ -91,6 +91,7 @@ JOINT = {
 }  # fmt: skip
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("task", ["joint", "generation", "representation"])
 def test_what_is_measured_of_each_task(task: str, digits: Path, tmp_path: Path) -> None:
     model = tiny(task, digits)

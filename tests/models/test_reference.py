@@ -30,6 +30,8 @@ DECODERS = {
     "case_study_1_afhqcat": {**AFHQ, "embedding": "fourier", "scale_by_sigma": True},
 }
 
+pytestmark = pytest.mark.slow
+
 
 def assert_same_parameters(network: nn.Module, expected: dict[str, list[int]], not_trainable: list[str]) -> None:
     found = {name: list(tensor.shape) for name, tensor in network.state_dict().items()}

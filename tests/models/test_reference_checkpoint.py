@@ -18,6 +18,8 @@ from lzn_dist.training.checkpoint import find_checkpoint, load_weights, resume_s
 from lzn_dist.training.setup import single_state
 from tests.helpers.reference import assert_same_output, fill, read, wave
 
+pytestmark = pytest.mark.slow
+
 
 def write(path: Path, case: str) -> Path:
     """Averages filled by the recipe of the reference outputs; the trained weights are half of them."""
