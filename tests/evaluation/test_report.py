@@ -5,6 +5,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from matplotlib.figure import Figure
 from PIL import Image
 
 from lzn_dist.config import ConfigError, override
@@ -21,8 +22,15 @@ def pixels_of(path: Path) -> np.ndarray:
     return np.asarray(Image.open(path).convert("RGB"))
 
 
-def drawn(path: Path | None) -> bool:
-    return path is not None and pixels_of(path).std() > 5
+def shows(path: Path, images: torch.Tensor, columns: int, *, width: float, left: float) -> None:
+    """The picture has these images [n, c, h, w] in rows: `width` inches of it, from `left` on."""
+    canvas = figures.mosaic(images, columns)
+    rows, per_row, _ = canvas.shape
+    found = pixels_of(path)
+    height, scale = width * rows / per_row, 100  # dots an inch
+    y = [len(found) - round(scale * (0.1 + height * (1 - (i + 0.5) / rows))) for i in range(rows)]
+    x = [round(scale * (left + width * (j + 0.5) / per_row)) for j in range(per_row)]
+    assert np.abs(found[np.ix_(y, x)] / 255 - canvas).max() < 0.01
 
 
 def test_trajectories_end_in_the_zone_that_the_map_says() -> None:
@@ -47,32 +55,55 @@ def test_zone_figure_of_two_half_planes(tmp_path: Path) -> None:
 
 
 def test_zone_figures_of_the_toy_and_of_a_slice(tmp_path: Path) -> None:
-    assert drawn(toy_zone_figure(tmp_path / "toy.png", classes=3, each=4))
+    """As many colours as classes, each on some of the picture."""
     anchors = torch.randn(5, 16, generator=torch.Generator().manual_seed(0))
-    path = zone_figure(anchors, torch.arange(5), tmp_path / "slice.png", lines=5, steps=20, class_names=list("abcde"))
-    assert drawn(path)
+    for path, classes in (
+        (toy_zone_figure(tmp_path / "toy.png", classes=3, each=4), 3),
+        (
+            zone_figure(anchors, torch.arange(5), tmp_path / "slice.png", lines=5, steps=20, class_names=list("abcde")),
+            5,
+        ),
+    ):
+        hue, saturation, _ = np.moveaxis(np.asarray(Image.open(path).convert("RGB").convert("HSV")).astype(int), 2, 0)
+        wanted = [Image.new("RGB", (1, 1), figures.class_colour(label)) for label in range(classes)]
+        hues = [image.convert("HSV").getpixel((0, 0))[0] for image in wanted]
+        shares = [((np.abs(hue - own) <= 4) & (saturation > 40)).mean() for own in hues]
+        assert min(shares) > 0.002 and sum(shares) > 0.25, shares
     with pytest.raises(ValueError, match="need anchors"):
         zone_figure(torch.zeros(3, 1), torch.zeros(3), tmp_path / "no.png")
 
 
-def test_image_figures_are_written(tmp_path: Path) -> None:
+def test_image_figures_show_their_images_in_order(tmp_path: Path) -> None:
     images = class_images(torch.arange(20) % CLASSES)
-    assert drawn(figures.sample_grid(images, 5, tmp_path / "a.png", ["zero", "one", "two", "three"]))
-    assert drawn(figures.reconstruction_grid(images, -images, tmp_path / "b.png", columns=8))
-    assert drawn(figures.interpolation_grid([images[:4], images[4:8]], tmp_path / "c.png"))
-    assert drawn(figures.sample_grid(torch.rand(4, 3, 16, 16), 2, tmp_path / "d.png"))
+    path = figures.sample_grid(images, 5, tmp_path / "a.png", ["zero", "one", "two", "three"])
+    shows(path, images, 5, width=7.0, left=0.9)
+    path = figures.reconstruction_grid(images[:12], -images[:12], tmp_path / "b.png", columns=8)
+    white = torch.ones(4, 1, 8, 8)
+    pairs = torch.cat((images[:8], -images[:8], images[8:12], white, -images[8:12], white))
+    shows(path, pairs, 8, width=8.0, left=0.9)
+    path = figures.interpolation_grid([images[:4], images[4:8]], tmp_path / "c.png")
+    shows(path, images[:8], 4, width=7.0, left=0.1)
+    colours = torch.rand(4, 3, 16, 16) * 2 - 1
+    shows(figures.sample_grid(colours, 2, tmp_path / "d.png"), colours, 2, width=7.0, left=0.1)
     canvas = figures.mosaic(class_images(torch.tensor([0, 3, 1])), 2)
     assert canvas.shape == (17, 17, 3)
     assert canvas[0, 0, 0] == pytest.approx(0.9) and canvas[0, 9 + 3, 0] == pytest.approx(0.9)
     assert canvas[9, 1, 0] == pytest.approx(0.9) and (canvas[9:, 9:] == 1).all()
 
 
-def test_training_curves(tmp_path: Path) -> None:
+def test_training_curves_are_the_logged_values(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert figures.training_curves(tmp_path, tmp_path / "t.png") is None
     rows = [{"step": s, "loss": 1 / s, "loss_flow": 0.5 / s, "loss_alignment": 0.5 / s, "aligned": 0.5} for s in (1, 2)]
     (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows) + '{"step": 3, "lo')
     (tmp_path / "eval.jsonl").write_text(json.dumps({"step": 2, "accuracy_centre": 0.5}) + "\n")
-    assert drawn(figures.training_curves(tmp_path, tmp_path / "t.png"))
+    drawn: list[Figure] = []
+    monkeypatch.setattr(figures, "save", lambda figure, path: drawn.append(figure) or path)
+    figures.training_curves(tmp_path, tmp_path / "t.png")
+    (figure,) = drawn
+    curves = [line.get_xydata().tolist() for axes in figure.axes for line in axes.lines]
+    for key in ("loss", "loss_flow", "loss_alignment", "aligned"):
+        assert [[row["step"], row[key]] for row in rows] in curves, key
+    assert [[2, 0.5]] in curves
 
 
 HEALTH = {
@@ -104,7 +135,7 @@ def test_what_is_measured_of_each_task(task: str, digits: Path, tmp_path: Path) 
     }[task]
     assert set(values) == expected
     assert all(np.isfinite(value) for value in values.values())
-    names = {path.name for path in (tmp_path / "figures").glob("*.png") if drawn(path)}
+    names = {path.name for path in (tmp_path / "figures").glob("*.png")}
     pictures = {"samples_prior.png", "reconstructions.png", "interpolation.png"}
     assert names == {"joint": pictures | {"samples.png", "zones.png"}, "generation": pictures}.get(task, set())
     if task == "representation":
@@ -144,7 +175,7 @@ def test_what_is_measured_of_baselines(
     values = evaluate_model(model, tmp_path)
     assert {key for key in values if not key.startswith(("untrained.", "pixels."))} == measured
     assert all(np.isfinite(value) for value in values.values())
-    assert {path.name for path in (tmp_path / "figures").glob("*.png") if drawn(path)} == pictures
+    assert {path.name for path in (tmp_path / "figures").glob("*.png")} == pictures
     if "nfe" in measured:
         assert values["nfe"] == 2.0
     if objective == "supervised":
