@@ -45,9 +45,7 @@ def build_state(config: Config, launch: Launch, accelerator: Accelerator, checkp
         load_weights(networks, checkpoint)
     objective = make_objective(config, networks)
     engine = build_engine(config, launch, networks, lambda: make_optimizer(networks, config), accelerator)
-    state = TrainState(config, engine, objective, _averages(engine, config))
-    state.watch.around(objective, encode="encode", relate="flow", decode="decode")
-    state.watch.around(engine, propagate="backward")
+    state = _state(config, engine, objective)
     if checkpoint is not None:
         resume_state(state, checkpoint)
     return state
@@ -58,11 +56,16 @@ def single_state(config: Config, device: torch.device) -> TrainState:
     networks = fresh_networks(config, device)
     objective = build_objective(config, networks, lambda anchors: anchors)
     engine = SingleEngine(networks, lambda: make_optimizer(networks, config))
-    return TrainState(config, engine, objective, _averages(engine, config))
+    return _state(config, engine, objective)
 
 
-def _averages(engine: Engine, config: Config) -> EMA:
-    return EMA({name: piece.data for name, piece in engine.weights().items()}, config.optimizer.ema_decay)
+def _state(config: Config, engine: Engine, objective: Objective) -> TrainState:
+    """With its clocks around what they time."""
+    averages = EMA({name: piece.data for name, piece in engine.weights().items()}, config.optimizer.ema_decay)
+    state = TrainState(config, engine, objective, averages)
+    state.watch.around(objective, encode="encode", relate="flow", decode="decode")
+    state.watch.around(engine, propagate="backward")
+    return state
 
 
 def checkpoint_to_resume(config: Config, held: ExitStack | None) -> Path | None:

@@ -138,7 +138,7 @@ def samples(batch: int, size: int) -> Samples:
     generator = torch.Generator(GPU).manual_seed(0)
     first = torch.rand(batch, 3, size, size, generator=generator, device=GPU) * 2 - 1
     index = torch.arange(batch, device=GPU)
-    return Samples(0, index, index, (first, first.flip(3)), index % 10)
+    return Samples(0, index, index, {"image": (first, first.flip(3))}, index % 10)
 
 
 def step_rows(batch: int, size: int, calls: int) -> list[str]:

@@ -33,9 +33,9 @@ from lzn_dist.config import Config, load_config
 from lzn_dist.objectives import Samples
 from lzn_dist.training.setup import single_state
 from lzn_dist.training.step import TrainState, train_step
-from tests.helpers.settings import encoder_with
 
 ROOT = Path(__file__).parents[2]
+ENCODER = "modalities.image.encoder.arguments"
 CPU = torch.device("cpu")
 DIM, SIZE, STEPS = 256, 32, 20
 MICRO = 128
@@ -59,13 +59,13 @@ def make_samples(batch: int, size: int, channels: int) -> Samples:
     first = F.interpolate(coarse, size=(size, size), mode="bilinear").contiguous()
     second = (first + 0.3 * torch.randn(first.shape, generator=generator)).clamp_(-1, 1)
     index = torch.arange(batch)
-    return Samples(0, index, index, (first, second), index % 10)
+    return Samples(0, index, index, {"image": (first, second)}, index % 10)
 
 
 def config(batch: int, micro_batch: int) -> Config:
     return representation(
         batch, SIZE, 3,
-        [f"micro_batch={micro_batch}", f"latent.dim={DIM}", *encoder_with(channels=16, blocks=[1, 1, 1])],
+        [f"micro_batch={micro_batch}", f"latent.dim={DIM}", f"{ENCODER}.channels=16", f"{ENCODER}.blocks=[1, 1, 1]"],
     )  # fmt: skip
 
 
@@ -92,7 +92,7 @@ def one_step(batch: int, micro_batch: int) -> dict[str, float]:
 
 def encode_all(state: TrainState, samples: Samples, micro_batch: int) -> None:
     """One forward of the encoder over both views, as caching adds it."""
-    for view in range(2):
+    for view in state.objective.needs.encodes:
         for start in range(0, len(samples), micro_batch):
             part = samples.part(slice(start, start + micro_batch))
             state.engine.forward(lambda networks, p=part, v=view: state.objective.encode(networks, p, v))  # type: ignore[misc]

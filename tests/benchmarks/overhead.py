@@ -22,14 +22,14 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from common import machine
-from grad_cache import CPU, make_samples, representation, spread, take_turns
+from grad_cache import CPU, ENCODER, make_samples, representation, spread, take_turns
 from torch import Tensor
 
 from lzn_dist.networks import Networks
 from lzn_dist.objectives import Samples
+from lzn_dist.training.optimizer import schedule
 from lzn_dist.training.setup import single_state
-from lzn_dist.training.step import TrainState, apply_gradients, schedule, train_step
-from tests.helpers.settings import encoder_with
+from lzn_dist.training.step import TrainState, apply_gradients, train_step
 
 
 @dataclass
@@ -46,9 +46,8 @@ class Case:
 
 
 RESNET_50 = (
-    *encoder_with(channels=64, blocks=[3, 4, 6, 3], stem="imagenet"),
-    "latent.dim=256",
-)
+    f"{ENCODER}.channels=64", f"{ENCODER}.blocks=[3,4,6,3]", f"{ENCODER}.stem=imagenet", "latent.dim=256",
+)  # fmt: skip
 FULL = [
     Case("digits encoder, 8x8, batch 256, D 64", 256, 8, 1, (), 30),
     Case("ResNet-50, 64x64, batch 128, D 256", 128, 64, 3, RESNET_50, 7),
@@ -71,7 +70,7 @@ def simclr_step(state: TrainState, samples: Samples) -> None:
     """`train_step` with the other loss."""
 
     def loss(networks: Networks) -> tuple[Tensor, None]:
-        first, second = (state.objective.encode(networks, samples, view) for view in range(2))
+        first, second = (state.objective.encode(networks, samples, view) for view in state.objective.needs.encodes)
         return nt_xent(first, second), None
 
     schedule(state.engine, state.counters.step, state.config)
@@ -81,7 +80,8 @@ def simclr_step(state: TrainState, samples: Samples) -> None:
 
 def lzn_loss(state: TrainState, samples: Samples, anchors: list[Tensor]) -> None:
     leaves = [value.clone().requires_grad_() for value in anchors]
-    loss = state.objective.couple(leaves, None, samples).loss
+    views = state.objective.needs.encodes
+    loss = state.objective.relate(dict(zip(views, leaves, strict=True)), {}, samples).loss
     assert loss is not None
     loss.backward()
 
@@ -99,7 +99,7 @@ def measure(case: Case) -> tuple[list[list[float]], list[list[float]]]:
     steps = take_turns([lambda: train_step(ours, samples), lambda: simclr_step(theirs, samples)], case.turns)
     anchors = [
         ours.engine.forward(lambda networks, v=view: ours.objective.encode(networks, samples, v))  # type: ignore[misc]
-        for view in range(2)
+        for view in ours.objective.needs.encodes
     ]
     losses = take_turns(
         [lambda: lzn_loss(ours, samples, anchors), lambda: simclr_loss(anchors)], case.loss_turns
