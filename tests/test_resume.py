@@ -122,4 +122,4 @@ def test_what_is_not_finite_is_skipped_and_a_group_that_stops_stays(
     assert differences(again, run, names[3]) == differences(again, run, names[4]) == []
     for rank in (0, 1):
         saved = torch.load(again / "nonfinite" / f"batch_8_rank_{rank}.pt")
-        assert saved["batch"] == 8 and saved["views"][0].shape == (12, 1, 8, 8)
+        assert saved["batch"] == 8 and saved["inputs"]["image"][0].shape == (12, 1, 8, 8)

@@ -54,10 +54,10 @@ def test_case_2_gives_the_reference_outputs_and_becomes_a_run(tmp_path: Path) ->
     assert done.returncode == 0 and "evaluate it with" in done.stdout, done.stderr
     model = lzn_dist.load(tmp_path / "run")
     assert model.step == 1234 and model.config.task == "representation"
-    assert torch.equal(model.networks.encoder(images), averaged.encoder(images))
+    assert torch.equal(model.networks["image"]["encoder"](images), averaged.encoder(images))
     networks = build_networks(model.config)
     load_weights(networks, find_checkpoint(tmp_path / "run"))
-    assert torch.equal(networks.eval().encoder(images), trained.encoder(images))
+    assert torch.equal(networks.eval()["image"]["encoder"](images), trained.encoder(images))
     # trained on, Adam's moments begin anew: at the file's number of steps its first updates would be 3 times too large
     state = single_state(model.config, torch.device("cpu"))
     resume_state(state, find_checkpoint(tmp_path / "run"))
