@@ -21,7 +21,7 @@ import signal
 import statistics
 import subprocess
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -33,8 +33,9 @@ from tqdm import tqdm
 
 from lzn_dist.config import ConfigError, changed_keys, load_config
 from lzn_dist.json_files import read_json, write_json
+from lzn_dist.networks import trust
 from lzn_dist.paths import expand_path, folder_or_url, path_argument
-from lzn_dist.terminal import command
+from lzn_dist.terminal import TRUST, command
 from lzn_dist.training.resolve import resolve
 from lzn_dist.training.run_folder import read_lines
 from lzn_dist.yaml_core import read_yaml
@@ -178,7 +179,7 @@ def _cost(run: Path) -> Cost:
 _running: set[subprocess.Popen[bytes]] = set()
 
 
-def run_job(job: Job, launch: str, threads: int) -> None:
+def run_job(job: Job, launch: str, threads: int, trusted: Sequence[str] = ()) -> None:
     """Train and evaluate; the output goes to the run's log.txt. Raises RuntimeError with its last lines."""
     if job.finished():
         return
@@ -190,9 +191,10 @@ def run_job(job: Job, launch: str, threads: int) -> None:
         accelerate = ["-m", "accelerate.commands.launch", "--main_process_port", "0"]  # a free one: several may start
         return [sys.executable, *accelerate, "--config_file", launch, str(Path(__file__).with_name(f"{module}.py"))]
 
+    own = [word for package in trusted for word in ("--trust", package)]
     commands = [
-        [*start("train"), str(job.config), f"cpu_threads={threads}", *job.overrides],
-        [*start("evaluate"), str(job.folder), *job.evaluate],
+        [*start("train"), str(job.config), f"cpu_threads={threads}", *job.overrides, *own],
+        [*start("evaluate"), str(job.folder), *job.evaluate, *own],
     ]
     environment = {"OMP_WAIT_POLICY": "passive", "OMP_NUM_THREADS": str(threads), **os.environ}
     with (job.folder / "log.txt").open("w") as log:
@@ -206,11 +208,11 @@ def run_job(job: Job, launch: str, threads: int) -> None:
                 raise RuntimeError(f"{job.row.name}, seed {job.seed}, failed: {' '.join(last)} ({job.folder}/log.txt)")
 
 
-def run_all(jobs: list[Job], launch: str, at_once: int, bar: tqdm[Any]) -> None:
+def run_all(jobs: list[Job], launch: str, at_once: int, bar: tqdm[Any], trusted: Sequence[str] = ()) -> None:
     """Run the jobs, some at once; the first that fails ends it after those that run."""
     threads = max(1, (os.cpu_count() or 1) // at_once)
     with ThreadPoolExecutor(at_once) as pool:
-        futures = [pool.submit(run_job, job, launch, threads) for job in jobs]
+        futures = [pool.submit(run_job, job, launch, threads, trusted) for job in jobs]
         try:
             for job, future in zip(jobs, futures, strict=True):
                 future.result()
@@ -292,7 +294,9 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument(
         "--launch", type=folder_or_url, default="", metavar="FILE", help="a launch configuration, as launch/ddp.yaml"
     )
+    parser.add_argument("--trust", action="append", default=[], metavar="PACKAGE", help=TRUST)
     options = parser.parse_intermixed_args(arguments)
+    trust(options.trust)
     for number in (signal.SIGTERM, signal.SIGHUP):  # as Ctrl-C: its jobs must not run on without it
         if signal.getsignal(number) is signal.SIG_DFL:
             signal.signal(number, signal.default_int_handler)
@@ -309,8 +313,8 @@ def main(arguments: list[str] | None = None) -> int:
         first = jobs(timed=False)
         timed = sum(bool(row.time_of) for row in comparison.rows.values()) * len(comparison.seeds)
         with tqdm(total=len(first) + timed, unit="run", mininterval=0.5) as bar:
-            run_all(first, options.launch, comparison.jobs, bar)
-            run_all(jobs(timed=True), options.launch, comparison.jobs, bar)
+            run_all(first, options.launch, comparison.jobs, bar, options.trust)
+            run_all(jobs(timed=True), options.launch, comparison.jobs, bar, options.trust)
     except ConfigError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

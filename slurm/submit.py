@@ -23,7 +23,8 @@ from lzn_dist.cluster.submission import (
     submit,
 )
 from lzn_dist.config import ConfigError
-from lzn_dist.terminal import command
+from lzn_dist.networks import trust
+from lzn_dist.terminal import TRUST, command
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -39,14 +40,17 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--profile", metavar="NAME", help="of slurm/profiles/, or a file (default: SLURM's defaults)")
     parser.add_argument("--preflight", action="store_true", help="check nodes and network before training")
     parser.add_argument("--verify", action="store_true", help="compare gradients with one process before training")
+    parser.add_argument("--trust", action="append", default=[], metavar="PACKAGE", help=TRUST)
     parser.add_argument("--local", action="store_true", help="run on this machine, without SLURM")
     parser.add_argument("--dry-run", action="store_true", help="print the batch script, submit nothing")
     given = parser.parse_intermixed_args(arguments)
+    trust(given.trust)
     try:
         request = Request(
             given.config, tuple(given.overrides), given.nodes, given.gpus_per_node,
             given.ranks_per_node or given.gpus_per_node or 1, given.engine, parse_minutes(given.time),
             load_profile(given.profile), given.preflight, given.verify, given.local,
+            tuple(given.trust),
         )  # fmt: skip
         config = check(request)
         if given.dry_run:

@@ -26,7 +26,8 @@ FAILURES = 3  # so many failed starts in a row without a single new step, and th
 
 @dataclass(frozen=True)
 class Job:
-    """What was submitted. id: empty until SLURM has given one. phases: what each rank runs, one after the other."""
+    """What was submitted. id: empty until SLURM has given one. phases: what each rank runs, one after the
+    other. trust: packages of network classes that the configuration may name."""
 
     run: str
     folder: str
@@ -39,6 +40,7 @@ class Job:
     cluster: str
     submitted: float
     id: str = ""
+    trust: tuple[str, ...] = ()
 
     @property
     def code(self) -> Path:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.metadata
+import importlib.util
 import json
 import re
 import shlex
@@ -10,6 +11,7 @@ import shutil
 import stat
 import subprocess
 import sys
+import sysconfig
 import tempfile
 import time
 from collections.abc import Iterator
@@ -52,6 +54,7 @@ class Request:
     preflight: bool = False
     verify: bool = False
     local: bool = False
+    trust: tuple[str, ...] = ()
 
 
 def parse_minutes(text: str) -> int:
@@ -165,7 +168,7 @@ def make_job(request: Request, config: Config, stamp: str) -> Job:
     return Job(
         str(run), str(run / "job" / stamp), request.engine, request.nodes, request.ranks_per_node,
         request.gpus_per_node, (*phases, "train"), request.profile.requeue, "local" if request.local else "slurm",
-        time.time(),
+        time.time(), trust=request.trust,
     )  # fmt: skip
 
 
@@ -176,6 +179,8 @@ def freeze(job: Job, config: Config, command: list[str]) -> None:
     ignored = shutil.ignore_patterns("__pycache__", "*.pyc")
     shutil.copytree(PACKAGE, job.code / "lzn_dist", ignore=ignored)
     shutil.copytree(shipped("launch"), job.code / "launch", ignore=shutil.ignore_patterns("pictures", "*.sh"))
+    for package in job.trust:
+        _copy_package(package, job.code)
     save_config(config, job.config)
     packages = {found.metadata["Name"]: found.version for found in importlib.metadata.distributions()}
     commit, diff = _git("rev-parse", "HEAD").strip(), _git("diff", "HEAD")
@@ -185,6 +190,18 @@ def freeze(job: Job, config: Config, command: list[str]) -> None:
         "submitted": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
     }  # fmt: skip
     (folder / "provenance.json").write_text(json.dumps(origin, indent=1, sort_keys=True) + "\n")
+
+
+def _copy_package(name: str, code: Path) -> None:
+    """A package of the user's into the job's own code, unless it is installed. It has been imported already."""
+    spec = importlib.util.find_spec(name)
+    origin = Path(spec.origin) if spec is not None and spec.origin else None
+    if origin is None or any(origin.is_relative_to(sysconfig.get_path(kind)) for kind in ("purelib", "platlib")):
+        return
+    if origin.name == "__init__.py":
+        shutil.copytree(origin.parent, code / name, ignore=shutil.ignore_patterns("__pycache__", "*.pyc"))
+    else:
+        shutil.copy(origin, code / origin.name)
 
 
 def _git(*arguments: str) -> str:

@@ -151,6 +151,8 @@ class Task:
         environment = {**os.environ, **launch_environment(job.code / "launch", job.engine), **place.environment()}
         environment |= {"PYTHONPATH": path, "LZN_DIST_JOB": json.dumps(facts)}
         command = [sys.executable, "-u", "-m", *PHASES[phase], str(job.config)]
+        if phase != "preflight":
+            command += [word for package in job.trust for word in ("--trust", package)]
         if phase == "train" and again:
             command.append("resume=auto")
         return subprocess.Popen(command, env=environment)

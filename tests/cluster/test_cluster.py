@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 
+from lzn_dist.cluster import submission
 from lzn_dist.cluster.epilogue import decide
 from lzn_dist.cluster.job import Job, attempts, failures_at_once, note, wall_seconds
 from lzn_dist.cluster.preflight import pairs, problems, slow_nodes
@@ -225,3 +226,19 @@ def test_the_slow_node_is_named_and_not_its_partners() -> None:
     nodes[1] |= {"gpus": "7 x H100", "free_disk_gb": 0.2}
     found = problems(nodes)
     assert "n1 has 7 x H100" in found[0] and found[1].startswith("n1 has 0.2 GB")
+
+
+def test_packages_of_ones_own_go_with_the_job(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A file or a folder beside the user; what is installed is there on the nodes."""
+    (tmp_path / "one_file.py").write_text("")
+    (tmp_path / "a_folder" / "inside").mkdir(parents=True)
+    for name in ("__init__.py", "inside/more.py"):
+        (tmp_path / "a_folder" / name).write_text("")
+    monkeypatch.syspath_prepend(tmp_path)
+    code = tmp_path / "code"
+    code.mkdir()
+    for package in ("one_file", "a_folder", "numpy", "not_there"):
+        submission._copy_package(package, code)
+    assert sorted(str(path.relative_to(code)) for path in code.rglob("*.py")) == [
+        "a_folder/__init__.py", "a_folder/inside/more.py", "one_file.py",
+    ]  # fmt: skip
