@@ -84,6 +84,10 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     )
     parser.add_argument("--probe-batch", type=int, default=8192, metavar="N", help="its batch (default: 8192)")
     parser.add_argument("--trust", action="append", default=[], metavar="PACKAGE", help=TRUST)
+    parser.add_argument(
+        "--probe-views", choices=("simclr", "digits", "none"), default="",
+        help="its augmentations (default: simclr in colour, digits in grey)",
+    )  # fmt: skip
     options = parser.parse_intermixed_args(arguments)
     for item in options.overrides:
         if not item.startswith(("evaluation.", "flow.", "data.")):
@@ -129,7 +133,7 @@ def main(arguments: list[str] | None = None) -> int:
                 data.need_held_out()
             except Unmeasurable as error:
                 raise ConfigError(f"--probe-epochs: {error}") from error
-            settings = ProbeSettings(options.probe_epochs, options.probe_batch)
+            settings = ProbeSettings(options.probe_epochs, options.probe_batch, views=options.probe_views)
             found = published_probe(model, data, settings, output, show_probe if main_process else lambda *_: None)
             values |= found if data.held_out else {f"train.{key}": value for key, value in found.items()}
         values |= evaluate_model(model, figures=False, quick=options.quick, data=data, seed=options.seed,

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import torch
 import torch.distributed as dist
@@ -34,11 +35,15 @@ TOP = (1, 5, 10)
 
 @dataclass(frozen=True)
 class ProbeSettings:
-    """epochs: over the training images; batch: images a step, over all ranks; lr: of AdamW, without weight decay."""
+    """epochs: over the training images; batch: images a step, over all ranks; lr: of AdamW, without weight decay.
+    views: how the training images are augmented (data.views); "": simclr in colour, digits in grey, whatever the model
+    was trained with.
+    """
 
     epochs: int = 300
     batch: int = 8192
     lr: float = 3e-4
+    views: Literal["", "simclr", "digits", "none"] = ""
 
 
 def published_probe(
@@ -55,7 +60,10 @@ def published_probe(
     config, topology = model.config, Topology.current()
     if not data.labelled:
         raise ConfigError("a linear probe needs labels: set data.num_classes")
-    views = config.model_copy(update={"data": config.data.model_copy(update={"global_batch": settings.batch})})
+    policy = settings.views or ("simclr" if config.data.image_channels == 3 else "digits")
+    keep = config.data.cache_decoded and policy != "simclr"  # which crops anew in each epoch
+    changes = {"global_batch": settings.batch, "views": policy, "cache_decoded": keep}
+    views = config.model_copy(update={"data": config.data.model_copy(update=changes)})
     try:
         stream = open_stream(views, topology, labelled=True, augmented=True)
     except ValueError as error:

@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import shutil
 from pathlib import Path
+from typing import Any
 
+import PIL.Image
 import pytest
 import torch
 
-from lzn_dist.config import ConfigError, override
-from lzn_dist.data import ShardIndex
+from lzn_dist.config import Config, ConfigError, override
+from lzn_dist.data import BatchStream, ShardIndex
 from lzn_dist.data.storage import RemoteError
 from lzn_dist.evaluation import EvaluationData, linear_probe
 from lzn_dist.evaluation.linear_probe import ProbeSettings, published_probe
+from lzn_dist.prepare.image_folder import ImageFolder
+from lzn_dist.prepare.writer import Options, prepare
 from tests.helpers.hand_made import tiny
 
 
@@ -38,6 +42,32 @@ def test_it_learns_and_a_stopped_probe_goes_on_exactly(digits: Path, tmp_path: P
     assert torch.equal(files[0]["probe"]["weight"], files[1]["probe"]["weight"])
     with pytest.raises(ConfigError, match="of another checkpoint or other settings"):
         published_probe(model, data, ProbeSettings(epochs=4, batch=64), tmp_path / "parts")
+
+
+def test_colour_images_are_cropped_and_coloured_whatever_the_model_was_trained_with(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A joint model of CIFAR10 has neither views nor crops of its own, and keeps decoded images."""
+    folder = tmp_path / "images"
+    for number in range(12):
+        (folder / "ab"[number % 2]).mkdir(parents=True, exist_ok=True)
+        PIL.Image.new("RGB", (16, 16), (20 * number, 90, 9)).save(folder / "ab"[number % 2] / f"{number}.png")
+    prepare(ImageFolder(folder), Options(tmp_path / "shards"), quiet=True)
+    sizes = {"image_size": 16, "image_channels": 3, "num_classes": 2, "embedded": "none", "cache_decoded": True}
+    model = tiny("joint", tmp_path / "shards", **sizes)
+    opened: list[tuple[str, bool]] = []
+    open_stream = linear_probe.open_stream
+
+    def look(config: Config, *args: Any, **more: Any) -> BatchStream:
+        opened.append((config.data.views, config.data.cache_decoded))
+        return open_stream(config, *args, **more)
+
+    monkeypatch.setattr(linear_probe, "open_stream", look)
+    model.config = override(model.config, ["evaluation.split=train", "evaluation.batch=4"])
+    data = EvaluationData(model.config)
+    published_probe(model, data, ProbeSettings(epochs=1, batch=6), tmp_path / "a")
+    published_probe(model, data, ProbeSettings(epochs=1, batch=6, views="none"), tmp_path / "b")
+    assert opened == [("simclr", False), ("none", True)]
 
 
 def test_damage_is_told_and_bounded_and_what_another_rank_cannot_read_ends_this_one(

@@ -105,12 +105,12 @@ def hand_made(task: str, **values: object) -> LZN:
     return LZN(networks, make_config(task, **values))
 
 
-def tiny(task: str, folder: Path, objective: str = "lzn", by_class: bool = False) -> LZN:
+def tiny(task: str, folder: Path, objective: str = "lzn", by_class: bool = False, **data: object) -> LZN:
     config = Config.model_validate(
         {
             **(TASKS[task] | ({"decode": ({"class_conditional": True},)} if by_class else {})),
             "objective": objective, "output_dir": "unused", "max_steps": 1,
-            "data": {"shards": str(folder), "embedded": "digits"},
+            "data": {"shards": str(folder), "embedded": "digits", **data},
             "latent": {"dim": 8, "steps": 4},
             "modalities": {
                 "image": {
