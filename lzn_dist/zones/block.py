@@ -14,10 +14,11 @@ from lzn_dist.zones.partial import Cotangent, Moments, Partial
 
 # Elements of one tile of scores, on a CPU and on a GPU: the only memory that grows with rows times anchors. A GPU waits
 # for launches where tiles are small (tests/benchmarks/gpu.py); 2²⁴ are 128 MB of float64 scores.
-TILE_ELEMENTS = 1 << 18
+TILE_ELEMENTS = 1 << 20
 
 
 GPU_TILE_ELEMENTS = 1 << 24
+EXP_FLOOR = -60.0  # exp of it is 9e-27; times any number of anchors far under float32's rounding unit
 
 
 def tile_elements(device: torch.device) -> int:
@@ -89,6 +90,16 @@ class Block:
         self._at_references(scores, index, -math.inf)
         return query, scores, offset
 
+    def _weights(self, logarithms: Tensor, index: Tensor, dtype: torch.dtype) -> Tensor:
+        """exp [b, m] in the anchors' dtype, 0 at the reference."""
+        logarithms = logarithms.to(dtype)
+        if dtype != torch.float32 or self.log_weights is not None:  # an anchor of weight 0 has none, exactly
+            return logarithms.exp_()
+        # on a CPU exp costs ten times as much where its result underflows; below this nothing is seen in a sum
+        weights = logarithms.clamp_(min=EXP_FLOOR).exp_()
+        self._at_references(weights, index, 0.0)
+        return weights
+
     def part(self, e: Tensor, own: Tensor, index: Tensor, r: float, *, settle: bool) -> Partial:
         """Two products a row. settle: also the heaviest anchor of each row."""
         count = len(e)
@@ -103,7 +114,7 @@ class Block:
                 top[rows] = scores.amax(1)
             # relative to the larger of the reference's score (0 after the offset) and the others' largest
             highest = torch.maximum(top[rows], offset[rows])
-            weights = torch.sub(scores, highest[:, None]).to(e.dtype).exp_()
+            weights = self._weights(torch.sub(scores, highest[:, None]), index[rows], e.dtype)
             peak[rows], others[rows] = highest, weights.sum(1)
             moment[rows] = torch.addmm(own[rows] * others[rows, None], weights, self.anchors, beta=-1)
         if not settle:
@@ -115,7 +126,7 @@ class Block:
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Queries [b, d], w_j and w_j g·(a_j − a_o) [b, m]; the same digits whenever it is asked."""
         query, scores, offset = self._scores(e, own, index, r)
-        weights = scores.sub_((lse + offset)[:, None]).to(e.dtype).exp_()
+        weights = self._weights(scores.sub_((lse + offset)[:, None]), index, e.dtype)
         products = torch.addmm((g * own).sum(1, keepdim=True), g, self.anchors.T, beta=-1)
         return query, weights, products.mul_(weights)
 

@@ -25,6 +25,8 @@ from lzn_dist.zones.schedules import Schedule
 
 # With fewer anchors than this, looking for settled rows costs more than it saves.
 SETTLE_ANCHORS = 192
+# Times the rounding unit: rows whose own weight is this near to 1 at a step pass no gradient back through it.
+DEAD = 1e-5
 
 
 @contextmanager
@@ -139,12 +141,16 @@ class _Walk:
 class _Pullback:
     """The backward of a walk, from the last step to the first; gradients of what all steps share are added up here."""
 
-    def __init__(self, walk: _Walk, grad_e: Tensor, grad_last: Tensor, grad_lse: Tensor, from_anchors: bool) -> None:
+    def __init__(
+        self, walk: _Walk, grad_e: Tensor, grad_last: Tensor, grad_lse: Tensor, lse: Tensor, from_anchors: bool
+    ) -> None:
         self.walk, self.grad_last, self.grad_lse = walk, grad_last, None if from_anchors else grad_lse
         steps = len(walk.schedule.r)
         # The loss keeps one step a row: before the last step with a cotangent there is nothing to carry back.
         live = (grad_e != 0).any(1) | (grad_last != 0).any(1)
-        counted = torch.arange(1, steps + 1, device=live.device)[:, None] * (grad_lse != 0)
+        # Its cotangent goes through weights that sum to 1 − w_o ≤ lse: where these are nothing, so is what it carries.
+        felt = (grad_lse != 0) & (lse > DEAD * torch.finfo(grad_e.dtype).eps)
+        counted = torch.arange(1, steps + 1, device=live.device)[:, None] * felt
         self.until = torch.where(live, steps, counted.amax(0)).cpu()
         reached = (torch.arange(steps)[:, None] < self.until).any(1).tolist()
         self.followers = _rows(walk.last < steps).to(grad_e.device)
@@ -231,7 +237,7 @@ class _Trajectory(torch.autograd.Function):
         walk: _Walk = ctx.walk
         _, _, lse, *kept = ctx.saved_tensors
         with full_precision(grads[0].device):
-            back = _Pullback(walk, grads[0], grads[1], grads[2], ctx.from_anchors)
+            back = _Pullback(walk, grads[0], grads[1], grads[2], lse, ctx.from_anchors)
             for start in reversed(range(0, back.horizon, ctx.store_every)):
                 states = _states(walk, start, min(start + ctx.store_every, back.horizon), kept, ctx.store_every)
                 while states:
