@@ -18,7 +18,8 @@ TILE_ELEMENTS = 1 << 20
 
 
 GPU_TILE_ELEMENTS = 1 << 24
-# Up to this r² ‖a − centre‖² scores in float32 change latents by 4e-7, the loss by 1.5e-7, gradients by 1.5e-4 (relative).
+# Up to this r² ‖a − centre‖² float32 has the digits for scores: latents change by 4e-7, the loss by 1.5e-7, gradients
+# by 1.5e-4 of themselves.
 FLOAT32_SCORES = 100.0
 EXP_FLOOR = -60.0  # exp of it is 9e-27; times any number of anchors far under float32's rounding unit
 
