@@ -139,6 +139,11 @@ def test_rectified_flow_has_no_latents_and_takes_labels_where_asked() -> None:
         (["objective=simclr", "data.views=none"], "representation", "two equal views teach nothing"),
         (["decode=[]"], "generation", "has nothing to learn"),
         (["alignment.pairs=[{latents: image.1, anchors: image}]"], "representation", "in its own zones"),
+        (
+            ["alignment.pairs=[{latents: image.1, anchors: image.3}]"],
+            "representation",
+            "there is no image.3, but image.1 to",
+        ),
         (["alignment.pairs=[{latents: image.0, anchors: image.1}]"], "representation", "'image.0' is no view"),
         (["alignment.pairs=[{latents: image, anchors: sound}]"], "representation", "no data type 'sound'"),
         (["objective=moco", "contrast.queue=1000"], "representation", "no multiple of data.global_batch=256"),

@@ -159,3 +159,19 @@ def test_flops_of_resnet50_are_the_published_ones() -> None:
     # MoCo: the queries' forward and backward, the keys' forward alone
     moco = config.model_copy(update={"objective": "moco"})
     assert training_flops_per_image(networks, moco) == pytest.approx(4 * per_forward)
+
+
+@pytest.mark.parametrize("objective", ["lzn", "rectified_flow"])
+def test_a_data_type_that_is_decoded_twice_has_two_losses(objective: str) -> None:
+    """The same decoding twice, of weights 0.3 and 0.7, is once the whole: losses and gradients, cached too."""
+    twice = "decode=[{weight: 0.3}, {weight: 0.7}]"
+    found = []
+    for more in ([], [twice], [twice, "micro_batch=5"]):
+        state = small_state(small_config("precision=float64", f"objective={objective}", *more, task="generation"))
+        loss, parts = compute_gradients(state, small_samples(dtype=torch.float64))
+        assert set(parts) == ({"loss_flow", "loss_flow_2"} if more else {"loss_flow"})
+        found.append((loss, state.engine.gradients()))
+    (whole, gradients), *others = found
+    for loss, ours in others:
+        assert loss.item() == pytest.approx(whole.item(), rel=1e-12)
+        assert all((ours[name] - value).norm() <= 1e-12 + 1e-9 * value.norm() for name, value in gradients.items())

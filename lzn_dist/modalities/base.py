@@ -19,11 +19,12 @@ class Modality(ABC):
     """Samples that an encoder takes to anchors in the latent space, and that a decoder makes from latents.
 
     table: there is a finite set of values, each with an anchor of its own (labels), which every rank has; else each
-    sample is encoded by itself and the batch's samples make the zones.
+    sample is encoded by itself and the batch's samples make the zones. most_views: of a sample, that can be had.
     """
 
     name: ClassVar[str]
     table: ClassVar[bool] = False
+    most_views: ClassVar[int] = 1
 
     def __init__(self, config: Config) -> None:
         self.config = config

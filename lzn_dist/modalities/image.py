@@ -17,6 +17,7 @@ class Image(Modality):
     """[b, c, h, w] in [−1, 1]."""
 
     name: ClassVar[str] = "image"
+    most_views: ClassVar[int] = 2
 
     def stream(self, name: str) -> str:
         return name

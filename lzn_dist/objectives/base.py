@@ -12,7 +12,7 @@ rank's samples (see `gather_anchors` for why that is right). It knows no process
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
@@ -161,9 +161,9 @@ class Objective(ABC):
         """The loss that is optimised, and its parts (detached); scalars, still on the device."""
         anchors = {view: self.encode(networks, samples, view) for view in self.needs.encodes}
         related = self.relate(anchors, self.tables(networks, samples), samples)
-        decodings = zip(self.needs.decodes, related.latents, strict=True)
+        decodings = zip(loss_names(self.needs.decodes), self.needs.decodes, related.latents, strict=True)
         return related.assembled(
-            {loss_name(decoding): self.decode(networks, samples, decoding, latents) for decoding, latents in decodings}
+            {name: self.decode(networks, samples, decoding, latents) for name, decoding, latents in decodings}
         )
 
     def encode(self, networks: Networks, samples: Samples, view: View) -> Tensor:
@@ -224,6 +224,11 @@ class Objective(ABC):
         return forward
 
 
-def loss_name(decoding: DecodingConfig) -> str:
-    """Under which a decoder's loss is watched."""
-    return "loss_flow" if decoding.what == "image" else f"loss_{decoding.what}"
+def loss_names(decodes: Sequence[DecodingConfig]) -> list[str]:
+    """Under which each decoder's loss is watched; a data type that is decoded again is numbered."""
+    found: list[str] = []
+    for place, decoding in enumerate(decodes):
+        before = sum(other.what == decoding.what for other in decodes[:place])
+        name = "loss_flow" if decoding.what == "image" else f"loss_{decoding.what}"
+        found.append(f"{name}_{before + 1}" if before else name)
+    return found

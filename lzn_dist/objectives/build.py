@@ -28,6 +28,10 @@ def needs(config: Config) -> Needs:
         raise ConfigError("labels are needed here (for the objective, or to condition a decoder): set data.num_classes")
     if config.anchors == "ring" and config.objective != "lzn":
         raise ConfigError("anchors=ring is for objective=lzn")
+    for name in found.modalities:
+        most = modality(name, config).most_views
+        if found.views(name) > most:
+            raise ConfigError(f"alignment.pairs: there is no {name}.{found.views(name)}, but {name}.1 to {name}.{most}")
     if found.views("image") > 1 and data.views == "none":
         raise ConfigError("data.views=none is for objective=supervised: two equal views teach nothing")
     if found.augmented and data.views == "simclr":

@@ -19,7 +19,7 @@ from lzn_dist.config import ConfigError, DecodingConfig
 from lzn_dist.engines.base import Engine
 from lzn_dist.networks import Networks
 from lzn_dist.objectives import Objective, Samples, View
-from lzn_dist.objectives.base import loss_name
+from lzn_dist.objectives.base import loss_names
 from lzn_dist.training.stopwatch import Stopwatch
 
 
@@ -54,9 +54,12 @@ def cached_backward(
     related = objective.relate(anchors, tables, samples)
 
     outputs, cotangents = ([], []) if related.loss is None else ([related.loss], [torch.ones_like(related.loss)])
-    decoded = {}
-    for decoding, latents in zip(objective.needs.decodes, related.latents, strict=True):
-        decoded[loss_name(decoding)], latent_grads = _decode(engine, objective, decoding, chunks, latents.detach())
+    decoded: dict[str, Tensor] = {}
+    decodes = objective.needs.decodes
+    for name, decoding, latents in zip(loss_names(decodes), decodes, related.latents, strict=True):
+        decoded[name], latent_grads = _decode(
+            engine, objective, decoding, chunks, latents.detach(), len(decoded) + 1 == len(decodes)
+        )
         if latents.requires_grad:
             outputs, cotangents = [*outputs, latents], [*cotangents, latent_grads]
     total, parts = related.assembled(decoded)
@@ -85,7 +88,12 @@ def cached_backward(
 
 
 def _decode(
-    engine: Engine, objective: Objective, decoding: DecodingConfig, chunks: list[Samples], latents: Tensor
+    engine: Engine,
+    objective: Objective,
+    decoding: DecodingConfig,
+    chunks: list[Samples],
+    latents: Tensor,
+    last_decoding: bool,
 ) -> tuple[Tensor, Tensor]:
     """The decoder's loss over all samples, and its gradient by the latents [b, D]."""
     total = latents.new_zeros(())
@@ -100,7 +108,7 @@ def _decode(
             return objective.decode(networks, chunk, decoding, own) * weight, None
 
         # where nothing is encoded, this is the step's last backward
-        alone = not needs.encodes and not needs.tables and decoding is needs.decodes[-1]
+        alone = not needs.encodes and not needs.tables and last_decoding
         value, _ = engine.backward(loss, last=alone and chunk is chunks[-1] and not engine.touches_last)
         assert own.grad is not None
         total = total + value
