@@ -35,6 +35,7 @@ from lzn_dist.config import ConfigError, changed_keys, load_config
 from lzn_dist.json_files import read_json, write_json
 from lzn_dist.networks import trust
 from lzn_dist.paths import expand_path, folder_or_url, path_argument
+from lzn_dist.shipped import find
 from lzn_dist.terminal import TRUST, command
 from lzn_dist.training.resolve import resolve
 from lzn_dist.training.run_folder import read_lines
@@ -281,18 +282,25 @@ def lines(table: Table, values: dict[str, dict[str, list[float]]]) -> Iterator[s
     yield from [head.rstrip(), "─" * max(map(len, [head, *rows])), *map(str.rstrip, rows)]
 
 
+def _shipped(name: str | Path, folder: str, what: str) -> Path:
+    try:
+        return find(str(name), folder)
+    except FileNotFoundError as error:
+        raise ConfigError(f"no {what}: {error}") from error
+
+
 def main(arguments: list[str] | None = None) -> int:
     """Entry point; returns the exit status: 0, 2 for a file that cannot be run, 1 where a run failed."""
     parser = argparse.ArgumentParser(
         prog="lzn_dist.compare", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("comparison", type=path_argument, help="a YAML file, for example configs/compare/digits.yaml")
+    parser.add_argument("comparison", type=path_argument, help="a YAML file, or the name of a shipped one (digits)")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="overrides of all rows' configurations")
     parser.add_argument("--output", type=folder_or_url, metavar="DIR", help="instead of the file's output_dir")
     parser.add_argument("--seeds", type=int, nargs="+", metavar="N", help="instead of the file's seeds")
     parser.add_argument("--jobs", type=int, default=0, metavar="N", help="runs at once (default: the file's, or 1)")
     parser.add_argument(
-        "--launch", type=folder_or_url, default="", metavar="FILE", help="a launch configuration, as launch/ddp.yaml"
+        "--launch", type=folder_or_url, default="", metavar="NAME", help="a launch configuration (ddp), or its file"
     )
     parser.add_argument("--trust", action="append", default=[], metavar="PACKAGE", help=TRUST)
     options = parser.parse_intermixed_args(arguments)
@@ -303,8 +311,9 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         given = {"output_dir": options.output, "seeds": options.seeds, "jobs": options.jobs}
         given = {key: value for key, value in given.items() if value}
-        comparison = read_comparison(options.comparison, given)
-        base, more = options.comparison.parent, options.overrides
+        file = _shipped(options.comparison, "configs/compare", "comparison")
+        launch = str(_shipped(options.launch, "launch", "launch configuration")) if options.launch else ""
+        comparison, base, more = read_comparison(file, given), file.parent, options.overrides
 
         def jobs(timed: bool) -> list[Job]:
             rows = [row for row in comparison.rows.values() if not row.reads and bool(row.time_of) == timed]
@@ -313,8 +322,8 @@ def main(arguments: list[str] | None = None) -> int:
         first = jobs(timed=False)
         timed = sum(bool(row.time_of) for row in comparison.rows.values()) * len(comparison.seeds)
         with tqdm(total=len(first) + timed, unit="run", mininterval=0.5) as bar:
-            run_all(first, options.launch, comparison.jobs, bar, options.trust)
-            run_all(jobs(timed=True), options.launch, comparison.jobs, bar, options.trust)
+            run_all(first, launch, comparison.jobs, bar, options.trust)
+            run_all(jobs(timed=True), launch, comparison.jobs, bar, options.trust)
     except ConfigError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

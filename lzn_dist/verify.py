@@ -76,7 +76,7 @@ def run_steps(
     """Take the steps; collective over the topology's ranks. given: gradients to step by instead of the own ones."""
     stream, trace = open_stream(state.config, topology), Trace([], [], {})
     for number in range(STEPS):
-        samples = prepare_samples(stream.batch(number), number, state.config, accelerator.device, topology)
+        samples = prepare_samples(stream.batch(number), number, state.objective, accelerator.device, topology)
         loss, _ = compute_gradients(state, samples)
         loss = loss.double()
         if topology.world_size > 1:

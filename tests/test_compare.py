@@ -69,6 +69,16 @@ def test_the_projects_own_comparisons_can_be_run() -> None:
                 compare.make_job(found, path.parent, row, 0, [])
 
 
+def test_comparisons_and_launches_are_found_by_name(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert compare.main(["digts"]) == 2 and "no comparison" in (said := capsys.readouterr().err) and "digits?" in said
+    assert compare.main(["digits", "--launch", "dpd"]) == 2 and "ddp" in capsys.readouterr().err
+    # it is read: its rows are checked
+    assert compare.main(["digits", "latent.dim=0"]) == 2 and "latent.dim" in capsys.readouterr().err
+
+
 def test_mean_and_deviation_are_over_seeds() -> None:
     assert compare.mean_and_deviation([1.0, 2.0, 6.0]) == pytest.approx((3.0, 7.0**0.5))
     assert compare.mean_and_deviation([0.5]) == (0.5, 0.0)

@@ -137,7 +137,7 @@ def test_a_step_on_ones_own_images(tmp_path: Path) -> None:
     )
     state = single_state(config, torch.device("cpu"))
     batch = open_stream(config, Topology()).batch(0)
-    result = train_step(state, prepare_samples(batch, 0, config, torch.device("cpu"), Topology()))
+    result = train_step(state, prepare_samples(batch, 0, state.objective, torch.device("cpu"), Topology()))
     assert result.applied and bool(result.scalars["loss"].isfinite())
 
 

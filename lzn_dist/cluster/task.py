@@ -67,10 +67,12 @@ class Place:
             found.job_id, tuple(found.hostnames), int(os.environ.get("SLURM_RESTART_COUNT", "0")),
         )  # fmt: skip
 
-    def environment(self) -> dict[str, str]:
-        """Rendezvous at the job's first node, at a port of this job and start."""
+    def environment(self, phase: int) -> dict[str, str]:
+        """Rendezvous at the job's first node, at a port of this job, start and phase: the rank that is first in the
+        next phase must not find the server of the one before, which is about to end. Below 32768, where Linux begins
+        to hand out ports by itself."""
         number = int("".join(c for c in self.job if c.isdigit()) or "0")
-        port = 20_000 + (7 * number + self.restart) % 30_000
+        port = 20_000 + (16 * number + 3 * self.restart + phase) % 12_000
         host = self.hosts[0] if self.world_size > self.local_world_size else "127.0.0.1"
         return {
             "RANK": str(self.rank), "WORLD_SIZE": str(self.world_size), "LOCAL_RANK": str(self.local_rank),
@@ -115,11 +117,11 @@ class Task:
         status, agreed = 0, False
         # a job that comes back has been checked, and goes on from its own newest checkpoint whatever it began with
         phases = job.phases[-1:] if again else job.phases
-        for phase in phases:
+        for order, phase in enumerate(phases):
             if received:
                 status = PREEMPTED
                 break
-            child[:] = [self._start(job, place, phase, again)]
+            child[:] = [self._start(job, place, phase, order, again)]
             if received:
                 child[0].send_signal(received[-1])
             status = child[0].wait()
@@ -140,7 +142,7 @@ class Task:
         if status:
             sys.exit(status)
 
-    def _start(self, job: Job, place: Place, phase: str, again: bool) -> subprocess.Popen[bytes]:
+    def _start(self, job: Job, place: Place, phase: str, order: int, again: bool) -> subprocess.Popen[bytes]:
         facts = {
             "job": place.job,
             "nodes": len(place.hosts),
@@ -148,7 +150,7 @@ class Task:
             "wall_before": wall_seconds(self.run),
         }
         path = os.pathsep.join(filter(None, (str(job.code), os.environ.get("PYTHONPATH"))))
-        environment = {**os.environ, **launch_environment(job.code / "launch", job.engine), **place.environment()}
+        environment = {**os.environ, **launch_environment(job.code / "launch", job.engine), **place.environment(order)}
         environment |= {"PYTHONPATH": path, "LZN_DIST_JOB": json.dumps(facts)}
         command = [sys.executable, "-u", "-m", *PHASES[phase], str(job.config)]
         if phase != "preflight":

@@ -20,8 +20,7 @@ from lzn_dist.data import (
     whole_images,
 )
 from lzn_dist.distributed import Topology
-from lzn_dist.modalities import modality
-from lzn_dist.objectives import Samples, needs
+from lzn_dist.objectives import Objective, Samples, needs
 from lzn_dist.prepare.digits import ensure_digits
 from lzn_dist.training.resolve import first_images
 
@@ -107,14 +106,16 @@ def fixed_batches(config: Config, index: ShardIndex, split: str, num_classes: in
     return dataset.fixed_batches(config.evaluation.batch)
 
 
-def prepare_samples(batch: Batch, number: int, config: Config, device: torch.device, topology: Topology) -> Samples:
+def prepare_samples(
+    batch: Batch, number: int, objective: Objective, device: torch.device, topology: Topology
+) -> Samples:
     """Views, positions and labels of a rank's share of global batch `number`, on the device, in the run's dtype."""
-    index, wanted = batch.index.to(device), needs(config)
+    index, wanted = batch.index.to(device), objective.needs
     inputs = {
-        name: modality(name, config).views(batch, index, wanted.views(name), wanted.augmented)
-        for name in wanted.modalities
+        name: found.views(batch, index, wanted.views(name), wanted.augmented)
+        for name, found in objective.modalities.items()
     }
-    if config.precision == "float64":
+    if objective.config.precision == "float64":
         inputs = {
             name: tuple(view.double() if view.is_floating_point() else view for view in views)
             for name, views in inputs.items()

@@ -145,7 +145,9 @@ class Run:
 
     def prepare(self, batch: Batch) -> Samples:
         """Of the next global batch, what this rank's objective sees."""
-        return prepare_samples(batch, self.state.counters.batch, self.config, self.accelerator.device, self.topology)
+        return prepare_samples(
+            batch, self.state.counters.batch, self.state.objective, self.accelerator.device, self.topology
+        )
 
     def log(self, result: StepResult) -> None:
         """A step that was taken: the bar, and where it is due a line of metrics. Collective."""

@@ -28,7 +28,7 @@ PROGRAMS = ("slurmctld", "slurmd", "sbatch", "munged", "unshare")
 CONFIGURATION = """\
 ClusterName=lzn
 SlurmctldHost={host}(127.0.0.1)
-SlurmctldPort=26817
+SlurmctldPort=16817
 SlurmUser=root
 FirstJobId={first_job}
 AuthInfo=cred_expire=5
@@ -55,7 +55,7 @@ JobRequeue=1
 PreemptType=preempt/partition_prio
 PreemptMode=REQUEUE
 SlurmctldParameters=preempt_send_user_signal
-NodeName=node[1-{nodes}] NodeHostname={host} NodeAddr=127.0.0.1 Port=[27001-{last_port}] CPUs={cpus} RealMemory=1000
+NodeName=node[1-{nodes}] NodeHostname={host} NodeAddr=127.0.0.1 Port=[17001-{last_port}] CPUs={cpus} RealMemory=1000
 PartitionName=main Nodes=ALL Default=YES PriorityTier=1 GraceTime=20 MaxTime=INFINITE State=UP
 PartitionName=high Nodes=ALL PriorityTier=10 PreemptMode=OFF MaxTime=INFINITE State=UP
 """
@@ -115,7 +115,7 @@ class Cluster:
         host = socket.gethostname().split(".")[0]
         first = int(time.time()) % 600_000 * 100 + 1000
         text = CONFIGURATION.format(
-            host=host, folder=self.folder, nodes=nodes, cpus=cpus, last_port=27000 + nodes, first_job=first
+            host=host, folder=self.folder, nodes=nodes, cpus=cpus, last_port=17000 + nodes, first_job=first
         )
         (self.folder / "slurm.conf").write_text(text)
         (self.folder / "bin" / "sacct").write_text(SACCT)

@@ -49,7 +49,7 @@ class Run:
         end = time.monotonic() + seconds
         while not condition():
             if time.monotonic() > end:
-                raise TimeoutError(f"{self.folder}: {self.cluster.state(self.job)}\n{self.logs()[-4000:]}")
+                raise TimeoutError(f"{self.folder}: {self.cluster.state(self.job)}\n{self.story()}")
             time.sleep(0.1)
 
     def until_step(self, step: int) -> None:
@@ -72,6 +72,12 @@ class Run:
 
     def attempts(self) -> list[dict[str, Any]]:
         return [json.loads(line) for line in (self.folder / "job" / "attempts.jsonl").read_text().splitlines()]
+
+    def story(self) -> str:
+        """What a test shows of a run that went another way: its starts and ends, its logs, the controller's."""
+        path = self.folder / "job" / "attempts.jsonl"
+        told = path.read_text() if path.exists() else "never started"
+        return f"{told}\n{self.logs()}\n{(self.cluster.folder / 'slurmctld.log').read_text()[-4000:]}"
 
     def logs(self) -> str:
         return "\n".join(path.read_text() for path in sorted(self.folder.glob("job/*/logs/*_log.*")))

@@ -28,7 +28,8 @@ def assert_same(run: Run, reference: Run) -> None:
 def test_a_run_on_two_nodes_is_checked_trains_and_evaluates(reference: Run, cluster: Cluster) -> None:
     status = reference.status()
     assert (status["state"], status["step"], status["world_size"], status["nodes"]) == ("finished", STEPS, 2, 2)
-    assert status["job"] == reference.job and status["requeues"] == 0 and status["wall_seconds"] > 0
+    assert status["requeues"] == 0, reference.story()
+    assert status["job"] == reference.job and status["wall_seconds"] > 0
     assert reference.evaluations()[-1]["step"] == STEPS
     folder = next((reference.folder / "job").glob("*/code")).parent
     found = json.loads((folder / "preflight.json").read_text())
@@ -54,7 +55,7 @@ def test_signalled_it_checkpoints_and_comes_back_by_itself(reference: Run, clust
     assert [line["status"] for line in ends] == [75, 0] and 15 <= ends[0]["step"] < STEPS
     assert first["restart"] == 0 and last["step"] == STEPS
     assert f"at step {ends[0]['step']}" in run.logs()  # nothing was taken twice
-    assert run.status()["requeues"] == 1
+    assert run.status()["requeues"] == 1, run.story()
     assert_same(run, reference)
 
 
