@@ -56,7 +56,7 @@ ELSEWHERE = {
         "needs a cluster: tests/slurm submits so",
     "python slurm/status.py runs/cluster": "needs a cluster: tests/slurm looks so",
     "python -m lzn_dist.tools.import_published FILE": "needs the authors' file: tests/models makes one",
-    "python -m lzn_dist.compare configs/compare/digits.yaml": "45 minutes; tests/test_compare.py compares two rows",
+    "lzn_dist compare digits": "45 minutes; tests/test_compare.py compares two rows",
 }  # fmt: skip
 
 
@@ -69,7 +69,7 @@ def blocks() -> list[str]:
 def commands() -> list[str]:
     """Shell commands, one a line, without remarks."""
     lines = [line for block in blocks() for line in re.sub(r"\s*\\\n\s*", " ", block).splitlines()]
-    return [re.sub(r"\s+#.*", "", line) for line in lines if re.match(r"(bash|python|accelerate|pip) ", line)]
+    return [re.sub(r"\s+#.*", "", line) for line in lines if re.match(r"(bash|python|accelerate|pip|lzn_dist) ", line)]
 
 
 def listed(command: str, lists: dict[str, object]) -> str:
