@@ -30,16 +30,15 @@ def ring_field(group: Group = None) -> FieldFactory:
     Making the field, the flow and its backward are collective: every rank makes the same calls in the same order, a
     rank without samples too. In the backward too: its loss must depend on the results, be it on their empty sum.
     Without a process group, or with one rank, it is the field of one process.
-    The factory raises ValueError for log_weights, which are for anchors that every rank has (labels), for anchors
-    whose width or dtype differ between ranks, and where no rank holds any.
+    log_weights and groups are those of the anchors given, on every rank or on none.
+    The factory raises ValueError for anchors whose width or dtype differ between ranks, for log_weights or groups on
+    some ranks alone, and where no rank holds any anchor.
     """
 
-    def make(anchors: Tensor, log_weights: Tensor | None = None) -> AnchorField:
-        if log_weights is not None:
-            raise ValueError("log_weights are for anchors that every rank has; those of a ring have equal weights")
+    def make(anchors: Tensor, log_weights: Tensor | None = None, groups: Tensor | None = None, /) -> AnchorField:
         if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size(group) == 1:
-            return AnchorField(anchors)
-        return RingField(anchors, group)
+            return AnchorField(anchors, log_weights, groups)
+        return RingField(anchors, log_weights, groups, group)
 
     return make
 
@@ -47,26 +46,32 @@ def ring_field(group: Group = None) -> FieldFactory:
 class RingField(AnchorField):
     """The field of all ranks' anchors, of which this one holds [b_r, d]; see `ring_field`."""
 
-    def __init__(self, anchors: Tensor, group: Group = None) -> None:
+    def __init__(
+        self, anchors: Tensor, log_weights: Tensor | None = None, groups: Tensor | None = None, group: Group = None
+    ) -> None:
         self.group = group
         self.rank, self.world_size = dist.get_rank(group), dist.get_world_size(group)
-        self.lengths = self._lengths(anchors)
+        self.lengths = self._lengths(anchors, log_weights is not None, groups is not None)
         self.starts = [sum(self.lengths[:rank]) for rank in range(self.world_size)]
         count = sum(self.lengths)
         total = anchors.double().sum(0)
         dist.all_reduce(total, group=group)
         super().__init__(
-            anchors.contiguous(), centre=(total / count).to(anchors.dtype), start=self.starts[self.rank], count=count
-        )
+            anchors.contiguous(), log_weights, groups,
+            centre=(total / count).to(anchors.dtype), start=self.starts[self.rank], count=count,
+        )  # fmt: skip
 
-    def _lengths(self, anchors: Tensor) -> list[int]:
+    def _lengths(self, anchors: Tensor, weighted: bool, grouped: bool) -> list[int]:
         """How many anchors each rank holds."""
-        here = torch.tensor([*anchors.shape, anchors.element_size()], device=anchors.device)
+        here = torch.tensor([*anchors.shape, anchors.element_size(), weighted, grouped], device=anchors.device)
         everywhere = [torch.empty_like(here) for _ in range(self.world_size)]
         dist.all_gather(everywhere, here, group=self.group)
         lengths, *kinds = zip(*(shape.tolist() for shape in everywhere), strict=True)
         if any(len(set(kind)) > 1 for kind in kinds):
-            raise ValueError(f"anchors must have one width and dtype on all ranks, got {kinds[0]} and bytes {kinds[1]}")
+            raise ValueError(
+                "anchors must have one width and dtype on all ranks, and log_weights and groups on all or none: got "
+                f"{kinds[0]}, bytes {kinds[1]}, log_weights {kinds[2]}, groups {kinds[3]}"
+            )
         if not any(lengths):
             raise ValueError("anchors: no rank holds any")
         return list(lengths)
@@ -96,9 +101,8 @@ class RingField(AnchorField):
             following, arriving, gradient = None, None, None
             if stage + 1 < self.world_size:
                 owner = (self.rank - stage - 1) % self.world_size
-                following = Block(block.raw.new_empty(self.lengths[owner], block.raw.shape[1]), self.centre,
-                                  self.starts[owner], whole=False)  # fmt: skip
-                sent, received = [block.raw], [following.raw]
+                following = _empty(block, self.lengths[owner], self.starts[owner])
+                sent, received = _contents(block), _contents(following)
             if into is not None:
                 gradient = AnchorGradient(block.raw)
                 if finished is not None:
@@ -129,6 +133,16 @@ class RingField(AnchorField):
             if tensor.numel()
         ]
         return dist.batch_isend_irecv(messages) if messages else []
+
+
+def _empty(like: Block, length: int, start: int) -> Block:
+    """A block of another length, to be received."""
+    weights, groups = (None if one is None else one.new_empty(length) for one in (like.log_weights, like.groups))
+    return Block(like.raw.new_empty(length, like.raw.shape[1]), like.centre, start, weights, groups, whole=False)
+
+
+def _contents(block: Block) -> list[Tensor]:
+    return [one for one in (block.raw, block.log_weights, block.groups) if one is not None]
 
 
 def _parts(gradient: AnchorGradient) -> list[Tensor]:

@@ -9,11 +9,20 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from lzn_dist.zones.arguments import Backend, check_backend, check_count, check_index, check_points
+from lzn_dist.zones.arguments import (
+    Backend,
+    check_backend,
+    check_count,
+    check_index,
+    check_log_weights,
+    check_points,
+)
 from lzn_dist.zones.field import AnchorField, FieldFactory
 from lzn_dist.zones.reference import posterior_mean
 from lzn_dist.zones.schedules import alignment_schedule
 from lzn_dist.zones.trajectory import integrate
+
+ABSENT = -1e8  # far below every score's; float64 tells scores relative to it to 1e-8
 
 
 @dataclass
@@ -30,6 +39,7 @@ def align(
     targets: Tensor,
     *,
     log_weights: Tensor | None = None,
+    groups: Tensor | None = None,
     steps: int = 20,
     backend: Backend = "auto",
     field: FieldFactory | None = None,
@@ -39,6 +49,8 @@ def align(
 
     targets: int64 [b], the anchor that each latent should reach. log_weights [n]: log π of the anchors, −inf for an
     absent one, for example the classes' log-frequencies in the global batch (default: equal); not differentiated.
+    groups: int64 [n]; a latent's target is then the whole group of its target, and its log-weight that of the sum over
+    them (captions that are equal, say).
     store_every: keep one in so many states for the backward and compute the others again (see `compute_latents`).
 
     field: makes the field of anchors (default `AnchorField`). Where it spreads the anchors over processes, anchors are
@@ -54,41 +66,51 @@ def align(
     check_count("steps", steps)
     check_count("store_every", store_every)
     check_backend(backend, field)
-    if log_weights is not None:
-        if log_weights.shape != (len(anchors),) or not log_weights.is_floating_point():
-            raise ValueError(f"log_weights must be floating point [{len(anchors)}], got {tuple(log_weights.shape)}")
-        log_weights = log_weights.detach()
-    made = (field or AnchorField)(anchors.detach(), log_weights)
+    log_weights = check_log_weights(log_weights, len(anchors))
+    if groups is not None and (groups.shape != (len(anchors),) or groups.dtype != torch.int64):
+        raise ValueError(f"groups must be int64 [{len(anchors)}], got {groups.dtype} {tuple(groups.shape)}")
+    made = (field or AnchorField)(anchors.detach(), log_weights, groups)
     here = "" if made.held == made.count else ", the anchors that this process holds"
     check_index("targets", targets, len(latents), range(made.start, made.start + made.held), here)
     if field is None and not len(latents):
         return Alignment(latents.new_zeros(steps, 0), latents)
     if backend == "plain":
-        return _plain_align(latents, anchors, targets, log_weights, steps)
-    reference, absent = targets, None
+        return _plain_align(latents, anchors, targets, log_weights, groups, steps)
+    reference = columns = targets - made.start
+    weights, absent = None, None
     if log_weights is not None:
-        # logits are taken relative to the target; an absent one is no reference, and its log-weight is −inf
-        absent = torch.isneginf(log_weights[targets])
-        reference = torch.where(absent, log_weights.argmax(), targets)
-    own = anchors[reference - made.start]
-    _, delta, lse = integrate(
-        latents, own, anchors, reference, made, alignment_schedule(steps), from_anchors=False, store_every=store_every
-    )
-    log_probs = -lse.to(latents.dtype)
-    if absent is not None:
+        # logits are taken relative to the target's: an absent one is no reference, and where there is none here at all
+        # it has a weight that nothing else feels
+        absent = torch.isneginf(log_weights[columns])
+        if made.held:
+            reference = torch.where(absent, log_weights.argmax(), columns)
+        weights = log_weights[reference]
+        weights = weights.masked_fill(torch.isneginf(weights), ABSENT)
+    own = anchors[reference]
+    _, delta, target = integrate(
+        latents, own, anchors, reference + made.start, made, alignment_schedule(steps), from_anchors=False,
+        store_every=store_every, log_weights=weights, groups=None if groups is None else groups[columns],
+        inside=None if groups is None else groups[reference] == groups[columns],
+    )  # fmt: skip
+    log_probs = -target.to(latents.dtype)
+    if absent is not None and groups is None:
         log_probs = log_probs.masked_fill(absent, -math.inf)
     return Alignment(log_probs, own + delta)
 
 
 def _plain_align(
-    latents: Tensor, anchors: Tensor, targets: Tensor, log_weights: Tensor | None, steps: int
+    latents: Tensor, anchors: Tensor, targets: Tensor, log_weights: Tensor | None, groups: Tensor | None, steps: int
 ) -> Alignment:
     """Plain twin, on x and from the definitions; use float64."""
     x, recorded = latents, []
+    names = torch.arange(len(anchors), device=anchors.device) if groups is None else groups
+    target = names == names[targets][:, None]
     for k in range(steps):
         sigma = 1.0 - k / steps
         log_w, mean = posterior_mean(x, sigma, anchors, log_weights)
-        recorded.append(log_w.gather(1, targets[:, None]).squeeze(1))
+        there = log_w.masked_fill(~target, -math.inf)
+        none = torch.isneginf(there.amax(1))  # logsumexp would have no gradient but NaN
+        recorded.append(there.masked_fill(none[:, None], 0.0).logsumexp(1).masked_fill(none, -math.inf))
         x = x - (x - mean) / sigma / steps
     return Alignment(torch.stack(recorded), x)
 

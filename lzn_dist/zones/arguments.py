@@ -22,10 +22,21 @@ def check_index(name: str, value: Tensor, rows: int, numbers: range, which: str 
     """A ValueError that names the argument, unless value is int64 [rows] with entries among numbers (which are …)."""
     if value.shape != (rows,) or value.dtype != torch.int64:
         raise ValueError(f"{name} must be int64 [{rows}], got {value.dtype} {tuple(value.shape)}")
-    if rows and (int(value.min()) < numbers.start or int(value.max()) >= numbers.stop):
+    if value.is_cuda:  # reading it here would wait for all that the device has still to do
+        torch._assert_async(((value >= numbers.start) & (value < numbers.stop)).all(), f"{name} out of range{which}")
+    elif rows and (int(value.min()) < numbers.start or int(value.max()) >= numbers.stop):
         raise ValueError(
             f"{name} must lie in {numbers.start}..{numbers.stop - 1}{which}, got {int(value.min())}..{int(value.max())}"
         )
+
+
+def check_log_weights(value: Tensor | None, count: int) -> Tensor | None:
+    """Detached, float64. A ValueError, unless value is floating point [count]."""
+    if value is None:
+        return None
+    if value.shape != (count,) or not value.is_floating_point():
+        raise ValueError(f"log_weights must be floating point [{count}], got {value.dtype} {tuple(value.shape)}")
+    return value.detach().double()
 
 
 def check_count(name: str, value: int) -> None:

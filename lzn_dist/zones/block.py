@@ -4,19 +4,18 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from dataclasses import dataclass
 from functools import cached_property
 
 import torch
 from torch import Tensor
 
 from lzn_dist.zones.pairs import Pairs
-from lzn_dist.zones.partial import Cotangent, Moments, Partial
+from lzn_dist.zones.partial import Cotangent, GroupSums, Moments, Partial, Sums
 
 # Elements of one tile of scores, on a CPU and on a GPU: the only memory that grows with rows times anchors. A GPU waits
 # for launches where tiles are small (tests/benchmarks/gpu.py); 2²⁴ are 128 MB of float64 scores.
 TILE_ELEMENTS = 1 << 20
-
-
 GPU_TILE_ELEMENTS = 1 << 24
 # Up to this r² ‖a − centre‖² float32 has the digits for scores: latents change by 4e-7, the loss by 1.5e-7, gradients
 # by 1.5e-4 of themselves.
@@ -27,6 +26,34 @@ EXP_FLOOR = -60.0  # exp of it is 9e-27; times any number of anchors far under f
 def tile_elements(device: torch.device) -> int:
     """Elements of a tile on this device."""
     return GPU_TILE_ELEMENTS if device.type == "cuda" else TILE_ELEMENTS
+
+
+@dataclass
+class Rows:
+    """Points of the flow, each with its reference anchor.
+
+    e [b, d]. own [b, d]: the references, centred. index: int64 [b], their numbers. log_weights: float64 [b], theirs
+    (finite); None where anchors have equal ones. groups: int64 [b], the group of anchors whose weight is asked for;
+    None: the reference's alone. inside: bool [b], whether the reference is of that group.
+    """
+
+    e: Tensor
+    own: Tensor
+    index: Tensor
+    log_weights: Tensor | None = None
+    groups: Tensor | None = None
+    inside: Tensor | None = None
+
+    def __len__(self) -> int:
+        return len(self.e)
+
+    def __getitem__(self, at: slice | Tensor) -> Rows:
+        more = (None if value is None else value[at] for value in (self.log_weights, self.groups, self.inside))
+        return Rows(self.e[at], self.own[at], self.index[at], *more)
+
+    def at(self, e: Tensor) -> Rows:
+        """The same rows elsewhere."""
+        return Rows(e, self.own, self.index, self.log_weights, self.groups, self.inside)
 
 
 class AnchorGradient:
@@ -41,14 +68,15 @@ class AnchorGradient:
 class Block:
     """Some of the anchors, raw [m, d]: those numbered start..start+m−1. whole: there are no others.
 
-    Its methods are what these anchors add to the field of rows e [b, d] with references own [b, d] (centred), which
-    are the anchors numbered index [b], in this block or not. Nothing larger than a tile of rows × m is made.
+    log_weights [m] (−inf: absent) and groups int64 [m], or None. Its methods are what these anchors add to the field of
+    rows, whose references stand in this block or not. Nothing larger than a tile of rows × m is made.
     """
 
     def __init__(
-        self, raw: Tensor, centre: Tensor, start: int = 0, log_weights: Tensor | None = None, *, whole: bool = True
-    ) -> None:
-        self.raw, self.centre, self.start, self.whole = raw, centre, start, whole
+        self, raw: Tensor, centre: Tensor, start: int = 0, log_weights: Tensor | None = None,
+        groups: Tensor | None = None, *, whole: bool = True,
+    ) -> None:  # fmt: skip
+        self.raw, self.centre, self.start, self.whole, self.groups = raw, centre, start, whole, groups
         self.log_weights = None if log_weights is None else log_weights.double()
 
     def __len__(self) -> int:
@@ -71,6 +99,11 @@ class Block:
         """The largest ‖a_j − centre‖²."""
         return 2.0 * float(self.half_norms.max()) if len(self) else 0.0
 
+    @cached_property
+    def present(self) -> Tensor | None:
+        """[m]: 1 for anchors that are there, 0 for absent ones; None where all are."""
+        return None if self.log_weights is None else (self.log_weights > -math.inf).to(self.raw.dtype)
+
     def tiles(self, rows: int) -> Iterator[slice]:
         height = max(1, tile_elements(self.raw.device) // len(self))
         return (slice(start, min(start + height, rows)) for start in range(0, rows, height))
@@ -85,126 +118,156 @@ class Block:
         column = column.clamp(0, len(self) - 1)[:, None]
         matrix.scatter_(1, column, matrix.gather(1, column).masked_fill_(inside[:, None], value))
 
-    def _scores(self, e: Tensor, own: Tensor, index: Tensor, r: float) -> tuple[Tensor, Tensor, Tensor]:
+    def _in_group(self, rows: Rows) -> Tensor:
+        """bool [b, m]: the anchors of each row's group."""
+        assert self.groups is not None and rows.groups is not None
+        return rows.groups[:, None] == self.groups
+
+    def _scores(self, rows: Rows, r: float) -> tuple[Tensor, Tensor, Tensor]:
         """Queries q [b, d], scores [b, m] with −inf at the reference, and the reference's score [b] (float64).
 
         Scores of float32 anchors are float64, unless they are so small that float32 has the digits (`FLOAT32_SCORES`).
         """
         single = self.raw.dtype == torch.float32 and r * r * self.widest <= FLOAT32_SCORES
-        own64 = own.double()
-        query = torch.add(e.double() * r, own64, alpha=r * r)
+        own64 = rows.own.double()
+        query = torch.add(rows.e.double() * r, own64, alpha=r * r)
         bias = self.half_norms * (-r * r)
         offset = (query * own64).sum(1) - (0.5 * r * r) * own64.square().sum(1)
-        if self.log_weights is not None:
+        if self.log_weights is not None and rows.log_weights is not None:
             bias = bias + self.log_weights
-            offset = offset + self.log_weights[index - self.start]
+            offset = offset + rows.log_weights
         if single:
             scores = torch.addmm(bias.float(), query.float(), self.anchors.T)
         else:
             scores = torch.addmm(bias, query, self.anchors64.T)
-        self._at_references(scores, index, -math.inf)
+        self._at_references(scores, rows.index, -math.inf)
         return query, scores, offset
 
     def _weights(self, logarithms: Tensor, index: Tensor, dtype: torch.dtype) -> Tensor:
-        """exp [b, m] in the anchors' dtype, 0 at the reference."""
+        """exp [b, m] in the anchors' dtype, 0 at the reference and at absent anchors."""
         logarithms = logarithms.to(dtype)
-        if dtype != torch.float32 or self.log_weights is not None:  # an anchor of weight 0 has none, exactly
+        if dtype != torch.float32:
             return logarithms.exp_()
         # on a CPU exp costs ten times as much where its result underflows; below this nothing is seen in a sum
         weights = logarithms.clamp_(min=EXP_FLOOR).exp_()
         self._at_references(weights, index, 0.0)
-        return weights
+        return weights if self.present is None else weights.mul_(self.present)
 
-    def part(self, e: Tensor, own: Tensor, index: Tensor, r: float, *, settle: bool) -> Partial:
+    def part(self, rows: Rows, r: float, *, settle: bool) -> Partial:
         """Two products a row. settle: also the heaviest anchor of each row."""
-        count = len(e)
-        offset, peak, top = (e.new_empty(count, dtype=torch.float64) for _ in range(3))
-        others, moment = e.new_empty(count), torch.empty_like(e)
-        column = torch.empty_like(index)
-        for rows in self.tiles(count):
-            _, scores, offset[rows] = self._scores(e[rows], own[rows], index[rows], r)
-            if settle:
-                top[rows], column[rows] = scores.max(1)
+        e, count = rows.e, len(rows)
+        found = Partial(
+            e.new_empty(count, dtype=torch.float64), e.new_empty(count, dtype=torch.float64), e.new_empty(count),
+            torch.empty_like(e),
+        )  # fmt: skip
+        column = torch.empty_like(rows.index) if settle else None
+        top = e.new_empty(count, dtype=torch.float64)
+        if rows.groups is not None:
+            assert rows.inside is not None
+            found.group = GroupSums(rows.inside, *(e.new_empty(count, dtype=torch.float64) for _ in range(3)))
+        for at in self.tiles(count):
+            tile = rows[at]
+            _, scores, found.offset[at] = self._scores(tile, r)
+            if column is not None:
+                top[at], column[at] = scores.max(1)
             else:
-                top[rows] = scores.amax(1)
+                top[at] = scores.amax(1)
             # relative to the larger of the reference's score (0 after the offset) and the others' largest
-            highest = torch.maximum(top[rows], offset[rows])
-            weights = self._weights(torch.sub(scores, highest[:, None].to(scores.dtype)), index[rows], e.dtype)
-            peak[rows], others[rows] = highest, weights.sum(1)
-            moment[rows] = torch.addmm(own[rows] * others[rows, None], weights, self.anchors, beta=-1)
-        if not settle:
-            return Partial(offset, peak, others, moment)
-        return Partial(offset, peak, others, moment, top, column + self.start, self.raw[column])
+            highest = torch.maximum(top[at], found.offset[at])
+            weights = self._weights(torch.sub(scores, highest[:, None].to(scores.dtype)), tile.index, e.dtype)
+            found.peak[at], found.others[at] = highest, weights.sum(1)
+            found.moment[at] = torch.addmm(tile.own * found.others[at, None], weights, self.anchors, beta=-1)
+            if found.group is not None:
+                member = self._in_group(tile)
+                found.group.outside[at] = weights.masked_fill(member, 0.0).sum(1)
+                scores.masked_fill_(~member, -math.inf)
+                # its own peak: a group far below the others still has its digits
+                highest = torch.maximum(scores.amax(1), found.offset[at])
+                weights = self._weights(scores.sub_(highest[:, None].to(scores.dtype)), tile.index, e.dtype)
+                found.group.peak[at], found.group.members[at] = highest, weights.mul_(member).sum(1)
+        if column is not None:
+            found.top, found.partner, found.heaviest = top, column + self.start, self.raw[column]
+            if rows.groups is not None and self.groups is not None:
+                found.partner_inside = self.groups[column] == rows.groups
+        return found
 
-    def _weigh(
-        self, e: Tensor, own: Tensor, index: Tensor, r: float, lse: Tensor, g: Tensor
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """Queries [b, d], w_j and w_j g·(a_j − a_o) [b, m]; the same digits whenever it is asked."""
-        query, scores, offset = self._scores(e, own, index, r)
-        weights = self._weights(scores.sub_((lse + offset)[:, None].to(scores.dtype)), index, e.dtype)
-        products = torch.addmm((g * own).sum(1, keepdim=True), g, self.anchors.T, beta=-1)
-        return query, weights, products.mul_(weights)
+    def _weigh(self, rows: Rows, r: float, lse: Tensor, g: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Queries [b, d]; w_j, w_j g·(a_j − a_o) and scores less the row's log-sum-exp [b, m]; the same digits whenever
+        it is asked."""
+        query, scores, offset = self._scores(rows, r)
+        logarithms = scores.sub_((lse + offset)[:, None].to(scores.dtype))
+        weights = self._weights(logarithms.clone() if rows.groups is not None else logarithms, rows.index, g.dtype)
+        products = torch.addmm((g * rows.own).sum(1, keepdim=True), g, self.anchors.T, beta=-1)
+        return query, weights, products.mul_(weights), logarithms
 
-    def moments(self, e: Tensor, own: Tensor, index: Tensor, r: float, lse: Tensor, g: Tensor) -> Moments:
+    def moments(self, rows: Rows, r: float, lse: Tensor, g: Tensor) -> Moments:
         """For `pull_back`, where anchors come in several blocks: two products a row."""
-        weight, pull = e.new_empty(len(e)), e.new_empty(len(e))
-        for rows in self.tiles(len(e)):
-            _, weights, products = self._weigh(e[rows], own[rows], index[rows], r, lse[rows], g[rows])
-            weight[rows], pull[rows] = weights.sum(1), products.sum(1)
+        weight, pull = g.new_empty(len(g)), g.new_empty(len(g))
+        for at in self.tiles(len(g)):
+            _, weights, products, _ = self._weigh(rows[at], r, lse[at], g[at])
+            weight[at], pull[at] = weights.sum(1), products.sum(1)
         return Moments(weight, pull)
 
     def pull_back(
-        self, e: Tensor, own: Tensor, index: Tensor, r: float, lse: Tensor, g: Tensor, grad_lse: Tensor | None,
+        self, rows: Rows, r: float, posterior: Sums, g: Tensor, grad_target: Tensor | None,
         shift: Tensor | None, into: AnchorGradient,
     ) -> Cotangent:  # fmt: skip
-        """Five products a row: scores again, weights from the log-sum-exps lse [b]; the anchors' part goes to `into`.
+        """Five products a row: scores again, weights from the log-sum-exps; the anchors' part goes to `into`.
 
-        g [b, d], grad_lse [b]: cotangents of Δ and lse. shift [b]: `Moments.shift` over all blocks; None: this is all.
+        g [b, d], grad_target [b]: cotangents of Δ and of `Sums.target`. shift [b]: `Moments.shift` over all blocks;
+        None: this is all.
         """
-        total, weight, spread = e.new_empty(len(e)), e.new_empty(len(e)), torch.empty_like(e)
-        for rows in self.tiles(len(e)):
-            query, weights, d_scores = self._weigh(e[rows], own[rows], index[rows], r, lse[rows], g[rows])
-            weight[rows] = weights.sum(1)
-            if shift is None:
-                moments = Moments(weight[rows], d_scores.sum(1))
-                taken = moments.shift(lse[rows], None if grad_lse is None else grad_lse[rows])
-            else:
-                taken = shift[rows]
-            # dS = w (g·(a_j − a_o) − Σ_k w_k g·(a_k − a_o) + g_lse)
+        total, weight, spread = g.new_empty(len(g)), g.new_empty(len(g)), torch.empty_like(g)
+        for at in self.tiles(len(g)):
+            tile, sums = rows[at], posterior[at]
+            query, weights, d_scores, logarithms = self._weigh(tile, r, sums.lse, g[at])
+            weight[at] = weights.sum(1)
+            of_target = None if grad_target is None else grad_target[at].to(g.dtype)
+            taken = Moments(weight[at], d_scores.sum(1)).shift(sums.lse, of_target) if shift is None else shift[at]
+            # dS = w (g·(a_j − a_o) − Σ_k w_k g·(a_k − a_o) + g_target), and in the group − g_target exp(s − lse_group)
             d_scores.addcmul_(weights, taken[:, None], value=-1)
-            total[rows] = d_scores.sum(1)
-            spread[rows] = torch.addmm(own[rows] * total[rows, None], d_scores, self.anchors, beta=-1)
-            into.anchors.addmm_(weights.T, g[rows]).addmm_(d_scores.T, query.to(e.dtype))
+            if of_target is not None and rows.groups is not None:
+                # lse − lse_group is what `target` says; a weight within the group is at most 1
+                inside = logarithms.add_(sums.target.clamp(max=1e30)[:, None].to(logarithms.dtype)).clamp_(max=0.0)
+                inside = self._weights(inside, tile.index, g.dtype).mul_(self._in_group(tile))
+                d_scores.addcmul_(inside, of_target[:, None], value=-1)
+            total[at] = d_scores.sum(1)
+            spread[at] = torch.addmm(tile.own * total[at, None], d_scores, self.anchors, beta=-1)
+            into.anchors.addmm_(weights.T, g[at]).addmm_(d_scores.T, query.to(g.dtype))
             into.radial.add_(d_scores.sum(0), alpha=r * r)
         return Cotangent(spread, total, weight)
 
-    def _roots(self, e: Tensor, own: Tensor, index: Tensor, threshold: float) -> Tensor:
+    def _roots(self, rows: Rows, threshold: float) -> Tensor:
         """r [b, m] above which each anchor's weight stays under exp(−threshold) while a row stays at e (float64).
 
-        While Δ = 0, e is constant and s_j(r) = r u_j − ½ r² ρ_j² with u_j = e·(a_j − a_o), ρ_j = ‖a_j − a_o‖: it
-        stays under −threshold for all r above the larger root. Equal weights only.
+        While Δ = 0, e is constant and s_j(r) = γ_j + r u_j − ½ r² ρ_j² with u_j = e·(a_j − a_o), ρ_j = ‖a_j − a_o‖
+        and γ_j = β_j − β_o: it stays under −threshold for all r above the larger root.
         """
-        e64, own64 = e.double(), own.double()
+        e64, own64 = rows.e.double(), rows.own.double()
         u = torch.addmm((e64 * own64).sum(1, keepdim=True), e64, self.anchors64.T, beta=-1)
         square = torch.addmm(self.half_norms, own64, self.anchors64.T, beta=2, alpha=-2)
         square = square.add_(own64.square().sum(1, keepdim=True)).clamp_(min=1e-300)
+        room: float | Tensor = threshold
+        if self.log_weights is not None and rows.log_weights is not None:
+            # light anchors: no lower than this, which lets them count for longer than they do
+            room = (self.log_weights - rows.log_weights[:, None] + threshold).clamp_(min=1.0)
         # (u + √(u² + 2ρ²T))/ρ², in the form that stays finite and certain where ρ and u round to nothing
-        root = torch.addcmul(square * (2 * threshold), u, u).sqrt_().sub_(u).reciprocal_().mul_(2 * threshold)
-        self._at_references(root, index, 0.0)
-        return root
+        root = torch.addcmul(square * (2 * room), u, u).sqrt_().sub_(u).reciprocal_().mul_(2 * room)
+        self._at_references(root, rows.index, 0.0)
+        return root if self.present is None else root.mul_(self.present)
 
-    def reach(self, e: Tensor, own: Tensor, index: Tensor, threshold: float) -> Tensor:
+    def reach(self, rows: Rows, threshold: float) -> Tensor:
         """[b] float64: from which r downwards each row, starting at e, feels another of these anchors."""
-        result = e.new_empty(len(e), dtype=torch.float64)
-        for rows in self.tiles(len(e)):
-            result[rows] = self._roots(e[rows], own[rows], index[rows], threshold).amax(1)
+        result = rows.e.new_empty(len(rows), dtype=torch.float64)
+        for at in self.tiles(len(rows)):
+            result[at] = self._roots(rows[at], threshold).amax(1)
         return result
 
-    def near(self, e: Tensor, own: Tensor, index: Tensor, threshold: float, r: float) -> Pairs:
+    def near(self, rows: Rows, threshold: float, r: float) -> Pairs:
         """The pairs that may carry weight at r; columns count from this block's start."""
-        rows_found, columns_found = [index.new_empty(0)], [index.new_empty(0)]
-        for rows in self.tiles(len(e)):
-            row, column = (self._roots(e[rows], own[rows], index[rows], threshold) > r).nonzero(as_tuple=True)
-            rows_found.append(row + rows.start)
+        rows_found, columns_found = [rows.index.new_empty(0)], [rows.index.new_empty(0)]
+        for at in self.tiles(len(rows)):
+            row, column = (self._roots(rows[at], threshold) > r).nonzero(as_tuple=True)
+            rows_found.append(row + at.start)
             columns_found.append(column)
         return Pairs(torch.cat(rows_found), torch.cat(columns_found))

@@ -18,30 +18,29 @@ s_j = q·a_j − ½ r² ‖a_j‖² + const with q = r e + r² a_o: softmax atte
 Log-sum-exps are float64 whatever the dtype, and so are scores (they are differences of numbers of size ‖q‖‖a‖), unless
 r² ‖a‖² ≤ 100, where float32 has the digits; weights and all other products are in the anchors' dtype. Float32 scores
 everywhere would change the loss by 10⁻² instead of 10⁻⁶. Bounds of float32 anchors against float64, over adversarial
-ones (tests/zones/test_float32.py): latents and loss 2·10⁻⁶, gradients 5·10⁻³ of their norm, all of it where anchors are
-nearly equal (10⁻⁴ elsewhere).
+ones (tests/zones/test_float32.py): latents 2·10⁻⁶, the loss 4·10⁻⁶, gradients 5·10⁻³ of their norm, all
+of it where anchors are nearly equal (10⁻⁴ elsewhere).
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Protocol, TypeVar
 
 import torch
 from torch import Tensor
 
-from lzn_dist.zones.block import AnchorGradient, Block, tile_elements
+from lzn_dist.zones.block import AnchorGradient, Block, Rows, tile_elements
 from lzn_dist.zones.pairs import PairScores
-from lzn_dist.zones.partial import Cotangent, Moments, Partial, Posterior
+from lzn_dist.zones.partial import Cotangent, Moments, Partial, Posterior, Sums
 
 
 class Field(Protocol):
     """The field as a trajectory sees it. Anchors are numbered 0..count−1; this process holds `held` from `start` on.
 
-    e, own, references, grad_delta: [b, d]; own = references − centre; index: int64 [b], the references' numbers;
-    lse, grad_lse: float64 [b]. Where anchors are spread over processes, every method but the last properties is
-    collective: all processes call it together, some with no rows, and `wanted` tells them when.
+    Where anchors are spread over processes, every method but the last two is collective: all processes call it
+    together, some with no rows, and `wanted` tells them when.
     """
 
     count: int
@@ -49,29 +48,30 @@ class Field(Protocol):
     held: int
     centre: Tensor
     weighted: bool  # log-weights are not equal
+    grouped: bool  # anchors have groups
 
     def wanted(self, here: list[bool]) -> list[bool]:
         """Which of these are wanted by any process."""
 
-    def posterior(self, e: Tensor, own: Tensor, index: Tensor, r: float, *, settle: bool = False) -> Posterior:
-        """The field at e; settle: with `settled`, `partner` and `heaviest`."""
+    def posterior(self, rows: Rows, r: float, *, settle: bool = False) -> Posterior:
+        """The field at rows.e; settle: with `settled`, `partner` and `heaviest`."""
 
     def vjp(
-        self, e: Tensor, own: Tensor, index: Tensor, r: float, lse: Tensor,
-        grad_delta: Tensor, grad_lse: Tensor | None, into: AnchorGradient,
-    ) -> tuple[Tensor, Tensor]:  # fmt: skip
-        """Cotangents of e and of the references for those of delta and lse; the anchors' are added to `into`."""
+        self, rows: Rows, r: float, sums: Sums, grad_delta: Tensor, grad_target: Tensor | None, into: AnchorGradient
+    ) -> tuple[Tensor, Tensor]:
+        """Cotangents of e and of the references [b, d] for those of delta [b, d] and `Sums.target` [b]; the anchors'
+        are added to `into`."""
 
-    def reach(self, e: Tensor, own: Tensor, index: Tensor) -> Tensor:
+    def reach(self, rows: Rows) -> Tensor:
         """[b] float64: from which r downwards each row, starting at e, feels another anchor than its own."""
 
-    def near_posterior(self, e: Tensor, references: Tensor, index: Tensor, r: float) -> Posterior:
-        """As `posterior`, of rows that have not moved yet, at an r where products have no accurate digits."""
+    def near_posterior(self, rows: Rows, references: Tensor, r: float) -> Posterior:
+        """As `posterior`, of rows that have not moved yet, at an r where products have no accurate digits.
+        references [b, d]: not centred."""
 
     def near_vjp(
-        self, e: Tensor, references: Tensor, index: Tensor, r: float, lse: Tensor, grad_delta: Tensor,
-        into: AnchorGradient,
-    ) -> tuple[Tensor, Tensor]:  # fmt: skip
+        self, rows: Rows, references: Tensor, r: float, sums: Sums, grad_delta: Tensor, into: AnchorGradient
+    ) -> tuple[Tensor, Tensor]:
         """As `vjp`, for `near_posterior`."""
 
     def gradient(self) -> AnchorGradient:
@@ -84,27 +84,33 @@ class Field(Protocol):
         """Apply what `vjp` deferred; once, after everything else. Not collective."""
 
 
-FieldFactory = Callable[[Tensor, Tensor | None], Field]
+class FieldFactory(Protocol):
+    """Makes the field of anchors [n, d], with log-weights [n] or None for equal ones, and groups int64 [n] or None."""
+
+    def __call__(self, anchors: Tensor, log_weights: Tensor | None, groups: Tensor | None, /) -> Field: ...
+
+
 Part = TypeVar("Part", Partial, Moments, Cotangent)
 
 
 class AnchorField:
-    """The field of one set of anchors [n, d] (float32 or float64), log_weights [n] or None for equal weights.
+    """The field of one set of anchors [n, d] (float32 or float64), with log_weights [n] (−inf: absent; None: equal)
+    and groups int64 [n] or None.
 
     Here they are one block, on this process. A subclass may let them come in several: it gives this process' block,
     the centre, the start and the count of all, and overrides `blocks`, `gradient_blocks` and `wanted`.
     """
 
     def __init__(
-        self, anchors: Tensor, log_weights: Tensor | None = None, *,
+        self, anchors: Tensor, log_weights: Tensor | None = None, groups: Tensor | None = None, *,
         centre: Tensor | None = None, start: int = 0, count: int | None = None,
     ) -> None:  # fmt: skip
         self.start, self.held = start, len(anchors)
         self.count = self.held if count is None else count
-        self.weighted = log_weights is not None
+        self.weighted, self.grouped = log_weights is not None, groups is not None
         # the field is invariant to a common shift; without it, clustered anchors would lose digits to their mean
         self.centre = anchors.mean(0) if centre is None else centre
-        self.block = Block(anchors, self.centre, start, log_weights, whole=count is None)
+        self.block = Block(anchors, self.centre, start, log_weights, groups, whole=count is None)
         # Weights below exp(-threshold) are dropped; the slack over the rounding unit covers their amplification.
         self.threshold = (46.0 if anchors.dtype == torch.float64 else 25.0) + math.log(max(self.count, 1))
 
@@ -119,60 +125,58 @@ class AnchorField:
         """As `blocks`, each with where its gradient is to be added; what all processes add ends in their `into`."""
         yield self.block, into
 
-    def posterior(self, e: Tensor, own: Tensor, index: Tensor, r: float, *, settle: bool = False) -> Posterior:
-        """The field at e [b, d] relative to own [b, d] (centred), which is anchor index [b]. Two products a row."""
-        parts = (block.part(e, own, index, r, settle=settle) for block in self.blocks() if len(block))
+    def posterior(self, rows: Rows, r: float, *, settle: bool = False) -> Posterior:
+        """Two products a row."""
+        parts = (block.part(rows, r, settle=settle) for block in self.blocks() if len(block))
         return _merged(parts).conclude(self.threshold)
 
     def vjp(
-        self, e: Tensor, own: Tensor, index: Tensor, r: float, lse: Tensor,
-        grad_delta: Tensor, grad_lse: Tensor | None, into: AnchorGradient,
-    ) -> tuple[Tensor, Tensor]:  # fmt: skip
-        """Cotangents of e and own [b, d] for those of delta [b, d] and lse [b]; the anchors' are added to `into`.
-
-        One block: five products a row. Several: two more, as dS needs a sum over all anchors before the first one's.
-        """
+        self, rows: Rows, r: float, sums: Sums, grad_delta: Tensor, grad_target: Tensor | None, into: AnchorGradient
+    ) -> tuple[Tensor, Tensor]:
+        """One block: five products a row. Several: two more, as dS needs a sum over all anchors first."""
         shift = None
         if not self.block.whole:
-            moments = (block.moments(e, own, index, r, lse, grad_delta) for block in self.blocks() if len(block))
-            shift = _merged(moments).shift(lse, grad_lse)
+            moments = (block.moments(rows, r, sums.lse, grad_delta) for block in self.blocks() if len(block))
+            shift = _merged(moments).shift(sums.lse, grad_target)
         parts = (
-            block.pull_back(e, own, index, r, lse, grad_delta, grad_lse, shift, gradient)
+            block.pull_back(rows, r, sums, grad_delta, grad_target, shift, gradient)
             for block, gradient in self.gradient_blocks(into)
             if len(block)
         )
-        return _merged(parts).conclude(e, grad_delta, r)
+        return _merged(parts).conclude(rows.e, grad_delta, r)
 
-    def reach(self, e: Tensor, own: Tensor, index: Tensor) -> Tensor:
-        farthest = e.new_zeros(len(e), dtype=torch.float64)
+    def reach(self, rows: Rows) -> Tensor:
+        farthest = rows.e.new_zeros(len(rows), dtype=torch.float64)
         for block in self.blocks():
             if len(block):
-                farthest = torch.maximum(farthest, block.reach(e, own, index, self.threshold))
+                farthest = torch.maximum(farthest, block.reach(rows, self.threshold))
         return farthest
 
-    def _near(self, block: Block, e: Tensor, references: Tensor, index: Tensor, r: float) -> PairScores:
+    def _near(self, block: Block, rows: Rows, references: Tensor, r: float) -> PairScores:
         # cancellation blurs the roots of tiny distances; a factor two covers it and the pairs are exact anyway
-        pairs = block.near(e, references - self.centre, index, self.threshold, 0.5 * r)
-        return PairScores(block.raw, e, references, pairs, r, tile_elements(e.device))
+        pairs = block.near(rows, self.threshold, 0.5 * r)
+        ratios = None
+        if block.log_weights is not None and rows.log_weights is not None:
+            ratios = block.log_weights[pairs.columns] - rows.log_weights[pairs.rows]
+        return PairScores(block.raw, rows.e, references, pairs, r, tile_elements(rows.e.device), ratios)
 
-    def near_posterior(self, e: Tensor, references: Tensor, index: Tensor, r: float) -> Posterior:
-        parts = (self._near(block, e, references, index, r).part() for block in self.blocks() if len(block))
+    def near_posterior(self, rows: Rows, references: Tensor, r: float) -> Posterior:
+        parts = (self._near(block, rows, references, r).part() for block in self.blocks() if len(block))
         found = _merged(parts).conclude(self.threshold)
-        return Posterior(found.delta.to(e.dtype), found.lse)
+        return Posterior(found.delta.to(rows.e.dtype), found.sums)
 
     def near_vjp(
-        self, e: Tensor, references: Tensor, index: Tensor, r: float, lse: Tensor, grad_delta: Tensor,
-        into: AnchorGradient,
-    ) -> tuple[Tensor, Tensor]:  # fmt: skip
-        g = grad_delta.double()
-        moments = (self._near(block, e, references, index, r).moments(lse, g) for block in self.blocks() if len(block))
+        self, rows: Rows, references: Tensor, r: float, sums: Sums, grad_delta: Tensor, into: AnchorGradient
+    ) -> tuple[Tensor, Tensor]:
+        g, lse = grad_delta.double(), sums.lse
+        moments = (self._near(block, rows, references, r).moments(lse, g) for block in self.blocks() if len(block))
         shift = _merged(moments).shift(lse, None)
         parts = (
-            self._near(block, e, references, index, r).pull_back(lse, g, shift, gradient.anchors)
+            self._near(block, rows, references, r).pull_back(lse, g, shift, gradient.anchors)
             for block, gradient in self.gradient_blocks(into)
             if len(block)
         )
-        return _merged(parts).conclude(e, grad_delta, r)
+        return _merged(parts).conclude(rows.e, grad_delta, r)
 
     def gradient(self) -> AnchorGradient:
         return AnchorGradient(self.block.raw)

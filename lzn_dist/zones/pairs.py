@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from lzn_dist.zones.partial import Cotangent, Moments, Partial, Posterior
+from lzn_dist.zones.partial import Cotangent, Moments, Partial, Posterior, Sums
 
 
 @dataclass
@@ -26,17 +26,20 @@ class Pairs:
 class PairScores:
     """Scores of pairs of rows (e [b, d], references [b, d]) and anchors [m, d] at r, a chunk of whole rows at a time.
 
-    limit: elements of a chunk's differences, about.
+    limit: elements of a chunk's differences, about. log_ratios [p] float64: log-weights of the pairs' anchors less
+    their references'.
     """
 
     def __init__(
-        self, anchors: Tensor, e: Tensor, references: Tensor, pairs: Pairs, r: float, limit: int
+        self, anchors: Tensor, e: Tensor, references: Tensor, pairs: Pairs, r: float, limit: int,
+        log_ratios: Tensor | None = None,
     ) -> None:  # fmt: skip
         self.anchors, self.e, self.references, self.pairs, self.r = anchors, e, references, pairs, r
+        self.log_ratios = log_ratios
         self.limit = max(1, limit // e.shape[1])
 
-    def chunks(self) -> Iterator[tuple[slice, Pairs]]:
-        """Rows, and their pairs with rows renumbered from the slice's start."""
+    def chunks(self) -> Iterator[tuple[slice, Pairs, Tensor | None]]:
+        """Rows, their pairs with rows renumbered from the slice's start, and the pairs' log_ratios."""
         pairs = self.pairs
         if not len(pairs.rows):
             return
@@ -46,37 +49,41 @@ class PairScores:
         for row in range(count):
             if row + 1 == count or ends[row + 1] - first > self.limit:
                 chunk = slice(first, ends[row])
-                yield slice(start, row + 1), Pairs(pairs.rows[chunk] - start, pairs.columns[chunk])
+                taken = Pairs(pairs.rows[chunk] - start, pairs.columns[chunk])
+                yield slice(start, row + 1), taken, None if self.log_ratios is None else self.log_ratios[chunk]
                 start, first = row + 1, ends[row]
 
-    def differences(self, rows: slice, chunk: Pairs) -> tuple[Tensor, Tensor]:
+    def differences(self, rows: slice, chunk: Pairs, ratios: Tensor | None) -> tuple[Tensor, Tensor]:
         """a_j − a_o [p, d] and s_j [p], float64."""
         difference = self.anchors[chunk.columns].double() - self.references[rows].double()[chunk.rows]
         along = (self.e[rows].double()[chunk.rows] * difference).sum(1)
-        return difference, self.r * along - 0.5 * self.r * self.r * difference.square().sum(1)
+        scores = self.r * along - 0.5 * self.r * self.r * difference.square().sum(1)
+        return difference, scores if ratios is None else scores + ratios
 
     def part(self) -> Partial:
         count, dim = self.e.shape
         zeros = self.e.new_zeros(count, dtype=torch.float64)
         result = Partial(zeros, zeros.clone(), zeros.clone(), zeros.new_zeros(count, dim))
-        for rows, chunk in self.chunks():
-            difference, scores = self.differences(rows, chunk)
+        for rows, chunk, ratios in self.chunks():
+            difference, scores = self.differences(rows, chunk, ratios)
             peak = result.peak[rows].scatter_reduce_(0, chunk.rows, scores, "amax")
             weights = (scores - peak[chunk.rows]).exp()
             result.others[rows].index_add_(0, chunk.rows, weights)
             result.moment[rows].index_add_(0, chunk.rows, weights[:, None] * difference)
         return result
 
-    def _weigh(self, rows: slice, chunk: Pairs, lse: Tensor, g: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def _weigh(
+        self, rows: slice, chunk: Pairs, ratios: Tensor | None, lse: Tensor, g: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
         """a_j − a_o, w_j and w_j g·(a_j − a_o)."""
-        difference, scores = self.differences(rows, chunk)
+        difference, scores = self.differences(rows, chunk, ratios)
         weights = (scores - lse[rows][chunk.rows]).exp()
         return difference, weights, (g[rows].double()[chunk.rows] * difference).sum(1) * weights
 
     def moments(self, lse: Tensor, g: Tensor) -> Moments:
         weight, pull = torch.zeros_like(lse), torch.zeros_like(lse)
-        for rows, chunk in self.chunks():
-            _, weights, products = self._weigh(rows, chunk, lse, g)
+        for rows, chunk, ratios in self.chunks():
+            _, weights, products = self._weigh(rows, chunk, ratios, lse, g)
             weight[rows].index_add_(0, chunk.rows, weights)
             pull[rows].index_add_(0, chunk.rows, products)
         return Moments(weight, pull)
@@ -86,8 +93,8 @@ class PairScores:
         total, weight = torch.zeros_like(lse), torch.zeros_like(lse)
         spread = lse.new_zeros(self.e.shape)
         r = self.r
-        for rows, chunk in self.chunks():
-            difference, weights, products = self._weigh(rows, chunk, lse, g)
+        for rows, chunk, ratios in self.chunks():
+            difference, weights, products = self._weigh(rows, chunk, ratios, lse, g)
             d_scores = products - weights * shift[rows][chunk.rows]
             spread[rows].index_add_(0, chunk.rows, d_scores[:, None] * difference)
             total[rows].index_add_(0, chunk.rows, d_scores)
@@ -110,7 +117,8 @@ def partner_posterior(e: Tensor, references: Tensor, partners: Tensor, r: float)
     """The field of two anchors a row: references [b, d] and partners [b, d]."""
     difference, score = _partner_score(e, references, partners, r)
     delta = score.sigmoid()[:, None] * difference
-    return Posterior(delta.to(e.dtype), torch.logaddexp(score, torch.zeros_like(score)))
+    lse = torch.logaddexp(score, torch.zeros_like(score))
+    return Posterior(delta.to(e.dtype), Sums(lse, lse))
 
 
 def partner_vjp(

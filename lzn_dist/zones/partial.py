@@ -14,14 +14,47 @@ from torch import Tensor
 
 
 @dataclass
+class Sums:
+    """Of each row, float64 [b]. lse: log Σ_j exp(s_j), that is −log w_o. target: −log of the weight of the row's group
+    of anchors; lse itself where that is the reference alone."""
+
+    lse: Tensor
+    target: Tensor
+
+    def __getitem__(self, at: slice | Tensor | int) -> Sums:
+        lse = self.lse[at]
+        return Sums(lse, lse if self.target is self.lse else self.target[at])
+
+
+@dataclass
 class Posterior:
-    """The field at one r. delta [b, d]: A − a_o. lse [b], float64: log Σ_j exp(s_j), that is −log w_o."""
+    """The field at one r. delta [b, d]: A − a_o."""
 
     delta: Tensor
-    lse: Tensor
+    sums: Sums
     settled: Tensor | None = None  # bool [b]: one anchor holds all weight, now and at every larger r
     partner: Tensor | None = None  # int64 [b]: the heaviest anchor besides the reference
     heaviest: Tensor | None = None  # [b, d]: that anchor
+
+
+@dataclass
+class GroupSums:
+    """Of a row's group, float64 [b]. inside: bool [b], whether the reference is of it. peak: the largest score of it
+    and the reference. members: Σ_j exp(s_j − peak) over it without the reference. outside: Σ_j exp(s_j − the
+    `Partial`'s peak) over all others without it."""
+
+    inside: Tensor
+    peak: Tensor
+    members: Tensor
+    outside: Tensor
+
+    def target(self, excess: Tensor, offset: Tensor) -> Tensor:
+        """−log of the group's weight: log(1 + outside / inside), which keeps its digits at both ends."""
+        one = torch.zeros_like(excess)  # the reference's weight relative to itself, as a logarithm
+        none = torch.full_like(excess, -math.inf)
+        group = torch.logaddexp(self.peak - offset + self.members.log(), torch.where(self.inside, one, none))
+        others = torch.logaddexp(excess + self.outside.log(), torch.where(self.inside, none, one))
+        return torch.logaddexp(others - group, one)
 
 
 @dataclass
@@ -30,7 +63,8 @@ class Partial:
 
     offset [b] float64: the reference's score. peak [b] float64: the largest score, the reference's included.
     others [b]: Σ_j exp(s_j − peak). moment [b, d]: Σ_j exp(s_j − peak) (a_j − a_o).
-    top [b], partner [b], heaviest [b, d]: the largest score besides the reference's, its anchor's number and value.
+    top [b], partner [b], heaviest [b, d]: the largest score besides the reference's, its anchor's number and value;
+    partner_inside, bool [b]: whether that one is of the row's group.
     """
 
     offset: Tensor
@@ -40,6 +74,8 @@ class Partial:
     top: Tensor | None = None
     partner: Tensor | None = None
     heaviest: Tensor | None = None
+    group: GroupSums | None = None
+    partner_inside: Tensor | None = None
 
     def merge(self, more: Partial) -> Partial:
         peak = torch.maximum(self.peak, more.peak)
@@ -57,6 +93,17 @@ class Partial:
                 merged.partner = torch.where(heavier, more.partner, self.partner)
             if self.heaviest is not None and more.heaviest is not None:
                 merged.heaviest = torch.where(heavier[:, None], more.heaviest, self.heaviest)
+            if self.partner_inside is not None and more.partner_inside is not None:
+                merged.partner_inside = torch.where(heavier, more.partner_inside, self.partner_inside)
+        if self.group is not None and more.group is not None:
+            highest = torch.maximum(self.group.peak, more.group.peak)
+            merged.group = GroupSums(
+                self.group.inside,
+                highest,
+                self.group.members * (self.group.peak - highest).exp()
+                + more.group.members * (more.group.peak - highest).exp(),
+                self.group.outside * ours + more.group.outside * theirs,
+            )
         return merged
 
     def conclude(self, threshold: float) -> Posterior:
@@ -70,8 +117,13 @@ class Partial:
             on_reference = (excess == 0) & (self.others <= math.exp(-threshold))
             unit = torch.finfo(self.moment.dtype).eps
             on_partner = (self.others <= 1 + unit) & ((-excess).exp() <= unit)
+            if self.partner_inside is not None and self.group is not None:
+                # else the group's weight is still to be told
+                on_partner, on_reference = on_partner & self.partner_inside, on_reference & self.group.inside
             settled = on_reference | on_partner
-        return Posterior(delta, excess + log_total, settled, self.partner, self.heaviest)
+        lse = excess + log_total
+        target = lse if self.group is None else self.group.target(excess, self.offset)
+        return Posterior(delta, Sums(lse, target), settled, self.partner, self.heaviest)
 
 
 @dataclass

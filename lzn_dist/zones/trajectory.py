@@ -18,9 +18,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lzn_dist.zones.block import Rows
 from lzn_dist.zones.field import Field
 from lzn_dist.zones.pairs import partner_posterior, partner_vjp
-from lzn_dist.zones.partial import Posterior
+from lzn_dist.zones.partial import Posterior, Sums
 from lzn_dist.zones.schedules import Schedule
 
 # With fewer anchors than this, looking for settled rows costs more than it saves.
@@ -41,81 +42,94 @@ def full_precision(device: torch.device) -> Iterator[None]:
         torch.backends.cuda.matmul.allow_tf32 = allowed
 
 
+def to_host(values: Tensor) -> Tensor:
+    """The values on the CPU: the one place where a trajectory waits for its device, once forward and once backward."""
+    return values.cpu()
+
+
+def _lists(masks: Tensor, device: torch.device) -> list[Tensor]:
+    """masks: bool [lists, b], on the CPU. The true places of each, int64 on the device, in one transfer."""
+    places = masks.flatten().nonzero().squeeze(1) % max(1, masks.shape[1])
+    if device.type == "cuda":
+        places = places.pin_memory().to(device, non_blocking=True)
+    return list(places.split(masks.sum(1).tolist()))
+
+
 @dataclass
 class _Walk:
     """How the rows of one trajectory meet the field, step by step: the same forward, recomputed and backward.
 
     Row i meets all anchors at steps first[i] ≤ k < last[i]. Before that it feels none, or at step 0 the few that are
-    as near as rounding; after it, its partner alone.
+    as near as rounding; after it, its partner alone. Who does what is decided on the CPU and sent as lists of rows.
     """
 
     field: Field
     schedule: Schedule
     references: Tensor  # [b, d]
-    index: Tensor  # int64 [b]
-    own: Tensor  # [b, d]: references, centred
+    rows: Rows  # as they start
     first: Tensor  # int64 [b], cpu
     last: Tensor  # int64 [b], cpu
     near: Tensor  # int64: the rows with near anchors
     partner: Tensor  # int64 [b]: number of the partner, −1 while there is none
     partners: Tensor | None = None  # [b, d]: their values, from when a row has one
+    met: list[Tensor] = dataclass_field(default_factory=list)  # [steps]: the rows that meet all anchors
+    left: list[Tensor] = dataclass_field(default_factory=list)  # [steps]: those that follow their partner
     dense: list[bool] = dataclass_field(default_factory=list)  # [steps]: some process' rows meet all anchors
     any_near: bool = False
 
     @staticmethod
-    def start(
-        field: Field, schedule: Schedule, e: Tensor, references: Tensor, index: Tensor, from_anchors: bool
-    ) -> _Walk:
-        count, steps = len(e), len(schedule.r)
-        own = references - field.centre
+    def start(field: Field, schedule: Schedule, rows: Rows, references: Tensor, from_anchors: bool) -> _Walk:
+        count, steps, device = len(rows), len(schedule.r), rows.e.device
         first, last = torch.zeros(count, dtype=torch.int64), torch.full((count,), steps)
-        walk = _Walk(field, schedule, references, index, own, first, last, index[:0], torch.full_like(index, -1))
+        near = torch.zeros(1, count, dtype=torch.bool)
         if from_anchors:
-            active = field.reach(e, own, index)
+            active = to_host(field.reach(rows))
             r = torch.tensor(schedule.r, dtype=torch.float64)
             # The first step is always taken in pairs: at r = 10⁴ products would have no accurate digits.
-            walk.first = torch.searchsorted(-r, -active.cpu()).clamp_(min=1)
-            walk.near = _rows(active > 0.5 * schedule.r[0])
-        *walk.dense, walk.any_near = field.wanted([*walk.meetings(last), bool(len(walk.near))])
+            first = torch.searchsorted(-r, -active).clamp_(min=1)
+            near = (active > 0.5 * schedule.r[0])[None]
+        walk = _Walk(field, schedule, references, rows, first, last, rows.index[:0], torch.full_like(rows.index, -1))
+        masks = walk.meetings(last)
+        walk.met, (walk.near,) = _lists(masks, device), _lists(near, device)
+        walk.left = [walk.near[:0]] * steps
+        *walk.dense, walk.any_near = field.wanted([*masks.any(1).tolist(), bool(len(walk.near))])
         return walk
 
-    def meetings(self, until: Tensor) -> list[bool]:
-        """[steps]: whether rows of this process meet all anchors, of those with k < until [b]."""
+    def meetings(self, until: Tensor) -> Tensor:
+        """bool [steps, b]: the rows that meet all anchors, of those with k < until [b]."""
         k = torch.arange(len(self.schedule.r))[:, None]
-        return ((self.first <= k) & (k < torch.minimum(self.last, until))).any(1).tolist()
+        return (self.first <= k) & (k < torch.minimum(self.last, until))
 
-    def meeting(self, k: int, until: Tensor | None = None) -> Tensor:
-        """int64: the rows that meet all anchors at step k, of those with k < until."""
-        mask = (self.first <= k) & (k < self.last)
-        return _rows(mask if until is None else mask & (k < until)).to(self.own.device)
+    def followings(self, until: Tensor) -> Tensor:
+        """bool [steps, b]: the rows that follow their partner alone, of those with k < until [b]."""
+        k = torch.arange(len(self.schedule.r))[:, None]
+        return (self.last <= k) & (k < until)
 
-    def settled(self, k: int, until: Tensor | None = None) -> Tensor:
-        """int64: the rows that follow their partner alone at step k."""
-        mask = self.last <= k
-        return _rows(mask if until is None else mask & (k < until)).to(self.own.device)
-
-    def evaluate(self, k: int, e: Tensor, *, settle: bool = False) -> tuple[Tensor, Tensor]:
-        """Δ [b, d] and lse [b] of step k. settle: also look for rows on which one anchor holds all weight."""
-        r = self.schedule.r[k]
+    def evaluate(self, k: int, e: Tensor, *, settle: bool = False) -> tuple[Tensor, Sums]:
+        """Δ [b, d] and sums [b] of step k. settle: also look for rows on which one anchor holds all weight."""
+        r, rows = self.schedule.r[k], self.rows.at(e)
         delta, lse = torch.zeros_like(e), e.new_zeros(len(e), dtype=torch.float64)
+        target = torch.zeros_like(lse) if self.field.grouped else lse
 
-        def put(rows: Tensor, part: Posterior) -> None:
-            delta.index_copy_(0, rows, part.delta)
-            lse.index_copy_(0, rows, part.lse)
+        def put(at: Tensor, part: Posterior) -> None:
+            delta.index_copy_(0, at, part.delta)
+            lse.index_copy_(0, at, part.sums.lse)
+            if target is not lse and part.sums.target is not part.sums.lse:
+                target.index_copy_(0, at, part.sums.target)
 
-        left = self.settled(k)
+        left = self.left[k]
         if k == 0 and self.any_near:
-            rows = self.near
-            put(rows, self.field.near_posterior(e[rows], self.references[rows], self.index[rows], r))
+            put(self.near, self.field.near_posterior(rows[self.near], self.references[self.near], r))
         if self.dense[k]:
-            rows = self.meeting(k)
-            part = self.field.posterior(e[rows], self.own[rows], self.index[rows], r, settle=settle)
-            put(rows, part)
+            at = self.met[k]
+            part = self.field.posterior(rows[at], r, settle=settle)
+            put(at, part)
             if settle:
-                self._settle(k, rows, part)
+                self._settle(k, at, part)
         if len(left) and self.partners is not None:
+            # where there are groups, a partner is one of the row's: its weight is all, and `target` stays 0
             put(left, partner_posterior(e[left], self.references[left], self.partners[left], r))
-        return delta, lse
+        return delta, Sums(lse, target)
 
     def _settle(self, k: int, rows: Tensor, part: Posterior) -> None:
         """Let settled rows follow their partner from step k + 1 on, and agree anew on who meets all anchors."""
@@ -128,7 +142,10 @@ class _Walk:
             self.last[at.cpu()] = k + 1
             self.partner[at] = part.partner[done]
             self.partners[at] = part.heaviest[done]
-        self.dense[k + 1 :] = self.field.wanted(self.meetings(self.last)[k + 1 :])
+        masks = self.meetings(self.last)
+        self.met[k + 1 :] = _lists(masks, rows.device)[k + 1 :]
+        self.left[k + 1 :] = _lists(self.followings(torch.full_like(self.last, len(masks))), rows.device)[k + 1 :]
+        self.dense[k + 1 :] = self.field.wanted(masks.any(1).tolist()[k + 1 :])
 
     def advance(self, k: int, e: Tensor, deltas: list[Tensor]) -> Tensor:
         """The state after step k; deltas: …, Δ_{k−1}, Δ_k."""
@@ -142,58 +159,57 @@ class _Pullback:
     """The backward of a walk, from the last step to the first; gradients of what all steps share are added up here."""
 
     def __init__(
-        self, walk: _Walk, grad_e: Tensor, grad_last: Tensor, grad_lse: Tensor, lse: Tensor, from_anchors: bool
+        self, walk: _Walk, grad_e: Tensor, grad_last: Tensor, grad_target: Tensor, target: Tensor, from_anchors: bool
     ) -> None:
-        self.walk, self.grad_last, self.grad_lse = walk, grad_last, None if from_anchors else grad_lse
-        steps = len(walk.schedule.r)
+        self.walk, self.grad_last, self.grad_target = walk, grad_last, None if from_anchors else grad_target
+        steps, device = len(walk.schedule.r), grad_e.device
         # The loss keeps one step a row: before the last step with a cotangent there is nothing to carry back.
         live = (grad_e != 0).any(1) | (grad_last != 0).any(1)
-        # Its cotangent goes through weights that sum to 1 − w_o ≤ lse: where these are nothing, so is what it carries.
-        felt = (grad_lse != 0) & (lse > DEAD * torch.finfo(grad_e.dtype).eps)
-        counted = torch.arange(1, steps + 1, device=live.device)[:, None] * felt
-        self.until = torch.where(live, steps, counted.amax(0)).cpu()
-        reached = (torch.arange(steps)[:, None] < self.until).any(1).tolist()
-        self.followers = _rows(walk.last < steps).to(grad_e.device)
-        agreed = walk.field.wanted([*walk.meetings(self.until), *reached, bool(len(self.followers))])
+        # Its cotangent goes through weights that sum to no more than `target`: where these are nothing, so is what it
+        # carries.
+        felt = (grad_target != 0) & (target > DEAD * torch.finfo(grad_e.dtype).eps)
+        counted = torch.arange(1, steps + 1, device=device)[:, None] * felt
+        until = to_host(torch.where(live, steps, counted.amax(0)))
+        reached = (torch.arange(steps)[:, None] < until).any(1).tolist()
+        masks = walk.meetings(until)
+        self.met, self.left = _lists(masks, device), _lists(walk.followings(until), device)
+        (self.followers,) = _lists((walk.last < steps)[None], device)
+        agreed = walk.field.wanted([*masks.any(1).tolist(), *reached, bool(len(self.followers))])
         self.dense, self.horizon, self.any_followers = agreed[:steps], sum(agreed[steps:-1]), agreed[-1]
         self.into = walk.field.gradient()
         self.references = torch.zeros_like(grad_e)
         self.partners = torch.zeros_like(grad_e if len(self.followers) else grad_e[:0])
         self.after = [grad_e]  # cotangents of e_{k+1}, e_{k+2}, e_{k+3}
 
-    def step(self, k: int, e: Tensor, lse: Tensor) -> None:
-        """Take step k back, from state e [b, d] with the log-sum-exps lse [b] of its field."""
+    def step(self, k: int, e: Tensor, sums: Sums) -> None:
+        """Take step k back, from state e [b, d] with the sums [b] of its field."""
         walk, coefficients = self.walk, self.walk.schedule.coefficients
-        r = walk.schedule.r[k]
+        r, rows = walk.schedule.r[k], walk.rows.at(e)
         grad_delta = torch.zeros_like(e) if k < len(coefficients) - 1 else self.grad_last.clone()
         for j, later in enumerate(self.after):
             if k + j < len(coefficients) and j < len(coefficients[k + j]):
                 grad_delta.add_(later, alpha=coefficients[k + j][j])
         current = self.after[0].clone()
         self.after = [current, *self.after[:2]]
-        grad_lse = None if self.grad_lse is None else self.grad_lse[k]
+        grad_target = None if self.grad_target is None else self.grad_target[k]
 
-        def put(rows: Tensor, grad_e: Tensor, grad_references: Tensor) -> None:
-            current.index_add_(0, rows, grad_e)
-            self.references.index_add_(0, rows, grad_references)
+        def put(at: Tensor, grad_e: Tensor, grad_references: Tensor) -> None:
+            current.index_add_(0, at, grad_e)
+            self.references.index_add_(0, at, grad_references)
 
         if self.dense[k]:
-            rows = walk.meeting(k, self.until)
-            of_lse = None if grad_lse is None else grad_lse[rows]
-            put(rows, *walk.field.vjp(
-                e[rows], walk.own[rows], walk.index[rows], r, lse[rows], grad_delta[rows], of_lse, self.into
-            ))  # fmt: skip
+            at = self.met[k]
+            of_target = None if grad_target is None else grad_target[at]
+            put(at, *walk.field.vjp(rows[at], r, sums[at], grad_delta[at], of_target, self.into))
         if k == 0 and walk.any_near:
-            rows = walk.near
-            put(rows, *walk.field.near_vjp(
-                e[rows], walk.references[rows], walk.index[rows], r, lse[rows], grad_delta[rows], self.into
-            ))  # fmt: skip
-        rows = walk.settled(k, self.until)
-        if len(rows) and walk.partners is not None:
-            of_lse = None if grad_lse is None else grad_lse[rows]
-            found = partner_vjp(e[rows], walk.references[rows], walk.partners[rows], r, grad_delta[rows], of_lse)
-            put(rows, *found[:2])
-            self.partners.index_add_(0, rows, found[2])
+            at = walk.near
+            put(at, *walk.field.near_vjp(rows[at], walk.references[at], r, sums[at], grad_delta[at], self.into))
+        at = self.left[k]
+        if len(at) and walk.partners is not None:
+            of_target = None if grad_target is None or walk.field.grouped else grad_target[at]
+            found = partner_vjp(e[at], walk.references[at], walk.partners[at], r, grad_delta[at], of_target)
+            put(at, *found[:2])
+            self.partners.index_add_(0, at, found[2])
 
     def finish(self) -> None:
         if self.horizon and self.any_followers:
@@ -203,7 +219,7 @@ class _Pullback:
 
 
 class _Trajectory(torch.autograd.Function):
-    """(e₀ [b, d], references [b, d], anchors [m, d]) → (last e [b, d], last Δ [b, d], lse [steps, b] float64).
+    """(e₀ [b, d], references [b, d], anchors [m, d]) → (last e [b, d], last Δ [b, d], target [steps, b] float64).
 
     anchors: those that this process holds, of which the field was made. Kept: every store_every-th state, with the
     earlier Δ that the solver's next updates take up; the others are computed again in the backward.
@@ -211,40 +227,45 @@ class _Trajectory(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, e: Tensor, references: Tensor, anchors: Tensor,
-        index: Tensor, field: Field, schedule: Schedule, from_anchors: bool, store_every: int,
+        ctx: Any, e: Tensor, references: Tensor, anchors: Tensor, index: Tensor, log_weights: Tensor | None,
+        groups: Tensor | None, inside: Tensor | None, field: Field, schedule: Schedule, from_anchors: bool,
+        store_every: int,
     ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
         with full_precision(e.device):
-            walk = _Walk.start(field, schedule, e, references.detach(), index, from_anchors)
-            settle = not from_anchors and not field.weighted and field.count >= SETTLE_ANCHORS
+            rows = Rows(e, references.detach() - field.centre, index, log_weights, groups, inside)
+            walk = _Walk.start(field, schedule, rows, references.detach(), from_anchors)
+            # looking for settled rows waits for the device, and lists of them are for a CPU
+            settle = not (from_anchors or field.weighted) and field.count >= SETTLE_ANCHORS and e.device.type == "cpu"
             kept: list[Tensor] = []
-            sums: list[Tensor] = []
+            sums: list[Sums] = []
             deltas: deque[Tensor] = deque(maxlen=schedule.memory)
             for k in range(len(schedule.r)):
                 if k % store_every == 0 and any(ctx.needs_input_grad):
                     kept += [e, *deltas] if store_every > 1 else [e]
-                delta, lse = walk.evaluate(k, e, settle=settle and k % 2 == 1)
-                sums.append(lse)
+                delta, found = walk.evaluate(k, e, settle=settle and k % 2 == 1)
+                sums.append(found)
                 e = walk.advance(k, e, [*deltas, delta])
                 deltas.append(delta)
-            lse = torch.stack(sums)
-        ctx.save_for_backward(references, anchors, lse, *kept)
+            target = torch.stack([found.target for found in sums])
+            lse = torch.stack([found.lse for found in sums]) if field.grouped else target
+        ctx.save_for_backward(references, anchors, target, *([lse] if field.grouped else []), *kept)
         ctx.walk, ctx.from_anchors, ctx.store_every = walk, from_anchors, store_every
-        return e, delta, lse
+        return e, delta, target
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         walk: _Walk = ctx.walk
-        _, _, lse, *kept = ctx.saved_tensors
+        _, _, target, *kept = ctx.saved_tensors
+        sums = Sums(kept.pop(0) if walk.field.grouped else target, target)
         with full_precision(grads[0].device):
-            back = _Pullback(walk, grads[0], grads[1], grads[2], lse, ctx.from_anchors)
+            back = _Pullback(walk, grads[0], grads[1], grads[2], target, ctx.from_anchors)
             for start in reversed(range(0, back.horizon, ctx.store_every)):
                 states = _states(walk, start, min(start + ctx.store_every, back.horizon), kept, ctx.store_every)
                 while states:
                     k = start + len(states) - 1
-                    back.step(k, states.pop(), lse[k])
+                    back.step(k, states.pop(), sums[k])
             back.finish()
-        return back.after[0], back.references, back.into.anchors, None, None, None, None, None
+        return back.after[0], back.references, back.into.anchors, *[None] * 8
 
 
 def _states(
@@ -268,15 +289,18 @@ def _rows(mask: Tensor) -> Tensor:
 
 def integrate(
     e: Tensor, references: Tensor, anchors: Tensor, index: Tensor, field: Field, schedule: Schedule,
-    *, from_anchors: bool, store_every: int = 1,
+    *, from_anchors: bool, store_every: int = 1, log_weights: Tensor | None = None, groups: Tensor | None = None,
+    inside: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """Carry e [b, d] through a schedule; differentiable in e, references [b, d] and anchors [m, d].
 
-    anchors: those that this process holds, of which field was made. Row i's reference is the anchor numbered index[i].
-    Returns the last e [b, d], the last Δ [b, d] and lse [steps, b] (float64), where −lse is the log-weight of the
-    reference at each step. Collective where the field is.
+    anchors: those that this process holds, of which field was made. Row i's reference is the anchor numbered index[i],
+    with log-weight log_weights[i] (finite) where the field's anchors have such; groups int64 [b]: whose weight is
+    asked for (default: the reference's own), where they have groups; inside: bool [b], whether the reference is of it.
+    Returns the last e [b, d], the last Δ [b, d] and target [steps, b] (float64), minus the log-weight of the reference,
+    or of its group, at each step. Collective where the field is.
     """
     result: tuple[Tensor, Tensor, Tensor] = _Trajectory.apply(
-        e, references, anchors, index, field, schedule, from_anchors, store_every
+        e, references, anchors, index, log_weights, groups, inside, field, schedule, from_anchors, store_every
     )
     return result

@@ -31,6 +31,8 @@ class Case:
     dtype: torch.dtype = torch.float64
     store_every: int = 1
     near: bool = True
+    weights: bool = False  # log-weights, some anchors absent
+    groups: bool = False  # a few equal captions, on several ranks
     alone: bool = False  # the first rank's anchors are so far apart that its rows are one-hot almost at once
 
     def batch(self, world: int) -> Batch:
@@ -50,6 +52,14 @@ class Case:
             other[border + 2] = other[2] + near
         return batch
 
+    def extras(self, rows: slice) -> tuple[Tensor | None, Tensor | None]:
+        """A share's log-weights and groups."""
+        g = torch.Generator().manual_seed(2)
+        weights = torch.randn(self.n, generator=g, dtype=torch.float64)
+        weights[torch.randperm(self.n, generator=g)[: self.n // 6]] = -torch.inf
+        groups = torch.randint(self.n // 3, (self.n,), generator=g)
+        return weights[rows] if self.weights else None, groups[rows] if self.groups else None
+
 
 CASES = {
     "euler": Case(),
@@ -63,6 +73,11 @@ CASES = {
     "settled, cotangents everywhere": Case(n=220, steps=10, dense=True),
     "settled unaligned, cotangents everywhere": Case(n=220, spread=None, scale=2.0, steps=10, dense=True),
     "one rank alone": Case(n=220, steps=10, alone=True),
+    "weights": Case(weights=True),
+    "weights, cotangents everywhere": Case(weights=True, steps=10, dense=True, spread=None),
+    "groups": Case(groups=True),
+    "groups, settled": Case(groups=True, n=220, spread=None, scale=2.0),
+    "groups, weights, cotangents everywhere": Case(weights=True, groups=True, steps=10, dense=True, spread=None),
     "float32": Case(n=200, dim=256, spread=1.0, dtype=torch.float32, near=False),
     "float32 small": Case(n=200, dim=256, spread=1.0, scale=0.1, dtype=torch.float32, near=False),
     "float32 dpm_solver_pp": Case(n=200, dim=256, spread=1.0, solver="dpm_solver_pp", dtype=torch.float32, near=False),
@@ -106,15 +121,22 @@ def run(
         value[rows].to(case.dtype).requires_grad_() for value in (batch.anchors, batch.others, batch.noise)
     )
     options |= {"steps": case.steps}
+    weights, groups = case.extras(rows)
     positions = torch.arange(first, behind)
     with watch or nullcontext():
-        latents = compute_latents(anchors, noise, index=positions, solver=case.solver, **options)  # type: ignore[arg-type]
-        found = align(latents, others, positions, **options)
-        objective(case, latents, found.log_probs, found.endpoint, rows).backward()
+        latents = compute_latents(
+            anchors, noise, index=positions, log_weights=weights, solver=case.solver, **options  # type: ignore[arg-type]
+        )  # fmt: skip
+        found = align(latents, others, positions, log_weights=weights, groups=groups, **options)
+        absent = found.log_probs.isneginf()  # a target that is not there
+        log_probs = found.log_probs.masked_fill(absent, 0.0)
+        objective(case, latents, log_probs, found.endpoint, rows).backward()
     results = {
-        "latents": latents, "log_probs": found.log_probs.T, "endpoint": found.endpoint,
+        "latents": latents, "log_probs": log_probs.T, "endpoint": found.endpoint,
         "grad_anchors": anchors.grad, "grad_others": others.grad, "grad_noise": noise.grad,
     }  # fmt: skip
+    if case.weights and not case.groups:
+        results["absent"] = absent.T.double()
     return {name: value.detach() for name, value in results.items() if value is not None}
 
 
@@ -146,7 +168,7 @@ def refusals(rank: int) -> dict[str, str]:
     calls = {
         "targets": lambda: align(x, x, elsewhere, field=field),
         "index": lambda: compute_latents(x, x, index=here + 3 * dist.get_world_size(), field=field),
-        "log_weights": lambda: align(x, x, here, log_weights=weights, field=field),
+        "anchors must": lambda: align(x, x, here, log_weights=None if rank else weights, field=field),
         "solver": lambda: compute_latents(x, x, index=here, solver="dopri5", field=field),
         "backend": lambda: compute_latents(x, x, index=here, backend="plain", field=field),
         "anchors": lambda: compute_latents(wide, wide, index=here, field=field),
@@ -169,9 +191,9 @@ def main() -> None:
     counts: list[int] = []  # rows of each call of the field
     posterior = RingField.posterior
 
-    def spy(field: Any, e: Tensor, *args: Any, **options: Any) -> Any:
-        counts.append(len(e))
-        return posterior(field, e, *args, **options)
+    def spy(field: Any, rows: Any, *args: Any, **options: Any) -> Any:
+        counts.append(len(rows))
+        return posterior(field, rows, *args, **options)
 
     RingField.posterior = spy  # type: ignore[method-assign]
     results, calls = {}, {}

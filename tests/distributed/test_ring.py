@@ -15,7 +15,6 @@ import torch
 from torch import Tensor
 
 from lzn_dist.distributed.ring import ring_field
-from lzn_dist.zones import align
 from tests.distributed.ring_worker import AGAIN, CASES, run, starts
 
 pytestmark = pytest.mark.process
@@ -60,7 +59,10 @@ def test_results_and_gradients_are_those_of_one_process(ranks: list[dict[str, An
     assert max(found.values()) <= 1e-10, found
 
 
-@pytest.mark.parametrize("name", ["euler", "euler unaligned", "dpm_solver_pp", "settled"])
+BY_DEFINITION = ["euler", "euler unaligned", "dpm_solver_pp", "settled", "weights", "groups", "groups, settled"]
+
+
+@pytest.mark.parametrize("name", BY_DEFINITION)
 def test_results_and_gradients_are_those_of_the_definition(ranks: list[dict[str, Any]], name: str) -> None:
     found = errors(ranks, name, "plain")
     assert max(found.values()) <= 1e-10, found
@@ -103,7 +105,7 @@ def test_nothing_has_the_size_of_the_global_batch(ranks: list[dict[str, Any]]) -
         assert rank["largest"] <= max(most * case.dim, most * case.steps) < case.n * case.dim
 
 
-@pytest.mark.parametrize("name", ["targets", "index", "log_weights", "solver", "backend", "anchors", "anchors:"])
+@pytest.mark.parametrize("name", ["targets", "index", "anchors must", "solver", "backend", "anchors", "anchors:"])
 def test_refused_by_name(ranks: list[dict[str, Any]], name: str) -> None:
     for rank in ranks:
         assert rank["refusals"][name].startswith(name)
@@ -112,5 +114,3 @@ def test_refused_by_name(ranks: list[dict[str, Any]], name: str) -> None:
 def test_one_process_needs_no_group() -> None:
     found, expected = run(CASES["euler"], 0, 1, borders=2, field=ring_field()), one_process("euler", 2, "tiled")
     assert all(torch.equal(found[key], value) for key, value in expected.items())
-    with pytest.raises(ValueError, match=r"^log_weights"):
-        align(torch.eye(3), torch.eye(3), torch.arange(3), log_weights=torch.zeros(3), field=ring_field())

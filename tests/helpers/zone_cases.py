@@ -47,19 +47,29 @@ def make(
     return Batch(anchors, others, noise, index)
 
 
-def relative(e: Tensor, anchors: Tensor, index: Tensor, schedule: Schedule) -> tuple[Tensor, Tensor]:
+def relative(
+    e: Tensor, anchors: Tensor, index: Tensor, schedule: Schedule, log_weights: Tensor | None = None,
+    groups: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Third derivation, dense and by autograd: x = (1−σ) a_o + σ e and de/dr = Σ_j w_j (a_j − a_o), r = (1−σ)/σ.
 
+    log_weights [n]: −inf for no reference. groups [n]: then the weight is of the reference's whole group.
     Returns the end point and log w_o at each step. On x, the plain twin amplifies its own rounding by 1/σ; here
     nothing is amplified, so that the tiled path can be held to a tighter bound.
     """
     difference = anchors[None] - anchors[index][:, None]
     log_probs: list[Tensor] = []
     deltas: list[Tensor] = []
+    names = torch.arange(len(anchors)) if groups is None else groups
+    group = names == names[index][:, None]
+    ratios = 0.0 if log_weights is None else log_weights - log_weights[index][:, None]
     for r, coefficients in zip(schedule.r, schedule.coefficients, strict=True):
-        logits = r * torch.einsum("bd,bnd->bn", e, difference) - 0.5 * r * r * difference.square().sum(-1)
+        logits = r * torch.einsum("bd,bnd->bn", e, difference) - 0.5 * r * r * difference.square().sum(-1) + ratios
         delta = torch.einsum("bn,bnd->bd", logits.softmax(1), difference)
-        log_probs.append(-logits.logsumexp(1))
+        outside = logits.masked_fill(group, -torch.inf).logsumexp(1) - logits.masked_fill(~group, -torch.inf).logsumexp(
+            1
+        )
+        log_probs.append(-torch.logaddexp(outside, torch.zeros_like(outside)))
         deltas.insert(0, delta)
         e = e + sum(c * d for c, d in zip(coefficients, deltas, strict=False))
     end = delta if schedule.sigma_end == 0 else schedule.sigma_end * e - schedule.sigma_end * anchors[index]
@@ -68,12 +78,14 @@ def relative(e: Tensor, anchors: Tensor, index: Tensor, schedule: Schedule) -> t
 
 def run(
     batch: Batch, *, backend: str, dtype: torch.dtype = torch.float64, solver: str = "euler", steps: int = 20,
-    log_weights: Tensor | None = None, dense: bool = False, **options: Any,
+    log_weights: Tensor | None = None, anchor_weights: Tensor | None = None, groups: Tensor | None = None,
+    dense: bool = False, **options: Any,
 ) -> dict[str, Tensor]:  # fmt: skip
     """Latents, their alignment along the other anchors, and gradients; all as float64.
 
     dense: the objective has a cotangent everywhere (latents, every step's log-probability, end points); otherwise it
     is the training loss, which keeps one step a sample. An own anchor's gradient is the sum over its two roles.
+    log_weights, groups: of the other anchors; anchor_weights: of the anchors.
     backend: also "relative". options: of latents and alignment alike.
     """
     anchors = batch.anchors.to(dtype).requires_grad_()
@@ -81,14 +93,16 @@ def run(
     noise = batch.noise.to(dtype).requires_grad_()
     if backend == "relative":
         schedule = (euler_schedule if solver == "euler" else dpm_solver_schedule)(steps)
-        latents, _ = relative(noise, anchors, batch.index, schedule)
-        end, log_probs = relative(latents, others, batch.index, alignment_schedule(steps))
+        latents, _ = relative(noise, anchors, batch.index, schedule, anchor_weights)
+        end, log_probs = relative(latents, others, batch.index, alignment_schedule(steps), log_weights, groups)
         found = Alignment(log_probs, end)
     else:
         own = anchors[batch.index]
         options |= {"steps": steps, "backend": backend}
-        latents = compute_latents(own, noise, anchors, index=batch.index, solver=solver, **options)  # type: ignore[arg-type]
-        found = align(latents, others, batch.index, log_weights=log_weights, **options)
+        latents = compute_latents(
+            own, noise, anchors, index=batch.index, log_weights=anchor_weights, solver=solver, **options  # type: ignore[arg-type]
+        )  # fmt: skip
+        found = align(latents, others, batch.index, log_weights=log_weights, groups=groups, **options)
     loss = alignment_loss(found.log_probs)
     objective = loss
     if dense:

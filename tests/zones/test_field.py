@@ -14,18 +14,21 @@ from lzn_dist.zones.block import AnchorGradient, Block
 from tests.helpers.zone_cases import Batch, assert_equal, error, make, run
 
 
-def split(*sizes: int) -> Callable[[Tensor, Tensor | None], AnchorField]:
+def split(*sizes: int) -> Callable[[Tensor, Tensor | None, Tensor | None], AnchorField]:
     """A factory of fields whose anchors come in blocks of these sizes."""
 
     class Split(AnchorField):
-        def __init__(self, anchors: Tensor, log_weights: Tensor | None = None) -> None:
-            assert log_weights is None and sum(sizes) == len(anchors)
-            super().__init__(anchors, centre=anchors.mean(0), count=len(anchors))
+        def __init__(self, anchors: Tensor, log_weights: Tensor | None, groups: Tensor | None) -> None:
+            assert sum(sizes) == len(anchors)
+            super().__init__(anchors, log_weights, groups, centre=anchors.mean(0), count=len(anchors))
 
         def parts(self) -> Iterator[Block]:
             start = 0
             for size in sizes:
-                yield Block(self.block.raw[start : start + size], self.centre, start, whole=False)
+                here, whole = slice(start, start + size), self.block
+                weights = None if whole.log_weights is None else whole.log_weights[here]
+                groups = None if whole.groups is None else whole.groups[here]
+                yield Block(whole.raw[here], self.centre, start, weights, groups, whole=False)
                 start += size
 
         def blocks(self) -> Iterator[Block]:
@@ -107,8 +110,8 @@ def test_what_needs_all_anchors_takes_no_field() -> None:
 class Share(AnchorField):
     """Four anchors that start at number 5, of nine."""
 
-    def __init__(self, anchors: Tensor, log_weights: Tensor | None = None) -> None:
-        super().__init__(anchors, log_weights, centre=anchors.mean(0), start=5, count=9)
+    def __init__(self, anchors: Tensor, log_weights: Tensor | None, groups: Tensor | None) -> None:
+        super().__init__(anchors, log_weights, groups, centre=anchors.mean(0), start=5, count=9)
 
 
 def test_targets_are_held_here_and_an_index_counts_everywhere() -> None:

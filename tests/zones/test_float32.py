@@ -96,7 +96,9 @@ def adversarial(kind: str, n: int, d: int) -> tuple[Tensor, Tensor]:
 ])  # fmt: skip
 def test_what_float32_leaves_out_is_rounding(kind: str, solver: str, every_step: bool) -> None:
     """Scores in float32 where they are small, no exp that underflows, no gradient of rows that have none: latents
-    within 2e-6, the loss within 2e-6, gradients within 5e-3 of float64's (the rest is float32's own rounding)."""
+    within 2e-6, the loss within 4e-6, gradients within 5e-3 of float64's (the rest is float32's own rounding: a loss of
+    0.008 that hangs on one row is 1.5e-6 off with all scores in float64, 2.0e-6 so, on one of two processors).
+    """
     n, b, d = 600, 120, 32
     first, second = adversarial(kind, n, d)
     noise = 0.45 * torch.randn(b, d, generator=torch.Generator().manual_seed(1)).double()
@@ -109,7 +111,7 @@ def test_what_float32_leaves_out_is_rounding(kind: str, solver: str, every_step:
         found.append([latents.detach(), loss.detach(), *torch.autograd.grad(loss, (anchors, others))])
     (latents, loss, *grads), (ours, our_loss, *our_grads) = found
     assert (ours.double() - latents).norm() <= 2e-6 * latents.norm()
-    assert (our_loss.double() - loss).abs() <= 2e-6 * loss.abs() + 1e-12
+    assert (our_loss.double() - loss).abs() <= 4e-6 * loss.abs() + 1e-12
     total = torch.stack([grad.norm() for grad in grads]).norm()
     for ours, exact in zip(our_grads, grads, strict=True):
         assert (ours.double() - exact).norm() <= 5e-3 * total + 1e-10
