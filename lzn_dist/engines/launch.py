@@ -24,7 +24,7 @@ from accelerate.utils import DeepSpeedPlugin, InitProcessGroupKwargs
 
 from lzn_dist.config import Config, ConfigError
 from lzn_dist.distributed.topology import Topology
-from lzn_dist.engines.start import check_world, meeting, prepare_extension
+from lzn_dist.engines.start import check_world, meeting
 from lzn_dist.machine import cores, idle_gpu
 from lzn_dist.shipped import shipped
 
@@ -119,7 +119,10 @@ def build_accelerator(config: Config, launch: Launch) -> Accelerator:
     )
     os.environ.pop("ACCELERATE_USE_FSDP", None)  # ours to apply
     if on_cpu and plugin is not None:
-        prepare_extension("deepspeed_shm_comm")
+        import deepspeed.ops
+
+        # an all-reduce for inference alone, which DeepSpeed would compile first, for a minute or two
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     try:
         with meeting() if launch.world_size > 1 else nullcontext():
             accelerator = Accelerator(

@@ -1,9 +1,8 @@
-"""What happens before the first step: the world that the environment describes, meeting the others, building what
-DeepSpeed needs. Nothing of it waits in silence."""
+"""What happens before the first step: the world that the environment describes, and meeting the others. Nothing of it
+waits in silence."""
 
 from __future__ import annotations
 
-import fcntl
 import os
 import signal
 import socket
@@ -13,7 +12,6 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from datetime import timedelta
-from pathlib import Path
 
 import torch.distributed as dist
 
@@ -118,65 +116,3 @@ def meeting() -> Iterator[None]:
             signal.signal(signal.SIGINT, handler)
         ended.set()
         thread.join()
-
-
-# ── extensions that are built ───────────────────────────────────────────────────────────────────────────────────────
-
-_REMOTE = ("nfs", "lustre", "gpfs", "beegfs", "cifs", "smb", "fuse", "ceph", "9p", "afs", "pvfs", "orangefs")
-BUILDING = 900.0  # seconds that a build on another machine may take
-
-
-def clear_dead_lock(folder: Path) -> bool:
-    """Remove the lock of a build (torch.utils.file_baton) that ended before it was done; torch would wait for ever.
-
-    A builder keeps its lock open: one that no process here has open is dead, on a local disk. On one that machines
-    share the builder may be elsewhere: there it is dead after `BUILDING` seconds. Returns whether one was removed.
-    """
-    lock = folder / "lock"
-    with suppress(OSError), (folder / ".lzn_dist.lock").open("a") as own:
-        fcntl.flock(own, fcntl.LOCK_EX)  # two that look at once must not remove the lock that one of them takes next
-        if not lock.exists() or _is_open(lock):
-            return False
-        if _is_remote(folder) and time.time() - lock.stat().st_mtime < BUILDING:
-            return False
-        lock.unlink()
-        return True
-    return False
-
-
-def _is_open(path: Path) -> bool:
-    if not Path("/proc/self/fd").exists():  # not Linux: nobody can say
-        return True
-    for process in Path("/proc").glob("[0-9]*/fd"):
-        with suppress(OSError):
-            for descriptor in process.iterdir():
-                with suppress(OSError):
-                    if descriptor.samefile(path):
-                        return True
-    return False
-
-
-def _is_remote(path: Path) -> bool:
-    """Whether other machines may see this folder, by the type of its mount."""
-    kind, longest = "", -1
-    if not Path("/proc/self/mounts").exists():  # not Linux
-        return False
-    for line in Path("/proc/self/mounts").read_text(errors="replace").splitlines():
-        _, mount, fstype, *_ = line.split(" ")
-        mount = mount.replace("\\040", " ")
-        if path.resolve().is_relative_to(mount) and len(mount) > longest:
-            kind, longest = fstype, len(mount)
-    return kind.startswith(_REMOTE)
-
-
-def prepare_extension(name: str) -> None:
-    """Before DeepSpeed loads an extension, which it builds once: say so, and clear a dead lock away."""
-    from torch.utils.cpp_extension import _get_build_directory
-
-    folder = Path(_get_build_directory(name, verbose=False))
-    if clear_dead_lock(folder):
-        print(f"removed {folder}/lock: whoever was building there is gone", file=sys.stderr, flush=True)
-    if not (folder / f"{name}.so").exists():
-        print(f"building {name} in {folder}, once: about a minute", file=sys.stderr, flush=True)
-    elif (folder / "lock").exists():
-        print(f"waiting for whoever builds {name} in {folder}", file=sys.stderr, flush=True)

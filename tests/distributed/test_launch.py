@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import time
 from pathlib import Path
 
@@ -13,7 +12,6 @@ import torch.distributed as dist
 import yaml
 from accelerate.state import AcceleratorState
 from accelerate.utils import DeepSpeedPlugin
-from torch.utils.file_baton import FileBaton
 
 from lzn_dist.config import Config, ConfigError, load_config
 from lzn_dist.engines import start
@@ -265,20 +263,6 @@ def test_a_wait_for_others_says_for_whom(monkeypatch: pytest.MonkeyPatch, capfd:
     count = len(said)
     time.sleep(1.0)
     assert len(capfd.readouterr().err) == 0 and count >= 3
-
-
-def test_a_dead_lock_of_a_build_goes_and_a_living_one_stays(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    baton = FileBaton(str(tmp_path / "lock"))
-    assert not start.clear_dead_lock(tmp_path)
-    assert baton.try_acquire() and not start.clear_dead_lock(tmp_path)  # its builder lives: this process
-    os.close(baton.fd)  # type: ignore[arg-type]  # what a kill does
-    monkeypatch.setattr(start, "_is_remote", lambda _: True)
-    assert not start.clear_dead_lock(tmp_path)  # another machine may be building
-    os.utime(tmp_path / "lock", (0, 0))
-    assert start.clear_dead_lock(tmp_path) and not (tmp_path / "lock").exists()
-    monkeypatch.undo()
-    (tmp_path / "lock").touch()
-    assert start.clear_dead_lock(tmp_path)
 
 
 def test_a_gpu_without_float64_is_left_idle_in_one_line(
