@@ -27,7 +27,7 @@ from lzn_dist.training.checkpoint import find_checkpoint
 from lzn_dist.training.run import Run
 from lzn_dist.training.run_folder import RunFolder
 from lzn_dist.training.step import StepResult, TrainState
-from tests.helpers.launching import ROOT, accelerate
+from tests.helpers.launching import ROOT, ranks
 from tests.helpers.messy import damage
 from tests.helpers.range_server import free_port, serve, start_server
 from tests.helpers.small_run import SMALL_RUN, rows, small_config
@@ -131,7 +131,7 @@ def test_a_lost_server_stops_all_ranks_with_a_checkpoint_and_the_run_goes_on_exa
     common = [CONFIG, *SMALL_RUN, "precision=float32", "data.embedded=none", "max_steps=55", "checkpoint_every=40",
               "data.streams=2", "data.shuffle_window=30", "data.cache_decoded=false"]  # fmt: skip
     reference, run = tmp_path / "reference", tmp_path / "run"
-    done = accelerate("ddp", TRAIN, *common, f"data.shards={shards}", f"output_dir={reference}", cwd=tmp_path)
+    done = ranks("ddp", TRAIN, *common, f"data.shards={shards}", f"output_dir={reference}", cwd=tmp_path)
     assert done.returncode == 0, done.stdout[-3000:]
 
     remote = [*common, f"data.shards=http://127.0.0.1:{port}", f"data.cache={tmp_path / 'cache'}",
@@ -156,7 +156,7 @@ def test_a_lost_server_stops_all_ranks_with_a_checkpoint_and_the_run_goes_on_exa
     assert find_checkpoint(run).name == f"step_{status['step']:08d}"
 
     server = start_server(shards, port, log)
-    done = accelerate("ddp", TRAIN, *remote, cwd=tmp_path)
+    done = ranks("ddp", TRAIN, *remote, cwd=tmp_path)
     server.kill()
     server.wait()
     assert done.returncode == 0, done.stdout[-3000:]

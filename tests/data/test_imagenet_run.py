@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.helpers.launching import ROOT, accelerate, data_prep
+from tests.helpers.launching import ROOT, data_prep, ranks
 from tests.helpers.published import imagenet, imagenet_arguments
 
 
@@ -17,7 +17,7 @@ def test_shards_stream_into_resnet_50_on_two_ranks(tmp_path: Path) -> None:
     imagenet(tmp_path / "published", per_class=6, val=6, size=(150, 200))
     data_prep("imagenet", *imagenet_arguments(tmp_path / "published"), "--output", tmp_path / "shards")
     run = tmp_path / "run"
-    done = accelerate(
+    done = ranks(
         "ddp", ROOT / "lzn_dist" / "train.py", ROOT / "configs" / "imagenet_representation.yaml",
         f"data.shards={tmp_path / 'shards'}", f"output_dir={run}", "data.global_batch=4", "data.streams=2",
         "data.workers=1", "max_steps=3", "log_every=1", "evaluation.batch=6", "tracking.wandb=disabled", cwd=tmp_path,

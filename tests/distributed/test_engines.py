@@ -1,7 +1,8 @@
 """Every engine on several ranks against one process: losses, gradients and weights over three optimiser steps.
 
-Cells cover all pairs of (task, activation checkpointing, gradient caching, anchors); micro-batches are uneven. DDP and
-FSDP2 are compared in float64, ZeRO in float32 (see `lzn_dist.verify`, whose rows and tolerances these are).
+Cells cover all pairs of (task, activation checkpointing, gradient caching, anchors), under DDP and ZeRO-3 here and
+under FSDP2 and ZeRO-2 in the soak; of these two, each task, way of checkpointing and caching here. Micro-batches are
+uneven. DDP and FSDP2 are compared in float64, ZeRO in float32 (see `lzn_dist.verify`, whose rows and tolerances these are).
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from tests.helpers.launching import ROOT, SMALL, accelerate
+from tests.helpers.launching import ROOT, SMALL, accelerate, ranks
 from tests.helpers.settings import BOTH_DIRECTIONS, OWN
 
 pytestmark = pytest.mark.process
@@ -52,13 +53,17 @@ OWN_CELLS = [
     cell("joint", "selective", True, "gathered", *OWN),
     cell("joint", "full", False, "gathered", *OWN, TO_AND_FRO),
 ]
+# Adam hides a constant factor in the encoder's gradients from the loss of the first steps; verify must not
+GATHER = cell("joint", "none", False, "gathered", fault="gather")
+STALE = cell("joint", "none", True, "gathered", fault="stale")  # buffers of ZeRO-3
 FEW = [PAIRS[3], PAIRS[6], PAIRS[8]]
+SOME = [PAIRS[0], PAIRS[4], PAIRS[5], PAIRS[7]]
 
 
 def verify(engine: str, cells: list[Cell], folder: Path, processes: int = 2) -> list[list[dict[str, Any]]]:
     """The rows of each cell."""
     output = folder / "rows.json"
-    done = accelerate(engine, WORKER, output, json.dumps(cells), processes=processes, cwd=folder)
+    done = ranks(engine, WORKER, output, json.dumps(cells), processes=processes, cwd=folder)
     assert done.returncode == 0, done.stdout[-6000:]
     assert f"engine {engine} on {processes} process(es)" in done.stdout
     found: list[list[dict[str, Any]]] = json.loads(output.read_text())
@@ -69,35 +74,28 @@ def verify(engine: str, cells: list[Cell], folder: Path, processes: int = 2) -> 
 @pytest.mark.parametrize(
     "engine,cells,processes",
     [
-        ("ddp", [*PAIRS, *OWN_CELLS], 2),
-        ("fsdp", [*PAIRS, *OWN_CELLS, BASELINES[2]], 2),
+        ("ddp", [GATHER, *PAIRS, *OWN_CELLS], 2),
+        ("fsdp", [*SOME, *OWN_CELLS, BASELINES[2]], 2),
         ("zero1", FEW, 2),
-        ("zero2", [*PAIRS, *OWN_CELLS], 2),
-        ("zero3", [*PAIRS, *OWN_CELLS, BASELINES[0], BASELINES[2]], 2),
+        ("zero2", [*SOME, OWN_CELLS[0]], 2),
+        ("zero3", [STALE, *PAIRS, OWN_CELLS[0], BASELINES[2]], 2),
+        pytest.param("fsdp", PAIRS, 2, marks=pytest.mark.soak),
+        pytest.param("zero2", [*PAIRS, OWN_CELLS[1]], 2, marks=pytest.mark.soak),
+        pytest.param("zero3", [OWN_CELLS[1], BASELINES[0]], 2, marks=pytest.mark.soak),
         ("zero3_offload", FEW, 2),
         ("ddp", [PAIRS[4], PAIRS[7], *BASELINES], 4),
     ],
 )
-def test_equals_one_process(engine: str, cells: list[Cell], processes: int, tmp_path: Path) -> None:
+def test_equals_one_process_and_a_fault_does_not(
+    engine: str, cells: list[Cell], processes: int, tmp_path: Path
+) -> None:
     for described, rows in zip(cells, verify(engine, cells, tmp_path, processes), strict=True):
         kinds = {row["what"].split(" ")[0] for row in rows}
         assert kinds == {"loss", "gradient", "change"}
-        assert all(row["passed"] for row in rows), (described, [row for row in rows if not row["passed"]])
-
-
-def test_a_gather_scaled_by_the_world_is_found(tmp_path: Path) -> None:
-    """Adam hides a constant factor in the encoder's gradients from the loss of the first steps; verify must not."""
-    cells = [cell("joint", "none", False, "gathered", fault="gather"), PAIRS[6]]
-    faulty, right = verify("ddp", cells, tmp_path)
-    assert any(not row["passed"] and row["what"].startswith("gradient of image.encoder") for row in faulty)
-    assert all(row["passed"] for row in right)
-
-
-def test_stale_buffers_of_zero3_are_found(tmp_path: Path) -> None:
-    cells = [cell("joint", "none", True, "gathered", fault="stale"), PAIRS[6]]
-    faulty, right = verify("zero3", cells, tmp_path)
-    assert any(not row["passed"] and row["what"].startswith("gradient of image.encoder") for row in faulty)
-    assert all(row["passed"] for row in right)
+        if described["fault"]:
+            assert any(not row["passed"] and row["what"].startswith("gradient of image.encoder") for row in rows)
+        else:
+            assert all(row["passed"] for row in rows), (described, [row for row in rows if not row["passed"]])
 
 
 def test_the_command_line(tmp_path: Path) -> None:

@@ -9,7 +9,7 @@ import pytest
 
 from lzn_dist.distributed.spread import once, spread
 from lzn_dist.prepare.digits import write_digits
-from tests.helpers.launching import accelerate
+from tests.helpers.launching import ranks
 
 WORKER = Path(__file__).with_name("evaluation_worker.py")
 
@@ -27,7 +27,7 @@ def test_one_two_and_four_ranks_measure_the_same(tmp_path: Path) -> None:
     found = []
     for processes in (1, 2, 4):
         output = tmp_path / f"{processes}.json"
-        done = accelerate("ddp", WORKER, output, shards, processes=processes, cwd=tmp_path)
+        done = ranks("ddp", WORKER, output, shards, processes=processes, cwd=tmp_path)
         assert done.returncode == 0, done.stdout[-4000:]
         found.append(json.loads(output.read_text()))
     one, *others = found

@@ -7,13 +7,17 @@ import json
 import os
 import re
 import runpy
+import socket
 import subprocess
 import sys
+import tempfile
+import time
 from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
+from lzn_dist.cluster.task import launch_environment
 from tests.helpers.settings import decoder_with, encoder_with
 
 ROOT = Path(__file__).parents[2]
@@ -48,6 +52,42 @@ def accelerate(
     return subprocess.run(
         command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=timeout, cwd=cwd
     )
+
+
+def ranks(
+    engine: str, script: Path, *arguments: object, processes: int = 2, cwd: Path, timeout: float = 500
+) -> subprocess.CompletedProcess[str]:
+    """The same ranks without the launcher, whose own start costs as much as half a rank's: each in the environment that
+    it would set (tests/cluster compares the two), as the tasks of a job are started."""
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        port = found.getsockname()[1]
+    command = [sys.executable, str(script), *map(str, arguments)]
+    path = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
+    world = {"WORLD_SIZE": processes, "LOCAL_WORLD_SIZE": processes, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    environment = {**os.environ, **launch_environment(ROOT / "launch", engine), "PYTHONPATH": path}
+    environment |= {name: str(value) for name, value in world.items()}
+    with tempfile.TemporaryFile("w+") as said:
+        started = [
+            subprocess.Popen(
+                command,
+                env=environment | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
+                stdout=said,
+                stderr=said,
+                cwd=cwd,
+            )
+            for rank in range(processes)
+        ]
+        end = time.monotonic() + timeout
+        while any(process.poll() is None for process in started):
+            late = time.monotonic() > end
+            if late or any(process.returncode for process in started):  # the others would wait for it
+                for process in started:
+                    process.kill()
+            time.sleep(0.05)
+        said.seek(0)
+        status = next((process.returncode for process in started if process.returncode), 0)
+        return subprocess.CompletedProcess(command, status, said.read())
 
 
 def data_prep(name: str, *arguments: object, status: int = 0) -> str:
