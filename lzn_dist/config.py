@@ -210,7 +210,9 @@ class Config(_Section):
     watchdog: float = Field(
         300.0, ge=0.0, description="Seconds a step may take before the ranks that are behind are named; 0: never."
     )
-    backend: Literal["auto", "tiled", "plain"] = Field("auto", description="How the zones' field is computed.")
+    backend: Literal["auto", "tiled", "triton", "plain"] = Field(
+        "auto", description="How the zones' field is computed: auto is triton on a GPU that has it, else tiled."
+    )
     data: DataConfig = DataConfig()
     latent: LatentConfig = LatentConfig()
     alignment: AlignmentConfig = AlignmentConfig()
@@ -227,7 +229,7 @@ class Config(_Section):
         if int(self.alignment.steps * self.alignment.cutoff) >= self.alignment.steps:
             raise ValueError("alignment.cutoff leaves no step of alignment.steps; lower it")
         if self.anchors == "ring" and (self.latent.solver == "dopri5" or self.backend == "plain"):
-            raise ValueError("anchors=ring needs a solver with fixed steps and backend auto or tiled")
+            raise ValueError("anchors=ring needs a solver with fixed steps and backend auto, tiled or triton")
         if self.data.embedded != "none" and "://" in self.data.shards:
             raise ValueError("an embedded data set is written to a folder: set data.embedded=none for shards at a URL")
         if 0 < self.data.resize < self.data.image_size or (self.data.resize and not self.data.image_size):

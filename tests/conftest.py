@@ -4,10 +4,18 @@ import multiprocessing.process
 import os
 import subprocess
 from collections.abc import Iterator
+from contextlib import suppress
+from importlib import import_module
 from pathlib import Path
 from typing import Any, NoReturn
 
 import pytest
+
+# Triton decides when it is imported whether its own functions are interpreted; the tests of kernels need them so
+with pytest.MonkeyPatch.context() as _patch, suppress(ImportError):
+    _patch.setenv("TRITON_INTERPRET", "1")
+    import_module("triton.experimental.gluon")
+
 import torch
 from beartype import BeartypeConf
 from beartype.claw import beartype_packages

@@ -35,10 +35,10 @@ def ring_field(group: Group = None) -> FieldFactory:
     some ranks alone, and where no rank holds any anchor.
     """
 
-    def make(anchors: Tensor, log_weights: Tensor | None = None, groups: Tensor | None = None, /) -> AnchorField:
+    def make(anchors: Tensor, log_weights: Tensor | None, groups: Tensor | None, backend: str, /) -> AnchorField:
         if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size(group) == 1:
-            return AnchorField(anchors, log_weights, groups)
-        return RingField(anchors, log_weights, groups, group)
+            return AnchorField(anchors, log_weights, groups, backend)
+        return RingField(anchors, log_weights, groups, backend, group)
 
     return make
 
@@ -47,8 +47,9 @@ class RingField(AnchorField):
     """The field of all ranks' anchors, of which this one holds [b_r, d]; see `ring_field`."""
 
     def __init__(
-        self, anchors: Tensor, log_weights: Tensor | None = None, groups: Tensor | None = None, group: Group = None
-    ) -> None:
+        self, anchors: Tensor, log_weights: Tensor | None = None, groups: Tensor | None = None,
+        backend: str = "auto", group: Group = None,
+    ) -> None:  # fmt: skip
         self.group = group
         self.rank, self.world_size = dist.get_rank(group), dist.get_world_size(group)
         self.lengths = self._lengths(anchors, log_weights is not None, groups is not None)
@@ -57,7 +58,7 @@ class RingField(AnchorField):
         total = anchors.double().sum(0)
         dist.all_reduce(total, group=group)
         super().__init__(
-            anchors.contiguous(), log_weights, groups,
+            anchors.contiguous(), log_weights, groups, backend,
             centre=(total / count).to(anchors.dtype), start=self.starts[self.rank], count=count,
         )  # fmt: skip
 
@@ -138,7 +139,7 @@ class RingField(AnchorField):
 def _empty(like: Block, length: int, start: int) -> Block:
     """A block of another length, to be received."""
     weights, groups = (None if one is None else one.new_empty(length) for one in (like.log_weights, like.groups))
-    return Block(like.raw.new_empty(length, like.raw.shape[1]), like.centre, start, weights, groups, whole=False)
+    return type(like)(like.raw.new_empty(length, like.raw.shape[1]), like.centre, start, weights, groups, whole=False)
 
 
 def _contents(block: Block) -> list[Tensor]:

@@ -53,6 +53,7 @@ def align(
     them (captions that are equal, say).
     store_every: keep one in so many states for the backward and compute the others again (see `compute_latents`).
 
+    backend: as for `compute_latents`.
     field: makes the field of anchors (default `AnchorField`). Where it spreads the anchors over processes, anchors are
     those that this process holds, targets are numbers over all processes of anchors held here, and the call and its
     backward are collective: every process makes both, one without latents too.
@@ -69,7 +70,7 @@ def align(
     log_weights = check_log_weights(log_weights, len(anchors))
     if groups is not None and (groups.shape != (len(anchors),) or groups.dtype != torch.int64):
         raise ValueError(f"groups must be int64 [{len(anchors)}], got {groups.dtype} {tuple(groups.shape)}")
-    made = (field or AnchorField)(anchors.detach(), log_weights, groups)
+    made = (field or AnchorField)(anchors.detach(), log_weights, groups, backend)
     here = "" if made.held == made.count else ", the anchors that this process holds"
     check_index("targets", targets, len(latents), range(made.start, made.start + made.held), here)
     if field is None and not len(latents):

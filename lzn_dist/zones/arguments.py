@@ -7,7 +7,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-Backend = Literal["auto", "tiled", "plain"]
+Backend = Literal["auto", "tiled", "triton", "plain"]
 
 
 def check_points(name: str, value: Tensor, dim: int | None = None, dtype: torch.dtype | None = None) -> None:
@@ -47,7 +47,7 @@ def check_count(name: str, value: int) -> None:
 
 def check_backend(backend: str, field: object) -> None:
     """A ValueError that names the argument, unless backend is known and, where a field is given, not plain."""
-    if backend not in ("auto", "tiled", "plain"):
-        raise ValueError(f"backend must be auto, tiled or plain, got {backend!r}")
+    if backend not in ("auto", "tiled", "triton", "plain"):
+        raise ValueError(f"backend must be auto, tiled, triton or plain, got {backend!r}")
     if backend == "plain" and field is not None:
         raise ValueError("backend plain works on all anchors at once and takes no field")

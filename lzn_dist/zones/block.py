@@ -20,6 +20,7 @@ GPU_TILE_ELEMENTS = 1 << 24
 # Up to this r² ‖a − centre‖² float32 has the digits for scores: latents change by 4e-7, the loss by 1.5e-7, gradients
 # by 1.5e-4 of themselves.
 FLOAT32_SCORES = 100.0
+KERNEL_DIM = 1024  # the widest anchors that kernels hold (`lzn_dist.zones.kernels`)
 EXP_FLOOR = -60.0  # exp of it is 9e-27; times any number of anchors far under float32's rounding unit
 
 
@@ -128,7 +129,8 @@ class Block:
 
         Scores of float32 anchors are float64, unless they are so small that float32 has the digits (`FLOAT32_SCORES`).
         """
-        single = self.raw.dtype == torch.float32 and r * r * self.widest <= FLOAT32_SCORES
+        # on a GPU, reading the widest would wait for it
+        single = self.raw.dtype == torch.float32 and not self.raw.is_cuda and r * r * self.widest <= FLOAT32_SCORES
         own64 = rows.own.double()
         query = torch.add(rows.e.double() * r, own64, alpha=r * r)
         bias = self.half_norms * (-r * r)

@@ -26,12 +26,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from importlib.util import find_spec
 from typing import Protocol, TypeVar
 
 import torch
 from torch import Tensor
 
-from lzn_dist.zones.block import AnchorGradient, Block, Rows, tile_elements
+from lzn_dist.zones.block import KERNEL_DIM, AnchorGradient, Block, Rows, tile_elements
 from lzn_dist.zones.pairs import PairScores
 from lzn_dist.zones.partial import Cotangent, Moments, Partial, Posterior, Sums
 
@@ -85,9 +86,32 @@ class Field(Protocol):
 
 
 class FieldFactory(Protocol):
-    """Makes the field of anchors [n, d], with log-weights [n] or None for equal ones, and groups int64 [n] or None."""
+    """Makes the field of anchors [n, d], with log-weights [n] or None for equal ones, groups int64 [n] or None, and a
+    backend: auto, tiled or triton (see `block_class`)."""
 
-    def __call__(self, anchors: Tensor, log_weights: Tensor | None, groups: Tensor | None, /) -> Field: ...
+    def __call__(
+        self, anchors: Tensor, log_weights: Tensor | None, groups: Tensor | None, backend: str, /
+    ) -> Field: ...
+
+
+def block_class(backend: str, anchors: Tensor) -> type[Block]:
+    """What computes: tiles of matrix products, or the kernels of `lzn_dist.zones.kernels`; auto takes these on a GPU
+    where Triton is installed. Raises ValueError where triton is asked for and cannot be."""
+    here = find_spec("triton") is not None
+    fits = anchors.shape[1] <= KERNEL_DIM
+    if backend != "triton" and not (backend == "auto" and anchors.is_cuda and here and fits):
+        return Block
+    if not here:
+        raise ValueError("backend triton: Triton is not installed; install lzn_dist[gpu], or use backend tiled")
+    if not fits:
+        raise ValueError(f"backend triton is for at most {KERNEL_DIM} dimensions, got {anchors.shape[1]}: use tiled")
+    from lzn_dist.zones.kernels import INTERPRETED, FusedBlock
+
+    if not (anchors.is_cuda or INTERPRETED):
+        raise ValueError(
+            "backend triton needs a GPU; on a CPU use auto or tiled (TRITON_INTERPRET=1 runs it slowly, for tests)"
+        )
+    return FusedBlock
 
 
 Part = TypeVar("Part", Partial, Moments, Cotangent)
@@ -102,15 +126,17 @@ class AnchorField:
     """
 
     def __init__(
-        self, anchors: Tensor, log_weights: Tensor | None = None, groups: Tensor | None = None, *,
+        self, anchors: Tensor, log_weights: Tensor | None = None, groups: Tensor | None = None,
+        backend: str = "auto", *,
         centre: Tensor | None = None, start: int = 0, count: int | None = None,
     ) -> None:  # fmt: skip
+        block = block_class(backend, anchors)
         self.start, self.held = start, len(anchors)
         self.count = self.held if count is None else count
         self.weighted, self.grouped = log_weights is not None, groups is not None
         # the field is invariant to a common shift; without it, clustered anchors would lose digits to their mean
         self.centre = anchors.mean(0) if centre is None else centre
-        self.block = Block(anchors, self.centre, start, log_weights, groups, whole=count is None)
+        self.block = block(anchors, self.centre, start, log_weights, groups, whole=count is None)
         # Weights below exp(-threshold) are dropped; the slack over the rounding unit covers their amplification.
         self.threshold = (46.0 if anchors.dtype == torch.float64 else 25.0) + math.log(max(self.count, 1))
 

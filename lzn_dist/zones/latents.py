@@ -49,6 +49,8 @@ def compute_latents(
     store_every: keep one in so many states for the backward (for DPM-Solver++ with the two updates before it) and
     compute the others again: less memory, the same digits, at most one more forward.
 
+    backend: tiled, triton (kernels for GPUs), auto (triton on a GPU where it is installed, else tiled), or plain, the
+    definition.
     field: makes the field of all_anchors (default `AnchorField`). Where it spreads the anchors over processes,
     all_anchors are those that this process holds, index counts over all processes (default: the first that are held
     here), and the call and its backward are collective: every process makes both, one without samples too.
@@ -75,7 +77,7 @@ def compute_latents(
     if index is None and len(keys) < len(anchors):
         raise ValueError(f"all_anchors has {len(keys)} rows, fewer than anchors ({len(anchors)}); pass index")
     log_weights = check_log_weights(log_weights, len(keys))
-    made = (field or AnchorField)(keys.detach(), log_weights, None)
+    made = (field or AnchorField)(keys.detach(), log_weights, None, backend)
     if index is None:
         index = torch.arange(made.start, made.start + len(anchors), device=anchors.device)
     else:

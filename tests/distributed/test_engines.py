@@ -2,7 +2,8 @@
 
 Cells cover all pairs of (task, activation checkpointing, gradient caching, anchors), under DDP and ZeRO-3 here and
 under FSDP2 and ZeRO-2 in the soak; of these two, each task, way of checkpointing and caching here. Micro-batches are
-uneven. DDP and FSDP2 are compared in float64, ZeRO in float32 (see `lzn_dist.verify`, whose rows and tolerances these are).
+uneven. DDP and FSDP2 are compared in float64, ZeRO in float32 (see `lzn_dist.verify`, whose rows and tolerances these
+are).
 """
 
 from __future__ import annotations

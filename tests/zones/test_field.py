@@ -14,13 +14,13 @@ from lzn_dist.zones.block import AnchorGradient, Block
 from tests.helpers.zone_cases import Batch, assert_equal, error, make, run
 
 
-def split(*sizes: int) -> Callable[[Tensor, Tensor | None, Tensor | None], AnchorField]:
+def split(*sizes: int) -> Callable[[Tensor, Tensor | None, Tensor | None, str], AnchorField]:
     """A factory of fields whose anchors come in blocks of these sizes."""
 
     class Split(AnchorField):
-        def __init__(self, anchors: Tensor, log_weights: Tensor | None, groups: Tensor | None) -> None:
+        def __init__(self, anchors: Tensor, log_weights: Tensor | None, groups: Tensor | None, backend: str) -> None:
             assert sum(sizes) == len(anchors)
-            super().__init__(anchors, log_weights, groups, centre=anchors.mean(0), count=len(anchors))
+            super().__init__(anchors, log_weights, groups, backend, centre=anchors.mean(0), count=len(anchors))
 
         def parts(self) -> Iterator[Block]:
             start = 0
@@ -28,7 +28,7 @@ def split(*sizes: int) -> Callable[[Tensor, Tensor | None, Tensor | None], Ancho
                 here, whole = slice(start, start + size), self.block
                 weights = None if whole.log_weights is None else whole.log_weights[here]
                 groups = None if whole.groups is None else whole.groups[here]
-                yield Block(whole.raw[here], self.centre, start, weights, groups, whole=False)
+                yield type(whole)(whole.raw[here], self.centre, start, weights, groups, whole=False)
                 start += size
 
         def blocks(self) -> Iterator[Block]:
@@ -110,8 +110,8 @@ def test_what_needs_all_anchors_takes_no_field() -> None:
 class Share(AnchorField):
     """Four anchors that start at number 5, of nine."""
 
-    def __init__(self, anchors: Tensor, log_weights: Tensor | None, groups: Tensor | None) -> None:
-        super().__init__(anchors, log_weights, groups, centre=anchors.mean(0), start=5, count=9)
+    def __init__(self, anchors: Tensor, log_weights: Tensor | None, groups: Tensor | None, backend: str) -> None:
+        super().__init__(anchors, log_weights, groups, backend, centre=anchors.mean(0), start=5, count=9)
 
 
 def test_targets_are_held_here_and_an_index_counts_everywhere() -> None:

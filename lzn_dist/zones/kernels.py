@@ -1,0 +1,375 @@
+"""The sums of a block of anchors as fused kernels for GPUs, in Triton: no score leaves the chip.
+
+The same sums as `lzn_dist.zones.block`, with the same rule of precision: scores in float64, in float32 where
+r² ‖a − centre‖² ≤ `FLOAT32_SCORES` (the device decides, so that nothing is read back), weights and all other products
+in the anchors' dtype with IEEE products, never TF32. A program of the forward and of the rows' backward owns some rows
+and goes over all anchors; one of the anchors' backward owns some anchors and goes over all rows: no atomic additions,
+the same digits each time. Row blocks hold [rows, d] accumulators, d up to `KERNEL_DIM`.
+
+Where there is no GPU, Triton's interpreter runs the kernels on the CPU (TRITON_INTERPRET=1): it shows that their logic
+is right, not how exact or fast a GPU is.
+"""
+
+from __future__ import annotations
+
+from functools import cached_property
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from lzn_dist.zones.block import FLOAT32_SCORES, AnchorGradient, Block, Rows
+from lzn_dist.zones.partial import Cotangent, GroupSums, Moments, Partial, Sums
+
+INTERPRETED = bool(triton.knobs.runtime.interpret)  # when these kernels were made
+STEP = 64  # columns of the slices in which scores are summed
+
+# pyright: reportInvalidTypeForm=false
+
+
+@triton.jit
+def _points(base, rows, row_mask, first, DIM: tl.constexpr, STEP: tl.constexpr):  # type: ignore[no-untyped-def]
+    """[rows, STEP]: columns first.. of some rows of a matrix of DIM columns; 0 outside."""
+    columns = first + tl.arange(0, STEP)
+    mask = row_mask[:, None] & (columns < DIM)[None, :]
+    return tl.load(base + rows[:, None] * DIM + columns[None, :], mask=mask, other=0.0)
+
+
+@triton.jit
+def _keys(anchors, columns, column_mask, first, DIM: tl.constexpr, STEP: tl.constexpr):  # type: ignore[no-untyped-def]
+    """[STEP, columns]: the same of anchors, transposed."""
+    width = first + tl.arange(0, STEP)
+    mask = (width < DIM)[:, None] & column_mask[None, :]
+    return tl.load(anchors + columns[None, :] * DIM + width[:, None], mask=mask, other=0.0)
+
+
+@triton.jit
+def _scores(  # type: ignore[no-untyped-def]
+    e, own, anchors, biases, log_weights, rows, row_mask, columns, column_mask, reference, r, single,
+    WEIGHTED: tl.constexpr, DIM: tl.constexpr, STEP: tl.constexpr, M: tl.constexpr, N: tl.constexpr,
+):  # fmt: skip
+    """float64 [M, N]: q·a_j − ½ r² ‖a_j‖² + β_j, −inf at the reference and outside."""
+    scores = tl.zeros((M, N), tl.float64)
+    for first in range(0, DIM, STEP):
+        query = _points(e, rows, row_mask, first, DIM, STEP).to(tl.float64) * r
+        query += _points(own, rows, row_mask, first, DIM, STEP).to(tl.float64) * (r * r)
+        keys = _keys(anchors, columns, column_mask, first, DIM, STEP)
+        if single:
+            scores += tl.dot(query.to(tl.float32), keys.to(tl.float32), input_precision="ieee").to(tl.float64)
+        else:
+            scores += tl.dot(query, keys.to(tl.float64), out_dtype=tl.float64)
+    # masks go as numbers: Triton 3.9 cannot hand booleans from one layout to that of a float64 product
+    bias = tl.load(biases + columns, mask=column_mask, other=float("inf")) * -tl.maximum(r * r, 1e-300)  # not 0 · ∞
+    if WEIGHTED:
+        bias += tl.load(log_weights + columns, mask=column_mask, other=float("-inf"))
+    return tl.where(columns[None, :] == reference[:, None], float("-inf"), scores + bias[None, :])
+
+
+@triton.jit
+def _projections(  # type: ignore[no-untyped-def]
+    g, own, anchors, rows, row_mask, columns, column_mask,
+    DIM: tl.constexpr, STEP: tl.constexpr, M: tl.constexpr, N: tl.constexpr, DTYPE: tl.constexpr,
+):  # fmt: skip
+    """[M, N]: g·(a_j − a_o)."""
+    found, base = tl.zeros((M, N), DTYPE), tl.zeros((M,), DTYPE)
+    for first in range(0, DIM, STEP):
+        part = _points(g, rows, row_mask, first, DIM, STEP)
+        keys = _keys(anchors, columns, column_mask, first, DIM, STEP)
+        found += tl.dot(part, keys, out_dtype=DTYPE, input_precision="ieee")
+        base += tl.sum(part * _points(own, rows, row_mask, first, DIM, STEP), 1)
+    return found - base[:, None]
+
+
+@triton.jit
+def _offset(  # type: ignore[no-untyped-def]
+    e, own, own_weights, rows, row_mask, r,
+    WEIGHTED: tl.constexpr, DIM: tl.constexpr, STEP: tl.constexpr, M: tl.constexpr,
+):  # fmt: skip
+    """float64 [M]: the reference's score."""
+    offset = tl.zeros((M,), tl.float64)
+    for first in range(0, DIM, STEP):
+        o = _points(own, rows, row_mask, first, DIM, STEP).to(tl.float64)
+        point = _points(e, rows, row_mask, first, DIM, STEP).to(tl.float64)
+        offset += tl.sum((point * r + o * (0.5 * r * r)) * o, 1)
+    if WEIGHTED:
+        offset += tl.load(own_weights + rows, mask=row_mask, other=0.0)
+    return offset
+
+
+@triton.jit
+def _single(widest, r, limit, DTYPE: tl.constexpr):  # type: ignore[no-untyped-def]
+    if tl.float64 == DTYPE:
+        return False
+    else:
+        return r * r * tl.load(widest) <= limit
+
+
+@triton.jit
+def _forward(  # type: ignore[no-untyped-def]
+    e, own, anchors, biases, log_weights, own_weights, index, groups, own_groups, radius, widest,
+    offsets, peaks, sums, moments, group_peaks, members, outsides, count, total, start, limit: tl.constexpr,
+    WEIGHTED: tl.constexpr, GROUPED: tl.constexpr, DTYPE: tl.constexpr,
+    DIM: tl.constexpr, FULL: tl.constexpr, STEP: tl.constexpr, M: tl.constexpr, N: tl.constexpr,
+):  # fmt: skip
+    """A `Partial`: one pass over the anchors with a running maximum."""
+    rows = tl.program_id(0) * M + tl.arange(0, M)
+    row_mask = rows < count
+    r = tl.load(radius)
+    single = _single(widest, r, limit, DTYPE)
+    reference = tl.load(index + rows, mask=row_mask, other=-1) - start
+    offset = _offset(e, own, own_weights, rows, row_mask, r, WEIGHTED, DIM, STEP, M)
+    peak, weight, moment = offset, tl.zeros((M,), DTYPE), tl.zeros((M, FULL), DTYPE)
+    group_peak, member = offset, tl.zeros((M,), tl.float64)
+    outside = tl.zeros((M,), tl.float64)
+    for first in range(0, total, N):
+        columns = first + tl.arange(0, N)
+        column_mask = columns < total
+        scores = _scores(
+            e, own, anchors, biases, log_weights, rows, row_mask, columns, column_mask, reference, r, single,
+            WEIGHTED, DIM, STEP, M, N,
+        )  # fmt: skip
+        highest = tl.maximum(peak, tl.max(scores, 1))
+        weights = tl.exp((scores - highest[:, None]).to(DTYPE))
+        scale = tl.exp((peak - highest).to(DTYPE))
+        if GROUPED:
+            ours = tl.load(own_groups + rows, mask=row_mask, other=0)
+            theirs = tl.load(groups + columns, mask=column_mask, other=0)
+            same = ours[:, None] == theirs[None, :]
+            outside = outside * scale.to(tl.float64) + tl.sum(tl.where(same, 0.0, weights), 1).to(tl.float64)
+            best = tl.maximum(group_peak, tl.max(tl.where(same, scores, float("-inf")), 1))
+            inner = tl.exp(tl.minimum(scores - best[:, None], 0.0).to(DTYPE))
+            member = member * tl.exp(group_peak - best) + tl.sum(tl.where(same, inner, 0.0), 1).to(tl.float64)
+            group_peak = best
+        values = _points(anchors, columns, column_mask, 0, DIM, FULL)
+        weight = weight * scale + tl.sum(weights, 1)
+        moment = moment * scale[:, None] + tl.dot(weights, values, out_dtype=DTYPE, input_precision="ieee")
+        peak = highest
+    width = tl.arange(0, FULL)
+    moment -= weight[:, None] * _points(own, rows, row_mask, 0, DIM, FULL)
+    mask = row_mask[:, None] & (width < DIM)[None, :]
+    tl.store(moments + rows[:, None] * DIM + width[None, :], moment, mask=mask)
+    tl.store(offsets + rows, offset, mask=row_mask)
+    tl.store(peaks + rows, peak, mask=row_mask)
+    tl.store(sums + rows, weight, mask=row_mask)
+    if GROUPED:
+        tl.store(group_peaks + rows, group_peak, mask=row_mask)
+        tl.store(members + rows, member, mask=row_mask)
+        tl.store(outsides + rows, outside, mask=row_mask)
+
+
+@triton.jit
+def _backward_rows(  # type: ignore[no-untyped-def]
+    e, own, anchors, biases, log_weights, own_weights, index, groups, own_groups, radius, widest,
+    lse, target, g, grad_target, shifts, weights_out, pulls, totals, spreads,
+    count, total, start, limit: tl.constexpr,
+    WEIGHTED: tl.constexpr, GROUPED: tl.constexpr, TARGETED: tl.constexpr, MOMENTS: tl.constexpr,
+    SHIFTED: tl.constexpr, DTYPE: tl.constexpr,
+    DIM: tl.constexpr, FULL: tl.constexpr, STEP: tl.constexpr, M: tl.constexpr, N: tl.constexpr,
+):  # fmt: skip
+    """MOMENTS: Σ w and Σ w g·(a_j − a_o) alone. Else a `Cotangent` and the shifts, which SHIFTED are given."""
+    rows = tl.program_id(0) * M + tl.arange(0, M)
+    row_mask = rows < count
+    r = tl.load(radius)
+    single = _single(widest, r, limit, DTYPE)
+    reference = tl.load(index + rows, mask=row_mask, other=-1) - start
+    log_sum = tl.load(lse + rows, mask=row_mask, other=0.0)
+    base = log_sum + _offset(e, own, own_weights, rows, row_mask, r, WEIGHTED, DIM, STEP, M)
+    weight, pull = tl.zeros((M,), DTYPE), tl.zeros((M,), DTYPE)
+    of_target = tl.zeros((M,), DTYPE)
+    if TARGETED:
+        of_target = tl.load(grad_target + rows, mask=row_mask, other=0.0).to(DTYPE)
+    for first in range(0, total, N):
+        columns = first + tl.arange(0, N)
+        column_mask = columns < total
+        scores = _scores(
+            e, own, anchors, biases, log_weights, rows, row_mask, columns, column_mask, reference, r, single,
+            WEIGHTED, DIM, STEP, M, N,
+        )  # fmt: skip
+        weights = tl.exp((scores - base[:, None]).to(DTYPE))
+        weight += tl.sum(weights, 1)
+        if not SHIFTED:
+            products = _projections(g, own, anchors, rows, row_mask, columns, column_mask, DIM, STEP, M, N, DTYPE)
+            pull += tl.sum(weights * products, 1)
+    tl.store(weights_out + rows, weight, mask=row_mask)
+    if MOMENTS:
+        tl.store(pulls + rows, pull, mask=row_mask)
+    else:
+        if SHIFTED:
+            shift = tl.load(shifts + rows, mask=row_mask, other=0.0)
+        else:
+            shift = pull / (weight + tl.exp(-log_sum).to(DTYPE)) - of_target
+            tl.store(shifts + rows, shift, mask=row_mask)
+        sum_d, spread = tl.zeros((M,), DTYPE), tl.zeros((M, FULL), DTYPE)
+        for first in range(0, total, N):
+            columns = first + tl.arange(0, N)
+            column_mask = columns < total
+            scores = _scores(
+                e, own, anchors, biases, log_weights, rows, row_mask, columns, column_mask, reference, r, single,
+                WEIGHTED, DIM, STEP, M, N,
+            )  # fmt: skip
+            products = _projections(g, own, anchors, rows, row_mask, columns, column_mask, DIM, STEP, M, N, DTYPE)
+            d_scores = _cotangents(
+                scores - base[:, None], products, shift, of_target, target, groups, own_groups, rows, row_mask,
+                columns, column_mask, GROUPED and TARGETED, DTYPE,
+            )  # fmt: skip
+            values = _points(anchors, columns, column_mask, 0, DIM, FULL)
+            sum_d += tl.sum(d_scores, 1)
+            spread += tl.dot(d_scores, values, out_dtype=DTYPE, input_precision="ieee")
+        width = tl.arange(0, FULL)
+        spread -= sum_d[:, None] * _points(own, rows, row_mask, 0, DIM, FULL)
+        mask = row_mask[:, None] & (width < DIM)[None, :]
+        tl.store(spreads + rows[:, None] * DIM + width[None, :], spread, mask=mask)
+        tl.store(totals + rows, sum_d, mask=row_mask)
+
+
+@triton.jit
+def _cotangents(  # type: ignore[no-untyped-def]
+    logarithms, products, shift, of_target, target, groups, own_groups, rows, row_mask, columns, column_mask,
+    GROUPED: tl.constexpr, DTYPE: tl.constexpr,
+):  # fmt: skip
+    """[M, N]: dS of scores less the rows' log-sum-exps."""
+    found = tl.exp(logarithms.to(DTYPE)) * (products - shift[:, None])
+    if GROUPED:
+        ours = tl.load(own_groups + rows, mask=row_mask, other=0)
+        theirs = tl.load(groups + columns, mask=column_mask, other=0)
+        # an absent group has an infinite target: its members' weights stay 0
+        missed = tl.minimum(tl.load(target + rows, mask=row_mask, other=0.0), 1e30)
+        inner = tl.exp(tl.minimum(logarithms + missed[:, None], 0.0).to(DTYPE))
+        found -= tl.where(ours[:, None] == theirs[None, :], inner, 0.0) * of_target[:, None]
+    return found
+
+
+@triton.jit
+def _backward_anchors(  # type: ignore[no-untyped-def]
+    e, own, anchors, biases, log_weights, own_weights, index, groups, own_groups, radius, widest,
+    lse, target, g, grad_target, shifts, gradients, radials, count, total, start, limit: tl.constexpr,
+    WEIGHTED: tl.constexpr, GROUPED: tl.constexpr, TARGETED: tl.constexpr, DTYPE: tl.constexpr,
+    DIM: tl.constexpr, FULL: tl.constexpr, STEP: tl.constexpr, M: tl.constexpr, N: tl.constexpr,
+):  # fmt: skip
+    """Adds the anchors' gradients."""
+    columns = tl.program_id(0) * N + tl.arange(0, N)
+    column_mask = columns < total
+    r = tl.load(radius)
+    single = _single(widest, r, limit, DTYPE)
+    width = tl.arange(0, FULL)
+    places = columns[:, None] * DIM + width[None, :]
+    mask = column_mask[:, None] & (width < DIM)[None, :]
+    gradient, radial = tl.zeros((N, FULL), DTYPE), tl.zeros((N,), DTYPE)
+    for first in range(0, count, M):
+        rows = first + tl.arange(0, M)
+        row_mask = rows < count
+        reference = tl.load(index + rows, mask=row_mask, other=-1) - start
+        base = tl.load(lse + rows, mask=row_mask, other=float("inf"))
+        base += _offset(e, own, own_weights, rows, row_mask, r, WEIGHTED, DIM, STEP, M)
+        scores = _scores(
+            e, own, anchors, biases, log_weights, rows, row_mask, columns, column_mask, reference, r, single,
+            WEIGHTED, DIM, STEP, M, N,
+        )  # fmt: skip
+        logarithms = scores - base[:, None]
+        products = _projections(g, own, anchors, rows, row_mask, columns, column_mask, DIM, STEP, M, N, DTYPE)
+        shift = tl.load(shifts + rows, mask=row_mask, other=0.0)
+        of_target = tl.zeros((M,), DTYPE)
+        if TARGETED:
+            of_target = tl.load(grad_target + rows, mask=row_mask, other=0.0).to(DTYPE)
+        d_scores = _cotangents(
+            logarithms, products, shift, of_target, target, groups, own_groups, rows, row_mask, columns, column_mask,
+            GROUPED and TARGETED, DTYPE,
+        )  # fmt: skip
+        weights = tl.trans(tl.exp(logarithms.to(DTYPE)))
+        query = _points(e, rows, row_mask, 0, DIM, FULL).to(tl.float64) * r
+        query += _points(own, rows, row_mask, 0, DIM, FULL).to(tl.float64) * (r * r)
+        cotangent = _points(g, rows, row_mask, 0, DIM, FULL)
+        gradient += tl.dot(weights, cotangent, out_dtype=DTYPE, input_precision="ieee")
+        gradient += tl.dot(tl.trans(d_scores), query.to(DTYPE), out_dtype=DTYPE, input_precision="ieee")
+        radial += tl.sum(d_scores, 0)
+    tl.store(gradients + places, tl.load(gradients + places, mask=mask, other=0.0) + gradient, mask=mask)
+    held = tl.load(radials + columns, mask=column_mask, other=0.0)
+    tl.store(radials + columns, held + radial * (r * r).to(DTYPE), mask=column_mask)
+
+
+def shapes(dim: int) -> dict[str, int]:
+    """Of a program's tiles: smaller where [rows, d] is wide."""
+    full = max(16, triton.next_power_of_2(dim))
+    side = 16 if full > 256 else 32
+    return {"DIM": dim, "FULL": full, "STEP": min(STEP, full), "M": side, "N": side}
+
+
+class FusedBlock(Block):
+    """A `Block` whose sums are these kernels'. Its lists of near pairs, of one step, are the tiles'."""
+
+    @cached_property
+    def widest_here(self) -> Tensor:
+        """float64 [1], on the device: `Block.widest` without a wait."""
+        return 2.0 * self.half_norms.amax(0, keepdim=True)
+
+    def _given(self, rows: Rows, r: float) -> tuple[dict[str, Tensor], dict[str, object]]:
+        """What all kernels are given: tensors, and numbers."""
+        nothing = self.half_norms[:1]
+        dim = rows.e.shape[1]
+        tensors = {
+            "e": rows.e.contiguous(), "own": rows.own.contiguous(), "anchors": self.anchors, "biases": self.half_norms,
+            "log_weights": nothing if self.log_weights is None else self.log_weights,
+            "own_weights": nothing if rows.log_weights is None else rows.log_weights,
+            "index": rows.index, "groups": rows.index if self.groups is None else self.groups,
+            "own_groups": rows.index if rows.groups is None else rows.groups,
+            # as a tensor, filled on the device: a kernel's own numbers are float32
+            "radius": torch.full((1,), r, dtype=torch.float64, device=rows.e.device), "widest": self.widest_here,
+        }  # fmt: skip
+        numbers: dict[str, object] = {
+            "count": len(rows), "total": len(self), "start": self.start, "limit": FLOAT32_SCORES,
+            "WEIGHTED": self.log_weights is not None and rows.log_weights is not None,
+            "GROUPED": self.groups is not None and rows.groups is not None,
+            "DTYPE": tl.float64 if rows.e.dtype == torch.float64 else tl.float32,
+            **shapes(dim),
+        }  # fmt: skip
+        return tensors, numbers
+
+    def part(self, rows: Rows, r: float, *, settle: bool) -> Partial:
+        if settle:
+            return super().part(rows, r, settle=settle)
+        e, count = rows.e, len(rows)
+        wide = [e.new_empty(count, dtype=torch.float64) for _ in range(5)]
+        found = Partial(wide[0], wide[1], e.new_empty(count), e.new_empty(e.shape))
+        tensors, numbers = self._given(rows, r)
+        group = wide[2:] if numbers["GROUPED"] else wide[:1] * 3
+        if count:
+            _forward[(triton.cdiv(count, numbers["M"]),)](
+                *tensors.values(), found.offset, found.peak, found.others, found.moment, *group, **numbers
+            )
+        if numbers["GROUPED"]:
+            assert rows.inside is not None
+            found.group = GroupSums(rows.inside, *group)
+        return found
+
+    def moments(self, rows: Rows, r: float, lse: Tensor, g: Tensor) -> Moments:
+        weight, pull = g.new_empty(len(g)), g.new_empty(len(g))
+        tensors, numbers = self._given(rows, r)
+        if len(g):
+            _backward_rows[(triton.cdiv(len(g), numbers["M"]),)](
+                *tensors.values(), lse, lse, g.contiguous(), g, g, weight, pull, g, g,
+                **numbers, TARGETED=False, MOMENTS=True, SHIFTED=False,
+            )  # fmt: skip
+        return Moments(weight, pull)
+
+    def pull_back(
+        self, rows: Rows, r: float, posterior: Sums, g: Tensor, grad_target: Tensor | None,
+        shift: Tensor | None, into: AnchorGradient,
+    ) -> Cotangent:  # fmt: skip
+        g = g.contiguous()
+        total, weight, spread = g.new_empty(len(g)), g.new_empty(len(g)), torch.empty_like(g)
+        if not len(g):
+            return Cotangent(spread, total, weight)
+        tensors, numbers = self._given(rows, r)
+        of_target = posterior.lse if grad_target is None else grad_target
+        shifts = g.new_empty(len(g)) if shift is None else shift
+        given = [*tensors.values(), posterior.lse, posterior.target, g, of_target, shifts]
+        targeted = grad_target is not None
+        _backward_rows[(triton.cdiv(len(g), numbers["M"]),)](
+            *given, weight, weight, total, spread, **numbers, TARGETED=targeted, MOMENTS=False,
+            SHIFTED=shift is not None,
+        )  # fmt: skip
+        _backward_anchors[(triton.cdiv(len(self), numbers["N"]),)](
+            *given, into.anchors, into.radial, **numbers, TARGETED=targeted
+        )
+        return Cotangent(spread, total, weight)

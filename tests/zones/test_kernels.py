@@ -1,0 +1,116 @@
+"""The kernels' logic, in Triton's interpreter on the CPU, against the plain twins; and that they compile for GPUs.
+
+The interpreter runs one program after the other and multiplies with numpy: of exactness and races on a GPU this says
+nothing (tests/gpu does).
+"""
+
+from __future__ import annotations
+
+import math
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from lzn_dist.zones import AnchorField, align, alignment_loss, compute_latents
+from lzn_dist.zones import field as field_module
+from tests.helpers.zone_cases import assert_equal, error, make, run
+from tests.zones.test_field import across, split
+from tests.zones.test_weights_and_groups import CASES, options
+
+
+@pytest.fixture(scope="module", autouse=True)
+def interpreter() -> Any:
+    """Kernels are interpreted if the variable is set where they are made; what else uses Triton must not be."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TRITON_INTERPRET", "1")
+        from lzn_dist.zones import kernels
+    assert kernels.INTERPRETED
+    return kernels
+
+
+@pytest.mark.parametrize("solver", ["euler", "dpm_solver_pp"])
+@pytest.mark.parametrize("dim,n,b", [(8, 40, 5), (20, 70, 33), (3, 1, 1)])
+def test_equal_the_definition(dim: int, n: int, b: int, solver: str) -> None:
+    """Sizes that fill no tile, and a single anchor."""
+    batch = make(dim, n, b, 0.5, spread=1.0)
+    expected = run(batch, backend="plain", solver=solver, steps=6)
+    assert_equal(run(batch, backend="triton", solver=solver, steps=6), expected, 1e-10)
+    if n > 1:
+        expected = run(batch, backend="relative", solver=solver, steps=6, dense=True)
+        found = run(batch, backend="triton", solver=solver, steps=6, dense=True, store_every=2)
+        assert_equal(found, expected, 1e-10)
+
+
+@pytest.mark.parametrize("blocks", [(), (1, 24, 0, 15)], ids=["one", "several"])
+@pytest.mark.parametrize("case", CASES)
+def test_weights_groups_and_blocks(case: str, blocks: tuple[int, ...]) -> None:
+    batch = across(make(16, 40, 20, 1.0, spread=None), 25)
+    given = options(batch, **CASES[case])
+    field = {"field": split(*blocks)} if blocks else {}
+    expected = run(batch, backend="plain", steps=6, **given)
+    assert_equal(run(batch, backend="triton", steps=6, **given, **field), expected, 1e-10)
+    expected = run(batch, backend="relative", steps=6, dense=True, **given)
+    assert_equal(run(batch, backend="triton", steps=6, dense=True, **given, **field), expected, 1e-10)
+
+
+@pytest.mark.parametrize("scale", [0.1, 1.0, 10.0])
+def test_float32_has_float64_scores_where_it_needs_them(scale: float) -> None:
+    batch = make(24, 60, 20, scale, spread=1.0)
+    expected, found = run(batch, backend="tiled"), run(batch, backend="triton", dtype=torch.float32)
+    for name in expected:
+        assert error(found[name], expected[name]) <= (1e-3 if name.startswith("grad") else 1e-4), name
+
+
+def test_float32_scores_everywhere_would_be_noticed(monkeypatch: pytest.MonkeyPatch, interpreter: Any) -> None:
+    monkeypatch.setattr(interpreter, "FLOAT32_SCORES", math.inf)
+    batch = make(24, 60, 20, 10.0, spread=1.0)
+    expected, found = run(batch, backend="tiled"), run(batch, backend="triton", dtype=torch.float32)
+    assert error(found["latents"], expected["latents"]) > 1e-4
+
+
+def test_absent_classes_have_no_weight() -> None:
+    g = torch.Generator().manual_seed(0)
+    latents, anchors = torch.randn(9, 8, generator=g).double(), torch.randn(5, 8, generator=g).double()
+    weights = torch.tensor([0.0, -math.inf, -1.0, -math.inf, 0.5], dtype=torch.float64)
+    targets, found = torch.arange(9) % 5, []
+    for backend in ("plain", "triton"):
+        points, keys = latents.clone().requires_grad_(), anchors.clone().requires_grad_()
+        log_probs = align(points, keys, targets, log_weights=weights, backend=backend, steps=5).log_probs
+        present = ~log_probs.isneginf()
+        alignment_loss(log_probs.masked_fill(~present, 0.0)).backward()
+        assert points.grad is not None and keys.grad is not None
+        found.append({"there": present.double(), "points": points.grad, "keys": keys.grad,
+                      "log_probs": log_probs.detach().masked_fill(~present, 0.0)})  # fmt: skip
+    assert_equal(found[1], found[0], 1e-10)
+
+
+def test_the_backend_is_chosen_when_the_field_is_made(monkeypatch: pytest.MonkeyPatch, interpreter: Any) -> None:
+    x = torch.eye(4)
+    assert isinstance(AnchorField(x, None, None, "triton").block, interpreter.FusedBlock)
+    assert not isinstance(AnchorField(x, None, None, "auto").block, interpreter.FusedBlock)  # no GPU
+    with pytest.raises(ValueError, match="at most 1024 dimensions, got 2000: use tiled"):
+        AnchorField(torch.zeros(2, 2000), None, None, "triton")
+    monkeypatch.setattr(interpreter, "INTERPRETED", False)
+    with pytest.raises(ValueError, match="backend triton needs a GPU"):
+        compute_latents(x, x, backend="triton")
+    monkeypatch.setattr(field_module, "find_spec", lambda _: None)
+    with pytest.raises(ValueError, match=r"install lzn_dist\[gpu\]"):
+        compute_latents(x, x, backend="triton")
+
+
+@pytest.mark.process
+def test_they_compile_for_a_gpu() -> None:
+    """To PTX and through ptxas, without a GPU: with all that they can be asked for, at the paper's width."""
+    worker = Path(__file__).with_name("compile_kernels.py")
+    done = subprocess.run([sys.executable, worker, "256", "90"], capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-3000:]
+    lines = done.stdout.splitlines()
+    assert [line.split()[0] for line in lines] == ["_forward", "_backward_rows", "_backward_anchors"]
+    for line in lines:
+        _, shared, products = line.split()
+        assert int(shared) <= 227 * 1024  # an H100's
+        assert int(products) > 0  # float64 scores on tensor cores
