@@ -10,50 +10,33 @@ from torch import Tensor
 
 from lzn_dist.distributed.topology import Topology
 
-
-def gather_rows(rows: Tensor) -> Tensor:
-    """Concatenate [b, ...] over ranks in rank order, without gradients; b may differ between ranks."""
-    world_size = Topology.current().world_size
-    if world_size == 1:
-        return rows
-    counts = _row_counts(rows)
-    # gloo gathers only equal shapes
-    padded = rows.new_zeros(max(counts), *rows.shape[1:])
-    padded[: len(rows)] = rows
-    parts = [torch.empty_like(padded) for _ in range(world_size)]
-    dist.all_gather(parts, padded.contiguous())
-    return torch.cat([part[:count] for part, count in zip(parts, counts, strict=True)])
-
-
-def _row_counts(rows: Tensor) -> list[int]:
-    own = torch.tensor([len(rows)], device=rows.device)
-    counts = [torch.empty_like(own) for _ in range(Topology.current().world_size)]
-    dist.all_gather(counts, own)
-    return [int(count) for count in torch.cat(counts)]
+# by their names since torch 2.13, or those of before
+_all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+_reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
 
 
 class _GatherAnchors(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, anchors: Tensor) -> Tensor:
-        counts = _row_counts(anchors)
-        rank = Topology.current().rank
-        ctx.start, ctx.count = sum(counts[:rank]), counts[rank]
-        return gather_rows(anchors)
+        gathered = anchors.new_empty(len(anchors) * Topology.current().world_size, *anchors.shape[1:])
+        _all_gather(gathered, anchors.contiguous())
+        return gathered
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Tensor:
-        # The reduce-scatter is a sum: every rank's loss depends on every anchor. (gloo has no reduce-scatter.)
-        total = grads[0].contiguous().clone()
-        dist.all_reduce(total)
-        return total[ctx.start : ctx.start + ctx.count]
+        # a sum: every rank's loss depends on every anchor
+        total = grads[0].new_empty(len(grads[0]) // Topology.current().world_size, *grads[0].shape[1:])
+        _reduce_scatter(total, grads[0].contiguous())
+        return total
 
 
 def gather_anchors(anchors: Tensor) -> Tensor:
-    """[b, d] on each rank → [sum of b over ranks, d] on every rank, in rank order; b may differ between ranks.
+    """[b, ...] on each rank → [W · b, ...] on every one of W ranks, in rank order; b is the same on all ranks, as the
+    stream's shares of a global batch are.
 
     Differentiable: the backward sums the cotangents of all ranks. With an engine that *averages* parameter gradients
-    over W ranks, a rank's loss is W · (sum over its samples) / N: for equal shares, its local mean. Then the gradients
-    are those of one process on the global batch. Collective, in the backward as well.
+    over W ranks, a rank's loss is its local mean: W · (sum over its samples) / N. Then the gradients are those of one
+    process on the global batch. Collective, in the backward as well; nothing is read back to the host.
     """
     if Topology.current().world_size == 1:
         return anchors

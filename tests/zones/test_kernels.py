@@ -17,9 +17,11 @@ import torch
 
 from lzn_dist.zones import AnchorField, align, alignment_loss, compute_latents
 from lzn_dist.zones import field as field_module
-from tests.helpers.zone_cases import assert_equal, error, make, run
+from tests.helpers.zone_cases import Batch, assert_equal, error, make, run
 from tests.zones.test_field import across, split
 from tests.zones.test_weights_and_groups import CASES, options
+
+pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="Triton is for Linux")
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -33,16 +35,13 @@ def interpreter() -> Any:
 
 
 @pytest.mark.parametrize("solver", ["euler", "dpm_solver_pp"])
-@pytest.mark.parametrize("dim,n,b", [(8, 40, 5), (20, 70, 33), (3, 1, 1)])
+@pytest.mark.parametrize("dim,n,b", [(8, 35, 5), (20, 45, 33), (3, 1, 1)])
 def test_equal_the_definition(dim: int, n: int, b: int, solver: str) -> None:
     """Sizes that fill no tile, and a single anchor."""
     batch = make(dim, n, b, 0.5, spread=1.0)
-    expected = run(batch, backend="plain", solver=solver, steps=6)
-    assert_equal(run(batch, backend="triton", solver=solver, steps=6), expected, 1e-10)
-    if n > 1:
-        expected = run(batch, backend="relative", solver=solver, steps=6, dense=True)
-        found = run(batch, backend="triton", solver=solver, steps=6, dense=True, store_every=2)
-        assert_equal(found, expected, 1e-10)
+    dense = n > 1
+    expected = run(batch, backend="relative", solver=solver, steps=4, dense=dense)
+    assert_equal(run(batch, backend="triton", solver=solver, steps=4, dense=dense, store_every=2), expected, 1e-10)
 
 
 @pytest.mark.parametrize("blocks", [(), (1, 24, 0, 15)], ids=["one", "several"])
@@ -51,25 +50,39 @@ def test_weights_groups_and_blocks(case: str, blocks: tuple[int, ...]) -> None:
     batch = across(make(16, 40, 20, 1.0, spread=None), 25)
     given = options(batch, **CASES[case])
     field = {"field": split(*blocks)} if blocks else {}
-    expected = run(batch, backend="plain", steps=6, **given)
-    assert_equal(run(batch, backend="triton", steps=6, **given, **field), expected, 1e-10)
-    expected = run(batch, backend="relative", steps=6, dense=True, **given)
-    assert_equal(run(batch, backend="triton", steps=6, dense=True, **given, **field), expected, 1e-10)
+    expected = run(batch, backend="relative", steps=3, dense=True, **given)
+    assert_equal(run(batch, backend="triton", steps=3, dense=True, **given, **field), expected, 1e-10)
 
 
-@pytest.mark.parametrize("scale", [0.1, 1.0, 10.0])
-def test_float32_has_float64_scores_where_it_needs_them(scale: float) -> None:
-    batch = make(24, 60, 20, scale, spread=1.0)
-    expected, found = run(batch, backend="tiled"), run(batch, backend="triton", dtype=torch.float32)
+def clusters() -> Batch:
+    """Far from the centre and near each other: scores of 10⁷ of which the first digits after the point decide."""
+    batch = make(24, 32, 16, 0.05, spread=1.0)
+    centres = (10 * torch.randn(4, 24, generator=torch.Generator().manual_seed(5))).double()[torch.arange(32) % 4]
+    batch.anchors, batch.others = ((value + centres).float().double() for value in (batch.anchors, batch.others))
+    return batch
+
+
+@pytest.mark.parametrize("exact", [True, False])
+def test_float32_has_float64_scores_where_it_needs_them(
+    exact: bool, monkeypatch: pytest.MonkeyPatch, interpreter: Any
+) -> None:
+    """And without them it would be noticed."""
+    if not exact:
+        monkeypatch.setattr(interpreter, "FLOAT32_SCORES", math.inf)
+    batch = clusters()
+    expected = run(batch, backend="tiled", steps=10)
+    found = run(batch, backend="triton", steps=10, dtype=torch.float32)
+    assert (error(found["latents"], expected["latents"]) <= 1e-5) is exact
+    if exact:
+        for name in expected:
+            assert error(found[name], expected[name]) <= (5e-3 if name.startswith("grad") else 1e-4), name
+
+
+def test_float32_is_close_to_float64() -> None:
+    batch = make(24, 40, 20, 0.1, spread=1.0)
+    expected, found = run(batch, backend="tiled", steps=6), run(batch, backend="triton", dtype=torch.float32, steps=6)
     for name in expected:
         assert error(found[name], expected[name]) <= (1e-3 if name.startswith("grad") else 1e-4), name
-
-
-def test_float32_scores_everywhere_would_be_noticed(monkeypatch: pytest.MonkeyPatch, interpreter: Any) -> None:
-    monkeypatch.setattr(interpreter, "FLOAT32_SCORES", math.inf)
-    batch = make(24, 60, 20, 10.0, spread=1.0)
-    expected, found = run(batch, backend="tiled"), run(batch, backend="triton", dtype=torch.float32)
-    assert error(found["latents"], expected["latents"]) > 1e-4
 
 
 def test_absent_classes_have_no_weight() -> None:
