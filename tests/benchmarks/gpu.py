@@ -3,7 +3,7 @@
     python tests/benchmarks/gpu.py [--quick] [--output FILE]
 
 Zones: one GPU's share of the ImageNet case, b = 1024 of n = 8192 anchors, D = 256, 20 + 20 Euler steps, forward and
-backward, float32. `ours` with tiles of several sizes (the default is marked); `published` is the paper's formula as
+backward, float32. `ours` with kernels, and with tiles of several sizes (the default is marked); `published` is the paper's formula as
 published (`zones.py`); `attention` is the same number of dense steps by scaled_dot_product_attention in float32, whose
 logits are too coarse for the flow (it is a speed to compare with, not a way to compute it); `products` is what meeting
 every pair costs: scores twice in float64 and five products in float32 a step, by torch.matmul. Milliseconds are medians
@@ -34,6 +34,7 @@ from lzn_dist.objectives import Samples
 from lzn_dist.training.setup import single_state
 from lzn_dist.training.step import TrainState, train_step
 from lzn_dist.zones import align, alignment_loss, block, compute_latents
+from lzn_dist.zones.arguments import Backend
 
 DIM, STEPS = zones.DIM, zones.STEPS
 GPU = torch.device("cuda", 0)
@@ -79,10 +80,10 @@ def inputs(b: int, n: int, view: str) -> tuple[Tensor, Tensor, Tensor]:
     return first.requires_grad_(), second.requires_grad_(), noise
 
 
-def ours(first: Tensor, second: Tensor, noise: Tensor) -> None:
+def ours(first: Tensor, second: Tensor, noise: Tensor, backend: Backend) -> None:
     index = torch.arange(len(noise), device=GPU)
-    latents = compute_latents(first[: len(noise)], noise, first, index=index, steps=STEPS)
-    alignment_loss(align(latents, second, index, steps=STEPS).log_probs).backward()
+    latents = compute_latents(first[: len(noise)], noise, first, index=index, steps=STEPS, backend=backend)
+    alignment_loss(align(latents, second, index, steps=STEPS, backend=backend).log_probs).backward()
 
 
 def attention(first: Tensor, second: Tensor, noise: Tensor) -> None:
@@ -118,19 +119,20 @@ def zone_rows(sizes: list[tuple[int, int]], calls: int) -> list[str]:
         print(lines[-1], flush=True)
 
     for b, n in sizes:
-        for view in ("aligned", "unaligned"):
+        for view in ("sphere", "clusters 0.3"):
             given = inputs(b, n, view)
+            row(b, n, view, "ours, kernels", lambda given=given: ours(*given, "triton"))  # type: ignore[misc]
             for power in TILES:
                 block.tile_elements = lambda device, power=power: 1 << power  # type: ignore[misc]
                 mark = ", the default" if default(GPU) == 1 << power else ""
-                row(b, n, view, f"ours, tiles of 2^{power}{mark}", lambda given=given: ours(*given))  # type: ignore[misc]
+                row(b, n, view, f"ours, tiles of 2^{power}{mark}", lambda given=given: ours(*given, "tiled"))  # type: ignore[misc]
             block.tile_elements = default
         row(b, n, "", "attention, float32", lambda given=given: attention(*given))  # type: ignore[misc]
         lines.append(f"| {b} | {n} | | products | {products_ms(b, n):.1f} | | | |")
         print(lines[-1], flush=True)
         broadcast = b * n * DIM * 4 * 8  # its tensors alive at once
         if broadcast < torch.cuda.get_device_properties(GPU).total_memory:
-            row(b, n, "unaligned", "published", lambda given=given: zones.published(*given), counts=False)  # type: ignore[misc]
+            row(b, n, view, "published", lambda given=given: zones.published(*given), counts=False)  # type: ignore[misc]
     return lines
 
 

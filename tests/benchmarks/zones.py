@@ -1,18 +1,22 @@
-"""Time and peak memory of latents + alignment + backward: tiled path, published form, and the dense floor.
+"""Time and peak memory of latents + alignment + backward: tiled path, published form, and the products that remain.
 
-    python tests/benchmarks/zones.py [--quick] [--output FILE]
+    python tests/benchmarks/zones.py [--sizes N ...] [--before CHECKOUT] [--output FILE.md]
 
-Each figure comes from a process of its own, which imports, warms up on a small batch and then samples its resident
-memory from a thread. `published` is the form of the paper's formula as published: b × n × d differences, weights by
-exponentiating and dividing, every step under torch.utils.checkpoint. `floor` is what a path that meets every pair of
-sample and anchor cannot do without, a step: the scores twice in float64 (forward, and again in backward), five
-products in float32, two exponentials in float32.
+b = n/8 samples among n anchors of 256 dimensions, on a sphere, in 64 clusters and N(0, 0.1²); their second views 0.3
+apart (0.1, in the tight clusters; 0.05). Each figure comes from a process of its own, which imports, warms up on a
+small batch and then samples its resident memory from a thread. `before` is the tiled path of another checkout.
+`published` is the form of the paper's formula as published: b × n × d differences, weights by exponentiating and
+dividing, every step under torch.utils.checkpoint; up to 1,024 anchors. `dense` is what a path that meets every pair of
+sample and anchor cannot do without, a step: the scores twice (in float64, in float32 where these are small enough),
+five products in float32, two exponentials of float32. `left` is the share of these products that the flow does, the
+others being straight lines; `over what is left` is its time over theirs. With --output the times are also drawn.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -22,18 +26,28 @@ from common import Peak, clock, machine, spawn
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from lzn_dist.zones import SIGMA_MIN, align, alignment_loss, compute_latents
+from lzn_dist.zones import SIGMA_MIN, AnchorField, align, alignment_loss, compute_latents
 
 DIM, STEPS = 256, 20
-SIZES = [(64, 512), (128, 1024), (256, 2048)]
+SIZES = [1024, 2048, 4096, 8192]
+KINDS = ["sphere", "clusters 0.3", "clusters 0.1", "small"]
+PUBLISHED = 1024  # anchors; its memory and time grow with their square
 
 
-def data(b: int, n: int, view: str) -> tuple[Tensor, Tensor, Tensor]:
+def data(b: int, n: int, kind: str) -> tuple[Tensor, Tensor, Tensor]:
     g = torch.Generator().manual_seed(0)
-    first = torch.randn(n, DIM, generator=g)
-    second = torch.randn(n, DIM, generator=g)
-    if view == "aligned":
-        second = first + 0.5 * second
+    first, second = (torch.randn(n, DIM, generator=g) for _ in range(2))
+    if kind == "sphere":
+        first = first / first.norm(dim=1, keepdim=True) * DIM**0.5
+        second = first + 0.3 * second
+    elif kind.startswith("clusters"):
+        spread = float(kind.split()[1])
+        centres = torch.randn(64, DIM, generator=g)[torch.arange(n) % 64]
+        first, second = centres + spread * first, centres + spread * second
+    elif kind == "small":
+        first, second = 0.1 * first, 0.1 * first + 0.05 * second
+    else:
+        raise ValueError(kind)
     return first.requires_grad_(), second.requires_grad_(), 0.45 * torch.randn(b, DIM, generator=g)
 
 
@@ -72,86 +86,144 @@ def published(first: Tensor, second: Tensor, noise: Tensor) -> float:
     return loss.item()
 
 
-def floor(b: int, n: int) -> float:
-    """Seconds of 40 steps' products and exponentials alone."""
+def dense(b: int, n: int) -> dict[str, float]:
+    """Seconds of a step's products and exponentials alone, forward and backward, with scores in float64 and float32."""
     w, a, q = torch.rand(b, n), torch.randn(n, DIM), torch.randn(b, DIM)
     a64, q64 = a.double(), q.double()
-    parts: list[tuple[int, Callable[[], object]]] = [
-        (2, lambda: q64 @ a64.T),  # scores
-        (1, lambda: q @ a.T),  # g·a
-        (2, lambda: w @ a),  # posterior mean; Σ dS a
-        (2, lambda: w.T @ q),  # gradients of the anchors as values and as keys
-        (2, lambda: w.exp()),
-    ]
-    for _, part in parts:
+
+    def seconds(part: Callable[[], object]) -> float:
         part()
-    return 2 * STEPS * sum(count * clock(part, 1.0) for count, part in parts)
+        return clock(part, 1.0)
+
+    double, single = seconds(lambda: q64 @ a64.T), seconds(lambda: q @ a.T)
+    mean, gradient, weights = seconds(lambda: w @ a), seconds(lambda: w.T @ q), seconds(w.exp)
+    return {
+        f"{way} {name}": score + mean + weights if way == "forward" else
+        score + single + mean + 2 * gradient + weights
+        for name, score in (("64", double), ("32", single)) for way in ("forward", "backward")
+    }  # fmt: skip
 
 
-def measure(variant: str, b: int, n: int, view: str) -> dict[str, float]:
+def remaining(first: Tensor, second: Tensor, noise: Tensor, step: dict[str, float]) -> tuple[float, float]:
+    """Seconds of the products that the flow does, and their share of a dense path's; step: of `dense`."""
+    found, rows_of_all = 0.0, 2 * STEPS * len(noise)
+    done = {"forward": 0, "backward": 0}
+    calls = AnchorField.posterior, AnchorField.vjp
+
+    def counting(way: str, call: Callable[..., object]) -> Callable[..., object]:
+        def counted(field: AnchorField, rows: object, r: float, *args: object, **options: object) -> object:
+            nonlocal found
+            done[way] += len(rows)  # type: ignore[arg-type]
+            precision = "32" if r * r * field.block.widest <= 100 else "64"
+            found += step[f"{way} {precision}"] * len(rows) / len(noise)  # type: ignore[arg-type]
+            return call(field, rows, r, *args, **options)
+
+        return counted
+
+    AnchorField.posterior = counting("forward", calls[0])  # type: ignore[method-assign, assignment]
+    AnchorField.vjp = counting("backward", calls[1])  # type: ignore[method-assign, assignment]
+    tiled(first, second, noise)
+    AnchorField.posterior, AnchorField.vjp = calls  # type: ignore[method-assign]
+    return found, (2 * done["forward"] + 5 * done["backward"]) / (7 * rows_of_all)
+
+
+def measure(variant: str, n: int, kind: str) -> dict[str, float]:
     """In the child process."""
-    if variant == "floor":
-        return {"seconds": floor(b, n)}
-    function = tiled if variant == "tiled" else published
-    function(*data(4, 8, view))  # libraries' buffers and thread pools
-    inputs = data(b, n, view)
+    function, b = published if variant == "published" else tiled, n // 8
+    function(*data(4, 8, "small"))  # libraries' buffers and thread pools
+    inputs = data(b, n, kind)
     with Peak() as peak:
         start = time.perf_counter()
         loss = function(*inputs)
         seconds = time.perf_counter() - start
-    if variant == "tiled":
+    found = {"memory": peak.most, "loss": loss}
+    if variant != "published":
         seconds = min(seconds, clock(lambda: function(*inputs), 6.0))
-    return {"seconds": seconds, "memory": peak.most, "loss": loss}
+    if variant == "tiled":
+        step = dense(b, n)
+        found["dense"] = STEPS * 2 * (step["forward 64"] + step["backward 64"])
+        found["remaining"], found["left"] = remaining(*inputs, step)
+    return found | {"seconds": seconds}
 
 
-def table(sizes: list[tuple[int, int]]) -> str:
+def other(checkout: Path, n: int, kind: str) -> dict[str, float]:
+    before = os.environ.get("PYTHONPATH")
+    os.environ["PYTHONPATH"] = str(checkout)
+    try:
+        return spawn(__file__, "before", n, kind)
+    finally:
+        os.environ.pop("PYTHONPATH")
+        if before is not None:
+            os.environ["PYTHONPATH"] = before
+
+
+def figure(found: dict[str, dict[int, dict[str, float]]], path: Path) -> None:
+    """Seconds over n, at b = n/8: a slope of 2 is as many as pairs."""
+    import matplotlib.pyplot as plt
+
+    axes = plt.subplots(figsize=(6, 4.5), layout="constrained")[1]
+    for kind, rows in found.items():
+        (line,) = axes.loglog(list(rows), [row["seconds"] for row in rows.values()], "o-", label=kind)
+        if all("before" in row for row in rows.values()):
+            before = [row["before"] for row in rows.values()]
+            axes.loglog(list(rows), before, "x:", color=line.get_color(), label=f"{kind}, before")
+    axes.loglog(list(rows), [row["dense"] for row in rows.values()], "k--", label="products of a dense path")
+    axes.set(xlabel="anchors n (b = n/8)", ylabel="seconds, forward and backward")
+    axes.set_xticks(list(rows), [str(n) for n in rows])
+    axes.minorticks_off()
+    axes.legend(fontsize=7)
+    axes.grid(alpha=0.3)
+    axes.figure.savefig(path, dpi=120)
+
+
+def table(sizes: list[int], checkout: Path | None) -> tuple[str, dict[str, dict[int, dict[str, float]]]]:
     lines = [
-        "# Zones: latents, alignment and their backward",
-        "",
+        "# Zones: latents, alignment and their backward", "",
         f"{machine()}.",
-        f"D = {DIM}, float32, {STEPS} latent steps and {STEPS} alignment steps, forward and backward. Anchors N(0, 1);",
-        "view 2 is view 1 + 0.5 noise (aligned) or drawn apart (unaligned). Memory is above the inputs, in MB.",
+        f"D = {DIM}, float32, {STEPS} latent and {STEPS} alignment steps, forward and backward, b = n/8. What the",
+        "columns mean stands in zones.py. Times are the least of several calls, `published` is one; memory above the",
+        "inputs, in MB.",
         "",
-        "| b | n | view | tiled s | tiled MB | published s | published MB | floor s "
-        "| published/tiled s | published/tiled MB | tiled/floor |",
-        "|---|---|---|---|---|---|---|---|---|---|---|",
-    ]
-    for b, n in sizes:
-        floors = [spawn(__file__, "floor", b, n, "")]
-        fast = {view: spawn(__file__, "tiled", b, n, view) for view in ("aligned", "unaligned")}
-        floors.append(spawn(__file__, "floor", b, n, ""))  # before and after, the better: other load comes and goes
-        least = min(floors, key=lambda found: found["seconds"])
-        theirs = spawn(__file__, "published", b, n, "unaligned")  # does the same work on either view
-        for view, ours in fast.items():
-            lines.append(
-                f"| {b} | {n} | {view} | {ours['seconds']:.3f} | {ours['memory']:.0f} | {theirs['seconds']:.1f} "
-                f"| {theirs['memory']:.0f} | {least['seconds']:.3f} | {theirs['seconds'] / ours['seconds']:.0f} "
-                f"| {theirs['memory'] / ours['memory']:.0f} | {ours['seconds'] / least['seconds']:.2f} |"
-            )
-    lines += [
-        "",
-        "The floor is that of a dense path: seven products of 2·b·n·d flops a step (scores twice in float64, five in",
-        "float32) and two exponentials. The tiled path skips steps that are certified one-hot (straight lines that",
-        "need no product), which lets it go below that floor. Times of tiled and floor are the least of several calls,",
-        "published is one call; memory is that of the first call.",
-    ]
-    return "\n".join(lines) + "\n"
+        "| anchors | n | before s | now s | before/now | MB | published s | published/now | dense s | now/dense | left "
+        "| over what is left |",
+        "|---|---|---|---|---|---|---|---|---|---|---|---|",
+    ]  # fmt: skip
+    found: dict[str, dict[int, dict[str, float]]] = {kind: {} for kind in KINDS}
+    for n in sizes:
+        theirs = spawn(__file__, "published", n, "small")["seconds"] if n <= PUBLISHED else None
+        for kind in KINDS:
+            # in turns, the better of two: other load comes and goes
+            pairs = [(other(checkout, n, kind) if checkout else None, spawn(__file__, "tiled", n, kind)) for _ in "12"]
+            ours = min((pair[1] for pair in pairs), key=lambda row: row["seconds"])
+            now = ours["seconds"]
+            old = min(pair[0]["seconds"] for pair in pairs if pair[0]) if checkout else None
+            found[kind][n] = ours | ({} if old is None else {"before": old})
+            cells = [
+                kind, n, "" if old is None else f"{old:.3f}", f"{now:.3f}", "" if old is None else f"{old / now:.2f}",
+                f"{ours['memory']:.0f}", "" if theirs is None else f"{theirs:.1f}",
+                "" if theirs is None else f"{theirs / now:.0f}", f"{ours['dense']:.3f}", f"{now / ours['dense']:.2f}",
+                f"{ours['left']:.2f}", f"{now / ours['remaining']:.2f}",
+            ]  # fmt: skip
+            lines.append("| " + " | ".join(map(str, cells)) + " |")
+            print(lines[-1], flush=True)
+    return "\n".join(lines) + "\n", found
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="the smallest size alone")
-    parser.add_argument("--output", type=Path, help="also write the table there")
-    parser.add_argument("--child", nargs=4, help=argparse.SUPPRESS)
+    parser.add_argument("--sizes", type=int, nargs="+", default=SIZES, metavar="N", help="numbers of anchors")
+    parser.add_argument("--before", type=Path, metavar="CHECKOUT", help="of another state of the project")
+    parser.add_argument("--output", type=Path, help="also write the table there, and beside it the figure")
+    parser.add_argument("--child", nargs=3, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.child:
-        variant, b, n, view = arguments.child
-        print(json.dumps(measure(variant, int(b), int(n), view)))
+        variant, n, kind = arguments.child
+        print(json.dumps(measure(variant, int(n), kind)))
         return
-    text = table(SIZES[:1] if arguments.quick else SIZES)
-    print(text)
+    text, found = table(arguments.sizes, arguments.before)
     if arguments.output:
         arguments.output.write_text(text)
+        figure(found, arguments.output.with_suffix(".png"))
 
 
 if __name__ == "__main__":

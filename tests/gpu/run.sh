@@ -15,7 +15,7 @@ needed = {
     "webdataset": "webdataset", "torchdiffeq": "torchdiffeq", "submitit": "submitit",
     "pydantic": "pydantic", "yaml": "pyyaml", "simplejpeg": "simplejpeg", "cv2": "opencv-python-headless",
     "fsspec": "fsspec", "sklearn": "scikit-learn", "scipy": "scipy", "matplotlib": "matplotlib", "tqdm": "tqdm",
-    "pytest": "pytest", "pytest_timeout": "pytest-timeout", "xdist": "pytest-xdist",
+    "triton": "triton", "pytest": "pytest", "pytest_timeout": "pytest-timeout", "xdist": "pytest-xdist",
 }
 missing = [package for module, package in needed.items() if importlib.util.find_spec(module) is None]
 if missing:

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 
 from lzn_dist.keyed_random import make_key, normal, permutation, uniform
-from tests.helpers.zone_cases import Batch, error, make, run
+from lzn_dist.zones import align, alignment_loss, compute_latents, trajectory
+from tests.helpers.zone_cases import Batch, assert_equal, error, make, run
+from tests.zones.test_weights_and_groups import CASES, options
 
 
 def test_random_numbers_are_the_cpus(gpu: torch.device) -> None:
@@ -19,10 +23,17 @@ def test_random_numbers_are_the_cpus(gpu: torch.device) -> None:
     assert float((normal(here, (501,)) - normal(there, (501,)).cpu()).abs().max()) <= 4e-6
 
 
+BACKENDS = ["tiled", "triton"]
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("solver", ["euler", "dpm_solver_pp"])
-@pytest.mark.parametrize("dim,b,n,scale", [(16, 40, 200, 1.0), (256, 40, 200, 0.1), (256, 300, 1111, 1.0)])
+@pytest.mark.parametrize(
+    "dim,b,n,scale",
+    [(16, 40, 200, 1.0), (256, 40, 200, 0.1), (256, 300, 1111, 1.0), (8, 1, 1, 1.0), (512, 33, 99, 0.1)],
+)
 def test_zones_in_float32_are_close_to_float64(
-    gpu: torch.device, dim: int, b: int, n: int, scale: float, solver: str
+    gpu: torch.device, dim: int, b: int, n: int, scale: float, solver: str, backend: str
 ) -> None:
     """With TF32 allowed and autocast on outside: neither may reach the flow. Bounds are those of the CPU's test."""
     batch = make(dim, n, b, scale, spread=0.5 if dim == 16 else 1.0)
@@ -32,9 +43,56 @@ def test_zones_in_float32_are_close_to_float64(
     torch.backends.cuda.matmul.allow_tf32 = True
     try:
         with torch.autocast("cuda", dtype=torch.bfloat16):
-            found = run(moved, backend="tiled", solver=solver, dtype=torch.float32)
+            found = run(moved, backend=backend, solver=solver, dtype=torch.float32)
     finally:
         torch.backends.cuda.matmul.allow_tf32 = before
     errors = {name: error(found[name].cpu(), expected[name]) for name in expected}
     for name, value in errors.items():
         assert value <= (1e-3 if name.startswith("grad") else 1e-4), errors
+
+
+def moved(value: Any, device: torch.device) -> Any:
+    return value.to(device) if isinstance(value, torch.Tensor) else value
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("case", CASES)
+def test_weights_and_groups_equal_the_definition(gpu: torch.device, case: str, backend: str) -> None:
+    """In float64, cotangents everywhere; and the same digits when asked again."""
+    batch = make(16, 60, 30, 1.0, spread=None)
+    given = options(batch, **CASES[case])
+    expected = run(batch, backend="relative", steps=10, dense=True, **given)
+    there = Batch(*(value.to(gpu) for value in vars(batch).values()))
+    given = {name: moved(value, gpu) for name, value in given.items()}
+    first, again = (run(there, backend=backend, steps=10, dense=True, **given) for _ in range(2))
+    assert_equal({name: value.cpu() for name, value in first.items()}, expected, 1e-10)
+    if backend == "triton":
+        assert all(torch.equal(value, again[name]) for name, value in first.items())
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_trajectory_waits_once_each_way(gpu: torch.device, backend: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    batch = make(64, 500, 100, 0.5, spread=1.0)
+    anchors, others = (value.float().to(gpu).requires_grad_() for value in (batch.anchors, batch.others))
+    noise, index, waits = batch.noise.float().to(gpu), batch.index.to(gpu), []
+    to_host = trajectory.to_host
+
+    def allowed(values: torch.Tensor) -> torch.Tensor:
+        waits.append(values.numel())
+        torch.cuda.set_sync_debug_mode("default")
+        found = to_host(values)
+        torch.cuda.set_sync_debug_mode("error")
+        return found
+
+    def once() -> None:
+        latents = compute_latents(anchors[index], noise, anchors, index=index, backend=backend)
+        alignment_loss(align(latents, others, index, backend=backend).log_probs).backward()
+
+    once()  # kernels are compiled, libraries loaded
+    monkeypatch.setattr(trajectory, "to_host", allowed)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        once()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert waits == [100, 100, 100]
