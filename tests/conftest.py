@@ -10,15 +10,16 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import pytest
-
-# Triton decides when it is imported whether its own functions are interpreted; the tests of kernels need them so
-with pytest.MonkeyPatch.context() as _patch, suppress(ImportError):
-    _patch.setenv("TRITON_INTERPRET", "1")
-    import_module("triton.experimental.gluon")
-
 import torch
 from beartype import BeartypeConf
 from beartype.claw import beartype_packages
+
+# Triton decides when it is imported whether its own functions are interpreted; the tests of kernels need them so, where
+# there is no GPU
+if not torch.cuda.is_available():
+    with pytest.MonkeyPatch.context() as _patch, suppress(ImportError):
+        _patch.setenv("TRITON_INTERPRET", "1")
+        import_module("triton.experimental.gluon")
 
 # What one room hands to another inside of lzn_dist is of the types that the signatures say. Not zones, flow and
 # models, whose own refusals are tested.

@@ -24,6 +24,7 @@ def test_random_numbers_are_the_cpus(gpu: torch.device) -> None:
 
 
 BACKENDS = ["tiled", "triton"]
+SIZES = [(16, 40, 200, 1.0), (256, 40, 200, 0.1), (256, 300, 1111, 1.0), (8, 1, 1, 1.0), (512, 33, 99, 0.1)]
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

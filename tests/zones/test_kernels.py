@@ -21,7 +21,10 @@ from tests.helpers.zone_cases import Batch, assert_equal, error, make, run
 from tests.zones.test_field import across, split
 from tests.zones.test_weights_and_groups import CASES, options
 
-pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="Triton is for Linux")
+pytestmark = [
+    pytest.mark.skipif(sys.platform != "linux", reason="Triton is for Linux"),
+    pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU: bash tests/gpu/run.sh runs them on it"),
+]
 
 
 @pytest.fixture(scope="module", autouse=True)
