@@ -207,6 +207,9 @@ class Config(_Section):
         10, description="Steps in a row that may be skipped for a gradient that is not finite before the run stops."
     )
     collective_timeout: PositiveFloat = Field(1800.0, description="Seconds a collective may take before all ranks end.")
+    profile_steps: NonNegativeInt = Field(
+        0, description="Steps to profile, after two: a trace, the GPU's memory and a table, in the run's profile/."
+    )
     watchdog: float = Field(
         300.0, ge=0.0, description="Seconds a step may take before the ranks that are behind are named; 0: never."
     )
@@ -412,6 +415,7 @@ def changed_keys(before: Config, now: Config) -> list[str]:
     """Keys of a checkpoint's configuration that the present one has changed, as "key: before → now"."""
     ignored = {
         "output_dir", "max_steps", "resume", "tracking", "log_every", "checkpoint_every", "keep_last", "cpu_threads",
+        "profile_steps",
     }  # fmt: skip
 
     def flat(values: dict[str, object], prefix: str = "") -> dict[str, object]:

@@ -69,6 +69,7 @@ def train(run: Run, signals: Signals) -> str:
                 failures.no_more_data(run, f"rank {run.topology.rank}: {lost}" if lost else "", status_of(lost))
             result = train_step(state, samples)
             watchdog.idle()
+            run.profiler.step()
             new_damage = bad.report(damaged_everywhere, counters.step)
             step, last = counters.step, counters.step == config.max_steps
             if result.applied:

@@ -30,6 +30,7 @@ from lzn_dist.training.checkpoint import (
     set_aside,
 )
 from lzn_dist.training.flops import training_flops_per_image
+from lzn_dist.training.profiler import StepProfiler
 from lzn_dist.training.run_folder import RunFolder, SupersededError, read_lines
 from lzn_dist.training.setup import build_state, checkpoint_to_resume, describe
 from lzn_dist.training.signals import Signals
@@ -74,6 +75,8 @@ class Run:
         self._announce(checkpoint)
         flops = training_flops_per_image(build_networks(config), config) if torch.cuda.is_available() else 0.0
         self.tracker = Tracker(config, accelerator, self.folder, self.state.counters.step, flops)
+        profiles = None if self.folder is None else self.folder.path / "profile"
+        self.profiler = StepProfiler(config.profile_steps, profiles, accelerator.device, self.tracker.bar.write)
 
     def _take(self, checkpoint: Path | None) -> str:
         """Take the folder; what it holds past the checkpoint is of a course that the run leaves now."""
@@ -122,6 +125,7 @@ class Run:
                 self.status("running")
                 ended = train(self, signals)
                 self.writer.close()
+                self.profiler.close()
                 if ended:
                     self.status("preempted", f"{ended}: checkpointed; start it again to go on")
                 else:

@@ -4,7 +4,8 @@
 
 Zones: one GPU's share of the ImageNet case, b = 1024 of n = 8192 anchors, D = 256, 20 + 20 Euler steps, forward and
 backward, float32. `ours` with kernels, and with tiles of several sizes (the default is marked); `published` is the
-paper's formula as published (`zones.py`); `attention` is the same number of dense steps by scaled_dot_product_attention in float32, whose
+paper's formula as published (`zones.py`); `attention` is the same number of dense steps by
+scaled_dot_product_attention in float32, whose
 logits are too coarse for the flow (it is a speed to compare with, not a way to compute it); `products` is what meeting
 every pair costs: scores twice in float64 and five products in float32 a step, by torch.matmul. Milliseconds are medians
 of calls timed with CUDA events; launches and synchronisations are the profiler's, of one call.
