@@ -6,6 +6,11 @@ in the anchors' dtype with IEEE products, never TF32. A program of the forward a
 and goes over all anchors; one of the anchors' backward owns some anchors and goes over all rows: no atomic additions,
 the same digits each time. Row blocks hold [rows, d] accumulators, d up to `KERNEL_DIM`.
 
+Why not attention as a library has it, with queries q and keys and values a_j: xformers' memory_efficient_attention (and
+torch's) computes scores in float32 at most, which changes the loss in the third digit (`lzn_dist.zones.field`); the
+bias −½ r² ‖a_j‖² would be a [b, n] tensor; and the log-sum-exp that memory_efficient_attention_partial returns has no
+gradient of its own ("LSEs weren't used anywhere except in merge attentions", its docstring), while it is the loss here.
+
 Where there is no GPU, Triton's interpreter runs the kernels on the CPU (TRITON_INTERPRET=1): it shows that their logic
 is right, not how exact or fast a GPU is.
 """
