@@ -15,6 +15,7 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Sequence
+from itertools import takewhile
 
 import torch
 from torch import Tensor
@@ -22,6 +23,7 @@ from torch import Tensor
 _GOLDEN = 0x9E3779B97F4A7C15
 _MIX_1 = 0xBF58476D1CE4E5B9
 _MIX_2 = 0x94D049BB133111EB
+_ALL = (1 << 64) - 1
 _BITS_24 = (1 << 24) - 1
 
 
@@ -43,11 +45,28 @@ def _mix(x: Tensor) -> Tensor:
     return _xor_shift(x, 31)
 
 
+def _mix_number(x: int) -> int:
+    """`_mix` of a Python number, 0 ≤ x < 2⁶⁴, and the result too."""
+    x = ((x ^ (x >> 30)) * _MIX_1) & _ALL
+    x = ((x ^ (x >> 27)) * _MIX_2) & _ALL
+    return x ^ (x >> 31)
+
+
+def _fold_number(key: int, counter: int) -> int:
+    return _mix_number(_mix_number((key + _GOLDEN) & _ALL) ^ _mix_number((counter + _MIX_1) & _ALL))
+
+
 def fold(key: Tensor, *counters: int | Tensor) -> Tensor:
-    """Derive a key from ``key`` and counters, one after the other (they broadcast): int64 in, int64 out."""
+    """Derive a key from ``key`` and counters, one after the other (they broadcast): int64 in, int64 out.
+
+    Numbers are mixed in Python: no copy to the device, for which it would be waited.
+    """
     for counter in counters:
-        value = torch.as_tensor(counter, dtype=torch.int64, device=key.device)
-        key = _mix(_mix(key + _signed(_GOLDEN)) ^ _mix(value + _signed(_MIX_1)))
+        if isinstance(counter, Tensor):
+            mixed: int | Tensor = _mix(counter.to(key.device, torch.int64) + _signed(_MIX_1))
+        else:
+            mixed = _signed(_mix_number((int(counter) + _MIX_1) & _ALL))
+        key = _mix(_mix(key + _signed(_GOLDEN)) ^ mixed)
     return key
 
 
@@ -58,9 +77,11 @@ def make_key(seed: int, stream: str, *counters: int | Tensor, device: torch.devi
     """
     if device is None:
         device = next((c.device for c in counters if isinstance(c, Tensor)), torch.device("cpu"))
-    digest = hashlib.blake2b(f"{seed}/{stream}".encode(), digest_size=8).digest()
-    root = torch.tensor(_signed(int.from_bytes(digest, "little")), dtype=torch.int64, device=device)
-    return fold(root, *counters)
+    root = int.from_bytes(hashlib.blake2b(f"{seed}/{stream}".encode(), digest_size=8).digest(), "little")
+    numbers = list(takewhile(lambda counter: not isinstance(counter, Tensor), counters))
+    for number in numbers:
+        root = _fold_number(root, int(number))
+    return fold(torch.full((), _signed(root), dtype=torch.int64, device=device), *counters[len(numbers) :])
 
 
 def _bits(keys: Tensor, count: int) -> Tensor:

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from lzn_dist.keyed_random import _bits, fold, make_key, normal, permutation, uniform
 
@@ -97,3 +100,25 @@ def test_the_callers_generator_is_left_alone() -> None:
     state = torch.get_rng_state()
     normal(make_key(0, "noise"), (10,))
     assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_numbers_are_mixed_on_the_host_and_nothing_is_copied_to_the_device() -> None:
+    """A copy of a number from the host would wait for a GPU; there is one for each call in a step."""
+
+    class Operators(TorchDispatchMode):
+        def __init__(self) -> None:
+            super().__init__()
+            self.names: list[str] = []
+
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            self.names.append(func.overloadpacket.__name__)
+            return func(*args, **(kwargs or {}))
+
+    with Operators() as seen:
+        key = make_key(3, "stream", 1, torch.arange(4), 2)
+        fold(key, 7, torch.arange(4))
+        make_key(3, "stream", 5)
+    assert "full" in seen.names and not {"lift_fresh", "scalar_tensor", "_to_copy"} & set(seen.names)
+    with Operators() as seen:
+        torch.tensor(3)
+    assert "lift_fresh" in seen.names
