@@ -42,7 +42,7 @@ class DigitsPolicy:
     fill: float = -1.0
 
     def __call__(self, images: Tensor, keys: Tensor) -> Tensor:
-        keys = keys.to(images.device)
+        keys = _sent(keys.cpu(), images)
         moved = affine(images, self.sample_affine(fold(keys, 0)), self.fill)
         contrast, brightness = (2.0 * uniform(fold(keys, 1), (2,)) - 1.0).unbind(-1)
         return adjust_intensity(moved, 1.0 + self.contrast * contrast, self.brightness * brightness)
@@ -126,21 +126,25 @@ class SimCLRPolicy:
             for number, change in enumerate(changes):
                 rows = torch.nonzero(jittered & (order[:, place] == number)).squeeze(-1)
                 if len(rows):
-                    there = rows.to(images.device)
-                    images[there] = change(images[there], factors[rows, number].to(images.device))
+                    there, factor = _sent(rows, images), _sent(factors[rows, number], images)
+                    images[there] = change(images[there], factor)
         grey = chance[:, 2] < self.grey
         images = torch.where(_per_image(grey, images), luminance(images).expand_as(images), images)
         low, high = self.blur_sigma
         blurred = torch.nonzero(chance[:, 3] < self.blur).squeeze(-1)
         if len(blurred):
-            there = blurred.to(images.device)
-            sigma = (low + (high - low) * amounts[blurred, 4]).to(images.device)
+            there, sigma = _sent(blurred, images), _sent(low + (high - low) * amounts[blurred, 4], images)
             images[there] = gaussian_blur(images[there], sigma, self.blur_kernel)
         return images.mul_(2.0).sub_(1.0)
 
 
+def _sent(values: Tensor, images: Tensor) -> Tensor:
+    """Values of the host, where the images are; a GPU is not waited for."""
+    return values.pin_memory().to(images.device, non_blocking=True) if images.is_cuda else values
+
+
 def _per_image(flags: Tensor, images: Tensor) -> Tensor:
-    return flags.to(images.device).view(-1, 1, 1, 1)
+    return _sent(flags, images).view(-1, 1, 1, 1)
 
 
 def luminance(images: Tensor) -> Tensor:

@@ -303,8 +303,9 @@ class Batch:
     bad: tuple[BadSample, ...] = ()
 
     def pin_memory(self) -> Batch:
-        """The same with its pixels in memory from which copies to a GPU run beside the computation."""
-        return replace(self, pixels=self.pixels.pin_memory())
+        """The same in memory from which copies to a GPU run beside the computation."""
+        pixels, index, labels = (value.pin_memory() for value in (self.pixels, self.index, self.labels))
+        return replace(self, pixels=pixels, index=index, labels=labels)
 
 
 class BatchStream:

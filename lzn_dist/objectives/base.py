@@ -208,8 +208,7 @@ class Objective(ABC):
 
     def _keys(self, stream: str, samples: Samples, *more: int) -> Tensor:
         """A key a sample: int64 [b]."""
-        batch = torch.tensor(samples.batch, device=samples.index.device)
-        return make_key(self.config.seed, stream, batch, samples.index, *more)
+        return make_key(self.config.seed, stream, samples.batch, samples.index, *more)
 
     def _network(self, network: nn.Module | None) -> Network:
         """Networks alone run in bfloat16: their weights, the zones and the losses stay in float32."""

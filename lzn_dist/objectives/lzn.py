@@ -114,5 +114,6 @@ class LZN(Objective):
         """Log-frequencies [K] of the global batch's labels, where these count."""
         if not self.config.alignment.class_weights:
             return None
-        counts = torch.bincount(self.gather(samples.labels), minlength=len(table)).to(table.dtype)
+        labels = self.gather(samples.labels)  # not torch.bincount, which would wait for the largest of them
+        counts = table.new_zeros(len(table)).index_add_(0, labels, table.new_ones(len(labels)))
         return (counts / counts.sum()).log()

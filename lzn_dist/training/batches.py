@@ -110,7 +110,7 @@ def prepare_samples(
     batch: Batch, number: int, objective: Objective, device: torch.device, topology: Topology
 ) -> Samples:
     """Views, positions and labels of a rank's share of global batch `number`, on the device, in the run's dtype."""
-    index, wanted = batch.index.to(device), objective.needs
+    index, wanted = batch.index.to(device, non_blocking=True), objective.needs
     inputs = {
         name: found.views(batch, index, wanted.views(name), wanted.augmented)
         for name, found in objective.modalities.items()
@@ -121,4 +121,4 @@ def prepare_samples(
             for name, views in inputs.items()
         }
     position = torch.arange(len(index), device=device) + topology.rank * len(index)
-    return Samples(number, index, position, inputs, batch.labels.to(device))
+    return Samples(number, index, position, inputs, batch.labels.to(device, non_blocking=True))
