@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import os
 from typing import Any
+
+# read when torch is loaded: threads that wait by spinning make a step many times slower beside other work
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 __version__ = "0.2.0"
 __all__ = ["__version__", "load"]

@@ -1,7 +1,7 @@
 """The configuration of a run: typed, strict, one sentence a field.
 
 A YAML file, perhaps with ``base: other.yaml`` (read first, relative to the file), then ``key=value`` overrides
-(``optimizer.encoder_lr=1e-4``). Anything unknown, of the wrong type or impossible together is one clear error
+(``optimizer.clip_norm=1``). Anything unknown, of the wrong type or impossible together is one clear error
 before any work begins.
 """
 

@@ -18,6 +18,7 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
+import lzn_dist  # noqa: F401  # isort: skip  (before torch: how threads wait)
 import torch
 from accelerate import PartialState
 from tabulate import tabulate

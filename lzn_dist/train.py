@@ -1,7 +1,7 @@
 """Train: accelerate launch lzn_dist/train.py CONFIG [key=value ...]
 
 Every task, on one process or many, goes through this loop. CONFIG is a YAML file of configs/; key=value overrides
-any of its keys (max_steps=100 optimizer.encoder_lr=1e-4). The engine (DDP, ZeRO, FSDP2) is the one of the launch
+any of its keys (max_steps=100 modalities.image.encoder.lr=1e-4). The engine (DDP, ZeRO, FSDP2) is the one of the launch
 configuration (--config_file launch/zero2.yaml). Results, metrics and checkpoints go to output_dir; running the same
 command again resumes from the newest complete checkpoint. Ctrl-C, a closed terminal (SIGHUP), SIGTERM, SIGUSR1 and
 SIGUSR2 end the run at the next step with a checkpoint and exit status 75: run it again to go on. A second Ctrl-C ends
@@ -14,6 +14,7 @@ import argparse
 import sys
 from contextlib import closing
 
+import lzn_dist  # noqa: F401  # isort: skip  (before torch: how threads wait)
 import torch
 from torch.distributed.checkpoint.api import CheckpointException
 

@@ -22,6 +22,7 @@ import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+import lzn_dist  # noqa: F401  # isort: skip  (before torch: how threads wait)
 import torch
 import torch.distributed as dist
 from accelerate import Accelerator

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import os
 import sys
 from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
@@ -110,3 +111,17 @@ def test_no_module_hides_another_when_the_folder_is_first_on_the_path() -> None:
     installed = {"wandb", "accelerate", "datasets", "deepspeed", "torch", "numpy", "webdataset", "submitit", "yaml"}
     for path in ROOT.iterdir():
         assert path.stem.startswith("__") or path.stem not in sys.stdlib_module_names | installed, path
+
+
+@pytest.mark.parametrize("script", ["train", "evaluate", "verify"])
+def test_how_threads_wait_is_set_before_torch_is_loaded(script: str) -> None:
+    """A run by the file's path, as accelerate starts it, has not gone through the package yet."""
+    tree = ast.parse((ROOT / f"{script}.py").read_text())
+    names = [
+        name.split(".")[0]
+        for node in tree.body
+        if isinstance(node, ast.Import | ast.ImportFrom)
+        for name in ([alias.name for alias in node.names] if isinstance(node, ast.Import) else [node.module or ""])
+    ]
+    assert names.index("lzn_dist") < names.index("torch")
+    assert os.environ["OMP_WAIT_POLICY"]

@@ -1,7 +1,7 @@
 """Latent zones: the analytic flow between the Gaussian prior and a set of anchors (arXiv 2509.15591, section 2).
 
 Time, everywhere in this folder: ``sigma`` is the noise level, 1 = prior, 0 = anchors, x = (1−σ) a + σ ε.
-The folder imports torch (and torchdiffeq for the adaptive solver) alone and knows no rank: the field over the anchors
+The folder imports torch (torchdiffeq for the adaptive solver, Triton for the kernels) alone and knows no rank: the field over the anchors
 is a value (`Field`), and one that spreads them over processes keeps its communication to itself.
 """
 
