@@ -48,7 +48,7 @@ SelectType=select/cons_tres
 SelectTypeParameters=CR_CPU
 SchedulerParameters=batch_sched_delay=0,sched_interval=2,sched_min_interval=0,bf_interval=2
 ReturnToService=2
-SlurmdTimeout=10
+SlurmdTimeout=25
 KillWait=20
 MinJobAge=3600
 JobRequeue=1
@@ -60,6 +60,7 @@ PartitionName=main Nodes=ALL Default=YES PriorityTier=1 GraceTime=20 MaxTime=INF
 PartitionName=high Nodes=ALL PriorityTier=10 PreemptMode=OFF MaxTime=INFINITE State=UP
 """
 # AuthInfo: a requeued job may start again after its old credentials have expired, 120 s by default.
+# SlurmdTimeout: a busy machine's nodes are not taken for lost ones, which would start their jobs again.
 # FirstJobId: numbers that come again after a fresh start would make submitit read an older job's result.
 
 # submitit asks sacct for states; without an accounting database the controller answers
