@@ -79,7 +79,7 @@ class Scenario:
 
     def lose_node(self) -> None:
         self.cluster.kill_node(2)
-        time.sleep(12)  # SlurmdTimeout
+        time.sleep(30)  # longer than SlurmdTimeout
         self.cluster.start_node(2)
 
     def preempt(self) -> None:
