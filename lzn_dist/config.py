@@ -93,6 +93,16 @@ class PairConfig(_Section):
     latents: str = Field(description="Data type, or view of it, whose latents are aligned.")
     anchors: str = Field(description="Data type, or view of it, in whose zones they are to lie.")
     weight: float = Field(1.0, ge=0.0, description="Weight of this pair's loss.")
+    over: Literal["max", "mean", "last", "softmax"] = Field(
+        "max", description="How a sample's steps become one number: its best (the paper's), mean, last or smooth best."
+    )
+    temperature: PositiveFloat = Field(1.0, description="Of over=softmax: the best for small ones, the mean for large.")
+
+    @model_validator(mode="after")
+    def _possible(self) -> PairConfig:
+        if "temperature" in self.model_fields_set and self.over != "softmax":
+            raise ValueError("temperature is for over=softmax")
+        return self
 
 
 class AlignmentConfig(_Section):

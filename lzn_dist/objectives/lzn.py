@@ -12,7 +12,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from lzn_dist.config import Config, ConfigError
+from lzn_dist.config import Config, ConfigError, PairConfig
 from lzn_dist.keyed_random import normal
 from lzn_dist.modalities import MODALITIES
 from lzn_dist.objectives.base import Gather, Needs, Objective, Related, Samples, View
@@ -30,7 +30,7 @@ class LZN(Objective):
     def __init__(self, config: Config, gather: Gather, field: FieldFactory | None = None) -> None:
         super().__init__(config, gather)
         self.field = field
-        self.pairs = [(View.of(pair.latents), View.of(pair.anchors), pair.weight) for pair in config.alignment.pairs]
+        self.pairs = [(View.of(pair.latents), View.of(pair.anchors), pair) for pair in config.alignment.pairs]
 
     @classmethod
     def declare(cls, config: Config) -> Needs:
@@ -66,18 +66,20 @@ class LZN(Objective):
             return latents[view]
 
         losses, reached, weights = [], [], []
-        for source, zones, weight in self.pairs:
+        for source, zones, pair in self.pairs:
             if zones.modality in tables:
                 table = tables[zones.modality].to(latents_of(source).dtype)
                 # every rank has all of a table's anchors: their field is never a ring
                 loss, hit = self._alignment(
-                    latents_of(source), table, samples.labels, self._class_weights(table, samples), None
+                    latents_of(source), table, samples.labels, self._class_weights(table, samples), None, pair
                 )
             else:
-                loss, hit = self._alignment(latents_of(source), everyone[zones], samples.position, None, self.field)
+                loss, hit = self._alignment(
+                    latents_of(source), everyone[zones], samples.position, None, self.field, pair
+                )
             losses.append(loss)
             reached.append(hit)
-            weights.append(weight)
+            weights.append(pair.weight)
         given = tuple(latents_of(View.of(decoding.latents)) for decoding in self.needs.decodes)
         if not losses:
             return Related(given, None, {})
@@ -98,15 +100,18 @@ class LZN(Objective):
         )  # fmt: skip
 
     def _alignment(
-        self, latents: Tensor, anchors: Tensor, targets: Tensor, log_weights: Tensor | None, field: FieldFactory | None
-    ) -> tuple[Tensor, Tensor]:
+        self, latents: Tensor, anchors: Tensor, targets: Tensor, log_weights: Tensor | None,
+        field: FieldFactory | None, pair: PairConfig,
+    ) -> tuple[Tensor, Tensor]:  # fmt: skip
         """The alignment loss, and the fraction of latents that end nearest to their target at the last step."""
         settings = self.config.alignment
         result = align(
             latents, anchors, targets, log_weights=log_weights, steps=settings.steps, backend=self.config.backend,
             store_every=self.config.flow_store_every, field=field,
         )  # fmt: skip
-        loss = alignment_loss(result.log_probs, cutoff=settings.cutoff, kind=settings.kind)
+        loss = alignment_loss(
+            result.log_probs, cutoff=settings.cutoff, kind=settings.kind, over=pair.over, temperature=pair.temperature
+        )
         reached = (result.log_probs[-1].detach() > -0.6931).to(loss.dtype).mean()  # w_target > 1/2
         return loss, reached
 

@@ -117,24 +117,35 @@ def _plain_align(
 
 
 def alignment_loss(
-    log_probs: Tensor, *, cutoff: float = 0.2, kind: Literal["cross_entropy", "probability"] = "cross_entropy"
-) -> Tensor:
-    """Scalar loss of log_probs [steps, b]: each sample's best step after the first int(steps · cutoff).
+    log_probs: Tensor, *, cutoff: float = 0.2, kind: Literal["cross_entropy", "probability"] = "cross_entropy",
+    over: Literal["max", "mean", "last", "softmax"] = "max", temperature: float = 1.0,
+) -> Tensor:  # fmt: skip
+    """Scalar loss of log_probs [steps, b]: −mean_i over_k v_ik, of the K steps after the first int(steps · cutoff).
 
-    cross_entropy: −mean_i max_k log w; probability: −mean_i exp(max_k log w). The early steps are left out because
-    they saturate (paper, section 2). Raises ValueError for another kind or a cutoff that leaves no step.
+    kind: v = log w (cross_entropy), or w (probability). The early steps are left out because they saturate (paper,
+    section 2). over: max_k v, each sample's best step (the paper's); mean: Σ_k v / K; last: v_K; softmax: the smooth
+    maximum τ log(Σ_k exp(v/τ) / K) at temperature τ, which is the maximum for τ → 0 and the mean for τ → ∞.
+    Raises ValueError for another kind or over, a cutoff that leaves no step, or temperature ≤ 0.
     """
     if log_probs.ndim != 2 or not len(log_probs):
         raise ValueError(f"log_probs must be [steps, b], got {tuple(log_probs.shape)}")
     first = int(len(log_probs) * cutoff) if 0.0 <= cutoff < 1.0 else -1
     if not 0 <= first < len(log_probs):
         raise ValueError(f"cutoff must leave at least one of {len(log_probs)} steps, got {cutoff}")
-    best = log_probs[first:].max(0).values
-    if kind == "cross_entropy":
-        return -best.mean()
-    if kind == "probability":
-        return -best.exp().mean()
-    raise ValueError(f"kind must be cross_entropy or probability, got {kind!r}")
+    if kind not in ("cross_entropy", "probability"):
+        raise ValueError(f"kind must be cross_entropy or probability, got {kind!r}")
+    if not temperature > 0.0:
+        raise ValueError(f"temperature must be above 0, got {temperature}")
+    values = log_probs[first:] if kind == "cross_entropy" else log_probs[first:].exp()
+    if over == "max":
+        return -values.max(0).values.mean()
+    if over == "mean":
+        return -values.mean()
+    if over == "last":
+        return -values[-1].mean()
+    if over == "softmax":
+        return -(temperature * ((values / temperature).logsumexp(0) - math.log(len(values)))).mean()
+    raise ValueError(f"over must be max, mean, last or softmax, got {over!r}")
 
 
 def nearest_anchor(endpoint: Tensor, anchors: Tensor) -> Tensor:

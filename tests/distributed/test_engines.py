@@ -22,7 +22,8 @@ pytestmark = pytest.mark.process
 WORKER = Path(__file__).with_name("verify_worker.py")
 Cell = dict[str, Any]
 TO_AND_FRO = (
-    "alignment.pairs=[{latents: image, anchors: label, weight: 0.7}, {latents: label, anchors: image, weight: 0.3}]"
+    "alignment.pairs=[{latents: image, anchors: label, weight: 0.7, over: mean}, "
+    "{latents: label, anchors: image, weight: 0.3, over: softmax, temperature: 0.5}]"
 )
 
 

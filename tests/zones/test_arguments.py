@@ -85,6 +85,8 @@ def test_align(name: str, arguments: dict[str, Any]) -> None:
         ("cutoff", {"cutoff": -0.01}),
         ("cutoff", {"cutoff": math.nan}),
         ("kind", {"kind": "hinge"}),
+        ("over", {"over": "median"}),
+        ("temperature", {"over": "softmax", "temperature": 0.0}),
     ],
 )
 def test_alignment_loss(name: str, arguments: dict[str, Any]) -> None:

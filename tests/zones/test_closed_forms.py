@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from lzn_dist.zones import align, alignment_loss, compute_latents, nearest_anchor
-from tests.helpers.zone_cases import error
+from tests.helpers.zone_cases import error, make
 
 NORMAL = torch.distributions.Normal(torch.tensor(0.0, dtype=torch.float64), 1.0)
 
@@ -193,6 +193,37 @@ def test_alignment_loss_keeps_each_samples_best_late_step() -> None:
     assert float(alignment_loss(log_probs, cutoff=0.39)) == pytest.approx(1.5)  # int(1.95) = 1
     by_hand = -(math.exp(-1) + math.exp(-2)) / 2
     assert float(alignment_loss(log_probs, kind="probability")) == pytest.approx(by_hand)
+
+
+def test_what_of_the_steps_the_loss_takes_by_hand() -> None:
+    log_probs = torch.tensor([[0.0, 0.0], [-1.0, -9.0], [-3.0, -2.0], [-2.0, -4.0], [-5.0, -8.0]], dtype=torch.float64)
+
+    def loss(over: str, **more: float) -> float:
+        return float(alignment_loss(log_probs, over=over, **more))  # type: ignore[arg-type]
+
+    assert loss("mean") == pytest.approx((11 / 4 + 23 / 4) / 2) and loss("last") == pytest.approx(6.5)
+    smooth = [math.log(sum(math.exp(v / 0.5) for v in row) / 4) * 0.5 for row in ((-1, -3, -2, -5), (-9, -2, -4, -8))]
+    assert loss("softmax", temperature=0.5) == pytest.approx(-sum(smooth) / 2)
+    assert loss("softmax", temperature=1e-4) == pytest.approx(loss("max"), abs=2e-4)
+    assert loss("softmax", temperature=1e5) == pytest.approx(loss("mean"), abs=2e-4)
+    by_hand = -(math.exp(-5) + math.exp(-8)) / 2
+    assert float(alignment_loss(log_probs, over="last", kind="probability")) == pytest.approx(by_hand)
+
+
+@pytest.mark.parametrize("over", ["mean", "last", "softmax"])
+def test_every_way_of_the_loss_has_the_definitions_gradient(over: str) -> None:
+    """Also where rows settle and pass no gradient: other steps than the best one have a cotangent."""
+    batch = make(16, 200, 60, 1.0, spread=0.5)
+    found = []
+    for backend in ("plain", "tiled"):
+        anchors, others = batch.anchors.clone().requires_grad_(), batch.others.clone().requires_grad_()
+        latents = compute_latents(anchors[batch.index], batch.noise, anchors, index=batch.index, backend=backend)  # type: ignore[arg-type]
+        log_probs = align(latents, others, batch.index, backend=backend).log_probs  # type: ignore[arg-type]
+        alignment_loss(log_probs, over=over, temperature=0.5).backward()  # type: ignore[arg-type]
+        assert anchors.grad is not None and others.grad is not None
+        found.append((anchors.grad, others.grad))
+    for ours, exact in zip(found[1], found[0], strict=True):
+        assert error(ours, exact) <= 1e-10
 
 
 def test_nearest_anchor_by_hand() -> None:
