@@ -100,7 +100,7 @@ class PairConfig(_Section):
 
     @model_validator(mode="after")
     def _possible(self) -> PairConfig:
-        if "temperature" in self.model_fields_set and self.over != "softmax":
+        if self.temperature != 1.0 and self.over != "softmax":
             raise ValueError("temperature is for over=softmax")
         return self
 
