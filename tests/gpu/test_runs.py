@@ -74,3 +74,11 @@ def test_compiled_blocks_give_the_same(tmp_path: Path) -> None:
         )  # fmt: skip
         found.append(torch.tensor([row[1:] for row in losses(run)]))
     torch.testing.assert_close(found[1], found[0], rtol=1e-4, atol=1e-5)
+
+
+def test_a_profile_has_the_gpus_memory_and_the_flows_row(tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    more = ["profile_steps=2", "max_steps=6", f"output_dir={run}", f"data.shards={tmp_path / 'digits'}"]
+    said = start("cpu", "train", "joint", tmp_path, *more)
+    assert "GPU ms/step" in said and "flow of the zones" in said
+    assert all((run / "profile" / name).stat().st_size > 1000 for name in ("trace.json.gz", "memory.pickle"))
