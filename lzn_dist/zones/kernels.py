@@ -3,8 +3,8 @@
 The same sums as `lzn_dist.zones.block`, with the same rule of precision: scores in float64, in float32 where
 r² ‖a − centre‖² ≤ `FLOAT32_SCORES` (the device decides, so that nothing is read back), weights and all other products
 in the anchors' dtype with IEEE products, never TF32. A program of the forward and of the rows' backward owns some rows
-and goes over all anchors; one of the anchors' backward owns some anchors and goes over all rows: no atomic additions,
-the same digits each time. Row blocks hold [rows, d] accumulators, d up to `KERNEL_DIM`.
+and goes over a chunk of the anchors; one of the anchors' backward owns some anchors and goes over all rows: no atomic
+additions, the same digits each time. Row blocks hold [rows, d] accumulators, d up to `KERNEL_DIM`.
 
 Why not attention as a library has it, with queries q and keys and values a_j: xformers' memory_efficient_attention (and
 torch's) computes scores in float32 at most, which changes the loss in the third digit (`lzn_dist.zones.field`); the
@@ -18,6 +18,7 @@ is right, not how exact or fast a GPU is.
 from __future__ import annotations
 
 from functools import cached_property
+from typing import Any
 
 import torch
 import triton
@@ -29,6 +30,8 @@ from lzn_dist.zones.partial import Cotangent, GroupSums, Moments, Partial, Sums
 
 INTERPRETED = bool(triton.knobs.runtime.interpret)  # when these kernels were made
 STEP = 64  # columns of the slices in which scores are summed
+PROGRAMS = 256  # about so many at least, where there are anchors for it; the same on every GPU, as sums depend on it
+CHUNK_TILES = 4  # of anchors, at least, in a chunk
 
 # pyright: reportInvalidTypeForm=false
 
@@ -113,11 +116,11 @@ def _single(widest, r, limit, DTYPE: tl.constexpr):  # type: ignore[no-untyped-d
 @triton.jit
 def _forward(  # type: ignore[no-untyped-def]
     e, own, anchors, biases, log_weights, own_weights, index, groups, own_groups, radius, widest,
-    offsets, peaks, sums, moments, group_peaks, members, outsides, count, total, start, limit: tl.constexpr,
+    offsets, peaks, sums, moments, group_peaks, members, outsides, count, total, start, chunk, limit: tl.constexpr,
     WEIGHTED: tl.constexpr, GROUPED: tl.constexpr, DTYPE: tl.constexpr,
     DIM: tl.constexpr, FULL: tl.constexpr, STEP: tl.constexpr, M: tl.constexpr, N: tl.constexpr,
 ):  # fmt: skip
-    """A `Partial`: one pass over the anchors with a running maximum."""
+    """A `Partial` of each chunk of anchors: one pass over it with a running maximum."""
     rows = tl.program_id(0) * M + tl.arange(0, M)
     row_mask = rows < count
     r = tl.load(radius)
@@ -127,7 +130,8 @@ def _forward(  # type: ignore[no-untyped-def]
     peak, weight, moment = offset, tl.zeros((M,), DTYPE), tl.zeros((M, FULL), DTYPE)
     group_peak, member = offset, tl.zeros((M,), tl.float64)
     outside = tl.zeros((M,), tl.float64)
-    for first in range(0, total, N):
+    behind = tl.minimum((tl.program_id(1) + 1) * chunk, total)
+    for first in range(tl.program_id(1) * chunk, behind, N):
         columns = first + tl.arange(0, N)
         column_mask = columns < total
         scores = _scores(
@@ -153,38 +157,35 @@ def _forward(  # type: ignore[no-untyped-def]
     width = tl.arange(0, FULL)
     moment -= weight[:, None] * _points(own, rows, row_mask, 0, DIM, FULL)
     mask = row_mask[:, None] & (width < DIM)[None, :]
-    tl.store(moments + rows[:, None] * DIM + width[None, :], moment, mask=mask)
-    tl.store(offsets + rows, offset, mask=row_mask)
-    tl.store(peaks + rows, peak, mask=row_mask)
-    tl.store(sums + rows, weight, mask=row_mask)
+    tl.store(offsets + rows, offset, mask=row_mask)  # every chunk's is the same
+    places = tl.program_id(1) * count + rows
+    tl.store(moments + places[:, None] * DIM + width[None, :], moment, mask=mask)
+    tl.store(peaks + places, peak, mask=row_mask)
+    tl.store(sums + places, weight, mask=row_mask)
     if GROUPED:
-        tl.store(group_peaks + rows, group_peak, mask=row_mask)
-        tl.store(members + rows, member, mask=row_mask)
-        tl.store(outsides + rows, outside, mask=row_mask)
+        tl.store(group_peaks + places, group_peak, mask=row_mask)
+        tl.store(members + places, member, mask=row_mask)
+        tl.store(outsides + places, outside, mask=row_mask)
 
 
 @triton.jit
-def _backward_rows(  # type: ignore[no-untyped-def]
+def _moments(  # type: ignore[no-untyped-def]
     e, own, anchors, biases, log_weights, own_weights, index, groups, own_groups, radius, widest,
-    lse, target, g, grad_target, shifts, weights_out, pulls, totals, spreads,
-    count, total, start, limit: tl.constexpr,
-    WEIGHTED: tl.constexpr, GROUPED: tl.constexpr, TARGETED: tl.constexpr, MOMENTS: tl.constexpr,
-    SHIFTED: tl.constexpr, DTYPE: tl.constexpr,
+    lse, g, weights_out, pulls, count, total, start, chunk, limit: tl.constexpr,
+    WEIGHTED: tl.constexpr, GROUPED: tl.constexpr, DTYPE: tl.constexpr,
     DIM: tl.constexpr, FULL: tl.constexpr, STEP: tl.constexpr, M: tl.constexpr, N: tl.constexpr,
 ):  # fmt: skip
-    """MOMENTS: Σ w and Σ w g·(a_j − a_o) alone. Else a `Cotangent` and the shifts, which SHIFTED are given."""
+    """`Moments` of each chunk of anchors."""
     rows = tl.program_id(0) * M + tl.arange(0, M)
     row_mask = rows < count
     r = tl.load(radius)
     single = _single(widest, r, limit, DTYPE)
     reference = tl.load(index + rows, mask=row_mask, other=-1) - start
-    log_sum = tl.load(lse + rows, mask=row_mask, other=0.0)
-    base = log_sum + _offset(e, own, own_weights, rows, row_mask, r, WEIGHTED, DIM, STEP, M)
+    base = tl.load(lse + rows, mask=row_mask, other=0.0)
+    base += _offset(e, own, own_weights, rows, row_mask, r, WEIGHTED, DIM, STEP, M)
     weight, pull = tl.zeros((M,), DTYPE), tl.zeros((M,), DTYPE)
-    of_target = tl.zeros((M,), DTYPE)
-    if TARGETED:
-        of_target = tl.load(grad_target + rows, mask=row_mask, other=0.0).to(DTYPE)
-    for first in range(0, total, N):
+    behind = tl.minimum((tl.program_id(1) + 1) * chunk, total)
+    for first in range(tl.program_id(1) * chunk, behind, N):
         columns = first + tl.arange(0, N)
         column_mask = columns < total
         scores = _scores(
@@ -192,40 +193,59 @@ def _backward_rows(  # type: ignore[no-untyped-def]
             WEIGHTED, DIM, STEP, M, N,
         )  # fmt: skip
         weights = tl.exp((scores - base[:, None]).to(DTYPE))
+        products = _projections(g, own, anchors, rows, row_mask, columns, column_mask, DIM, STEP, M, N, DTYPE)
         weight += tl.sum(weights, 1)
-        if not SHIFTED:
-            products = _projections(g, own, anchors, rows, row_mask, columns, column_mask, DIM, STEP, M, N, DTYPE)
-            pull += tl.sum(weights * products, 1)
-    tl.store(weights_out + rows, weight, mask=row_mask)
-    if MOMENTS:
-        tl.store(pulls + rows, pull, mask=row_mask)
-    else:
-        if SHIFTED:
-            shift = tl.load(shifts + rows, mask=row_mask, other=0.0)
-        else:
-            shift = pull / (weight + tl.exp(-log_sum).to(DTYPE)) - of_target
-            tl.store(shifts + rows, shift, mask=row_mask)
-        sum_d, spread = tl.zeros((M,), DTYPE), tl.zeros((M, FULL), DTYPE)
-        for first in range(0, total, N):
-            columns = first + tl.arange(0, N)
-            column_mask = columns < total
-            scores = _scores(
-                e, own, anchors, biases, log_weights, rows, row_mask, columns, column_mask, reference, r, single,
-                WEIGHTED, DIM, STEP, M, N,
-            )  # fmt: skip
-            products = _projections(g, own, anchors, rows, row_mask, columns, column_mask, DIM, STEP, M, N, DTYPE)
-            d_scores = _cotangents(
-                scores - base[:, None], products, shift, of_target, target, groups, own_groups, rows, row_mask,
-                columns, column_mask, GROUPED and TARGETED, DTYPE,
-            )  # fmt: skip
-            values = _points(anchors, columns, column_mask, 0, DIM, FULL)
-            sum_d += tl.sum(d_scores, 1)
-            spread += tl.dot(d_scores, values, out_dtype=DTYPE, input_precision="ieee")
-        width = tl.arange(0, FULL)
-        spread -= sum_d[:, None] * _points(own, rows, row_mask, 0, DIM, FULL)
-        mask = row_mask[:, None] & (width < DIM)[None, :]
-        tl.store(spreads + rows[:, None] * DIM + width[None, :], spread, mask=mask)
-        tl.store(totals + rows, sum_d, mask=row_mask)
+        pull += tl.sum(weights * products, 1)
+    places = tl.program_id(1) * count + rows
+    tl.store(weights_out + places, weight, mask=row_mask)
+    tl.store(pulls + places, pull, mask=row_mask)
+
+
+@triton.jit
+def _backward_rows(  # type: ignore[no-untyped-def]
+    e, own, anchors, biases, log_weights, own_weights, index, groups, own_groups, radius, widest,
+    lse, target, g, grad_target, shifts, weights_out, totals, spreads, count, total, start, chunk, limit: tl.constexpr,
+    WEIGHTED: tl.constexpr, GROUPED: tl.constexpr, TARGETED: tl.constexpr, DTYPE: tl.constexpr,
+    DIM: tl.constexpr, FULL: tl.constexpr, STEP: tl.constexpr, M: tl.constexpr, N: tl.constexpr,
+):  # fmt: skip
+    """A `Cotangent` of each chunk of anchors."""
+    rows = tl.program_id(0) * M + tl.arange(0, M)
+    row_mask = rows < count
+    r = tl.load(radius)
+    single = _single(widest, r, limit, DTYPE)
+    reference = tl.load(index + rows, mask=row_mask, other=-1) - start
+    base = tl.load(lse + rows, mask=row_mask, other=0.0)
+    base += _offset(e, own, own_weights, rows, row_mask, r, WEIGHTED, DIM, STEP, M)
+    shift = tl.load(shifts + rows, mask=row_mask, other=0.0)
+    of_target = tl.zeros((M,), DTYPE)
+    if TARGETED:
+        of_target = tl.load(grad_target + rows, mask=row_mask, other=0.0).to(DTYPE)
+    weight, sum_d, spread = tl.zeros((M,), DTYPE), tl.zeros((M,), DTYPE), tl.zeros((M, FULL), DTYPE)
+    behind = tl.minimum((tl.program_id(1) + 1) * chunk, total)
+    for first in range(tl.program_id(1) * chunk, behind, N):
+        columns = first + tl.arange(0, N)
+        column_mask = columns < total
+        scores = _scores(
+            e, own, anchors, biases, log_weights, rows, row_mask, columns, column_mask, reference, r, single,
+            WEIGHTED, DIM, STEP, M, N,
+        )  # fmt: skip
+        logarithms = scores - base[:, None]
+        products = _projections(g, own, anchors, rows, row_mask, columns, column_mask, DIM, STEP, M, N, DTYPE)
+        d_scores = _cotangents(
+            logarithms, products, shift, of_target, target, groups, own_groups, rows, row_mask, columns, column_mask,
+            GROUPED and TARGETED, DTYPE,
+        )  # fmt: skip
+        values = _points(anchors, columns, column_mask, 0, DIM, FULL)
+        weight += tl.sum(tl.exp(logarithms.to(DTYPE)), 1)
+        sum_d += tl.sum(d_scores, 1)
+        spread += tl.dot(d_scores, values, out_dtype=DTYPE, input_precision="ieee")
+    width = tl.arange(0, FULL)
+    spread -= sum_d[:, None] * _points(own, rows, row_mask, 0, DIM, FULL)
+    mask = row_mask[:, None] & (width < DIM)[None, :]
+    places = tl.program_id(1) * count + rows
+    tl.store(spreads + places[:, None] * DIM + width[None, :], spread, mask=mask)
+    tl.store(totals + places, sum_d, mask=row_mask)
+    tl.store(weights_out + places, weight, mask=row_mask)
 
 
 @triton.jit
@@ -308,8 +328,8 @@ class FusedBlock(Block):
         """float64 [1], on the device: `Block.widest` without a wait."""
         return 2.0 * self.half_norms.amax(0, keepdim=True)
 
-    def _given(self, rows: Rows, r: float) -> tuple[dict[str, Tensor], dict[str, object]]:
-        """What all kernels are given: tensors, and numbers."""
+    def _given(self, rows: Rows, r: float) -> tuple[dict[str, Tensor], dict[str, Any], tuple[int, int]]:
+        """What all kernels are given: tensors and numbers; and the programs, of rows and of chunks of anchors."""
         nothing = self.half_norms[:1]
         dim = rows.e.shape[1]
         tensors = {
@@ -321,60 +341,64 @@ class FusedBlock(Block):
             # as a tensor, filled on the device: a kernel's own numbers are float32
             "radius": torch.full((1,), r, dtype=torch.float64, device=rows.e.device), "widest": self.widest_here,
         }  # fmt: skip
-        numbers: dict[str, object] = {
-            "count": len(rows), "total": len(self), "start": self.start, "limit": FLOAT32_SCORES,
+        sizes = shapes(dim)
+        programs, tiles = triton.cdiv(len(rows), sizes["M"]), triton.cdiv(len(self), sizes["N"])
+        # few rows would leave most of a GPU idle: their anchors come in chunks, whose sums are put together after
+        chunks = max(1, min(tiles // CHUNK_TILES, PROGRAMS // max(1, programs)))
+        chunk = triton.cdiv(tiles, chunks) * sizes["N"]
+        numbers: dict[str, Any] = {
+            "count": len(rows), "total": len(self), "start": self.start, "chunk": chunk, "limit": FLOAT32_SCORES,
             "WEIGHTED": self.log_weights is not None and rows.log_weights is not None,
             "GROUPED": self.groups is not None and rows.groups is not None,
             "DTYPE": tl.float64 if rows.e.dtype == torch.float64 else tl.float32,
-            **shapes(dim),
+            **sizes,
         }  # fmt: skip
-        return tensors, numbers
+        return tensors, numbers, (programs, triton.cdiv(len(self), chunk))
 
     def part(self, rows: Rows, r: float, *, settle: bool) -> Partial:
         if settle:
             return super().part(rows, r, settle=settle)
         e, count = rows.e, len(rows)
-        wide = [e.new_empty(count, dtype=torch.float64) for _ in range(5)]
-        found = Partial(wide[0], wide[1], e.new_empty(count), e.new_empty(e.shape))
-        tensors, numbers = self._given(rows, r)
-        group = wide[2:] if numbers["GROUPED"] else wide[:1] * 3
+        tensors, numbers, grid = self._given(rows, r)
+        wide = [e.new_empty(grid[1], count, dtype=torch.float64) for _ in range(4 if numbers["GROUPED"] else 1)]
+        offset, sums = wide[0].new_empty(count), e.new_empty(grid[1], count)
+        moments = e.new_empty(grid[1], *e.shape)
         if count:
-            _forward[(triton.cdiv(count, numbers["M"]),)](
-                *tensors.values(), found.offset, found.peak, found.others, found.moment, *group, **numbers
-            )
+            group = wide[1:] or wide * 3
+            _forward[grid](*tensors.values(), offset, wide[0], sums, moments, *group, **numbers)
+        peak = wide[0].amax(0)
+        scale = (wide[0] - peak).exp()
+        narrow = scale.to(e.dtype)
+        found = Partial(offset, peak, (sums * narrow).sum(0), (moments * narrow[:, :, None]).sum(0))
         if numbers["GROUPED"]:
             assert rows.inside is not None
-            found.group = GroupSums(rows.inside, *group)
+            _, group_peaks, members, outsides = wide
+            highest = group_peaks.amax(0)
+            members = (members * (group_peaks - highest).exp()).sum(0)
+            found.group = GroupSums(rows.inside, highest, members, (outsides * scale).sum(0))
         return found
 
     def moments(self, rows: Rows, r: float, lse: Tensor, g: Tensor) -> Moments:
-        weight, pull = g.new_empty(len(g)), g.new_empty(len(g))
-        tensors, numbers = self._given(rows, r)
+        tensors, numbers, grid = self._given(rows, r)
+        weight, pull = g.new_empty(grid[1], len(g)), g.new_empty(grid[1], len(g))
         if len(g):
-            _backward_rows[(triton.cdiv(len(g), numbers["M"]),)](
-                *tensors.values(), lse, lse, g.contiguous(), g, g, weight, pull, g, g,
-                **numbers, TARGETED=False, MOMENTS=True, SHIFTED=False,
-            )  # fmt: skip
-        return Moments(weight, pull)
+            _moments[grid](*tensors.values(), lse, g.contiguous(), weight, pull, **numbers)
+        return Moments(weight.sum(0), pull.sum(0))
 
     def pull_back(
         self, rows: Rows, r: float, posterior: Sums, g: Tensor, grad_target: Tensor | None,
         shift: Tensor | None, into: AnchorGradient,
     ) -> Cotangent:  # fmt: skip
-        g = g.contiguous()
-        total, weight, spread = g.new_empty(len(g)), g.new_empty(len(g)), torch.empty_like(g)
-        if not len(g):
-            return Cotangent(spread, total, weight)
-        tensors, numbers = self._given(rows, r)
-        of_target = posterior.lse if grad_target is None else grad_target
-        shifts = g.new_empty(len(g)) if shift is None else shift
-        given = [*tensors.values(), posterior.lse, posterior.target, g, of_target, shifts]
-        targeted = grad_target is not None
-        _backward_rows[(triton.cdiv(len(g), numbers["M"]),)](
-            *given, weight, weight, total, spread, **numbers, TARGETED=targeted, MOMENTS=False,
-            SHIFTED=shift is not None,
-        )  # fmt: skip
-        _backward_anchors[(triton.cdiv(len(self), numbers["N"]),)](
-            *given, into.anchors, into.radial, **numbers, TARGETED=targeted
-        )
-        return Cotangent(spread, total, weight)
+        g, targeted = g.contiguous(), grad_target is not None
+        if shift is None:
+            shift = self.moments(rows, r, posterior.lse, g).shift(posterior.lse, grad_target)
+        tensors, numbers, grid = self._given(rows, r)
+        total, weight, spread = (g.new_empty(grid[1], *shape) for shape in (g.shape[:1], g.shape[:1], g.shape))
+        if len(g):
+            of_target = posterior.lse if grad_target is None else grad_target
+            given = [*tensors.values(), posterior.lse, posterior.target, g, of_target, shift]
+            _backward_rows[grid](*given, weight, total, spread, **numbers, TARGETED=targeted)
+            del numbers["chunk"]
+            columns = (triton.cdiv(len(self), numbers["N"]),)
+            _backward_anchors[columns](*given, into.anchors, into.radial, **numbers, TARGETED=targeted)
+        return Cotangent(spread.sum(0), total.sum(0), weight.sum(0))

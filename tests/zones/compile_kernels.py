@@ -23,7 +23,7 @@ def compiled(kernel: Any, dim: int, capability: int, dtype: Any = tl.float32, **
     values = {**kernels.shapes(dim), "limit": 100.0, "DTYPE": dtype, **flags}
     single = "*fp64" if dtype == tl.float64 else "*fp32"
     kinds = dict.fromkeys(WIDE, "*fp64") | dict.fromkeys(("index", "groups", "own_groups"), "*i64")
-    kinds |= dict.fromkeys(("count", "total", "start"), "i32")
+    kinds |= dict.fromkeys(("count", "total", "start", "chunk"), "i32")
     signature = {name: "constexpr" if name in values else kinds.get(name, single) for name in kernel.arg_names}
     source = ASTSource(fn=kernel, signature=signature, constexprs=values)
     return triton.compile(source, target=GPUTarget("cuda", capability, 32))
@@ -34,7 +34,8 @@ def main() -> None:
     every = {"WEIGHTED": True, "GROUPED": True}
     cases = [
         (kernels._forward, every),
-        (kernels._backward_rows, every | {"TARGETED": True, "MOMENTS": False, "SHIFTED": False}),
+        (kernels._moments, every),
+        (kernels._backward_rows, every | {"TARGETED": True}),
         (kernels._backward_anchors, every | {"TARGETED": True}),
     ]
     for kernel, flags in cases:

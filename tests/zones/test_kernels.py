@@ -17,6 +17,7 @@ import torch
 
 from lzn_dist.zones import AnchorField, align, alignment_loss, compute_latents
 from lzn_dist.zones import field as field_module
+from lzn_dist.zones.block import Rows
 from tests.helpers.zone_cases import Batch, assert_equal, error, make, run
 from tests.zones.test_field import across, split
 from tests.zones.test_weights_and_groups import CASES, options
@@ -55,6 +56,20 @@ def test_weights_groups_and_blocks(case: str, blocks: tuple[int, ...]) -> None:
     field = {"field": split(*blocks)} if blocks else {}
     expected = run(batch, backend="relative", steps=3, dense=True, **given)
     assert_equal(run(batch, backend="triton", steps=3, dense=True, **given, **field), expected, 1e-10)
+
+
+@pytest.mark.parametrize("case", ["groups and weights", "targets weighted"])
+def test_chunks_of_anchors(case: str, monkeypatch: pytest.MonkeyPatch, interpreter: Any) -> None:
+    """Three of them, the last one shorter."""
+    monkeypatch.setattr(interpreter, "CHUNK_TILES", 1)
+    batch = make(16, 80, 10, 1.0, spread=None)
+    given = options(batch, **CASES[case])
+    expected = run(batch, backend="relative", steps=3, dense=True, **given)
+    assert_equal(run(batch, backend="triton", steps=3, dense=True, **given), expected, 1e-10)
+    given = {name: given[name] for name in ("log_weights", "groups")}
+    field = AnchorField(batch.others, given["log_weights"], given["groups"], "triton")
+    rows = Rows(batch.noise, batch.others[batch.index], batch.index, torch.zeros(10, dtype=torch.float64))
+    assert isinstance(field.block, interpreter.FusedBlock) and field.block._given(rows, 1.0)[2] == (1, 3)
 
 
 def clusters() -> Batch:
@@ -125,7 +140,7 @@ def test_they_compile_for_a_gpu() -> None:
     done = subprocess.run([sys.executable, worker, "256", "90"], capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-3000:]
     lines = done.stdout.splitlines()
-    assert [line.split()[0] for line in lines] == ["_forward", "_backward_rows", "_backward_anchors"]
+    assert [line.split()[0] for line in lines] == ["_forward", "_moments", "_backward_rows", "_backward_anchors"]
     for line in lines:
         _, shared, products = line.split()
         assert int(shared) <= 227 * 1024  # an H100's
