@@ -27,7 +27,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from importlib.util import find_spec
-from typing import Protocol, TypeVar
+from typing import Protocol, TypeVar, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -85,6 +85,7 @@ class Field(Protocol):
         """Apply what `vjp` deferred; once, after everything else. Not collective."""
 
 
+@runtime_checkable
 class FieldFactory(Protocol):
     """Makes the field of anchors [n, d], with log-weights [n] or None for equal ones, groups int64 [n] or None, and a
     backend: auto, tiled or triton (see `block_class`)."""

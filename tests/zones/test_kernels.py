@@ -23,6 +23,7 @@ from tests.zones.test_field import across, split
 from tests.zones.test_weights_and_groups import CASES, options
 
 pytestmark = [
+    pytest.mark.slow,  # all of them together
     pytest.mark.skipif(sys.platform != "linux", reason="Triton is for Linux"),
     pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU: bash tests/gpu/run.sh runs them on it"),
 ]
