@@ -31,11 +31,10 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, PositiveInt, 
 from tabulate import tabulate
 from tqdm import tqdm
 
-from lzn_dist.config import ConfigError, changed_keys, load_config
+from lzn_dist.config import ConfigError, changed_keys, load_config, named_file
 from lzn_dist.json_files import read_json, write_json
 from lzn_dist.networks import trust
 from lzn_dist.paths import expand_path, folder_or_url, path_argument
-from lzn_dist.shipped import find
 from lzn_dist.terminal import TRUST, command
 from lzn_dist.training.resolve import resolve
 from lzn_dist.training.run_folder import read_lines
@@ -282,13 +281,6 @@ def lines(table: Table, values: dict[str, dict[str, list[float]]]) -> Iterator[s
     yield from [head.rstrip(), "─" * max(map(len, [head, *rows])), *map(str.rstrip, rows)]
 
 
-def _shipped(name: str | Path, folder: str, what: str) -> Path:
-    try:
-        return find(str(name), folder)
-    except FileNotFoundError as error:
-        raise ConfigError(f"no {what}: {error}") from error
-
-
 def main(arguments: list[str] | None = None) -> int:
     """Entry point; returns the exit status: 0, 2 for a file that cannot be run, 1 where a run failed."""
     parser = argparse.ArgumentParser(
@@ -311,8 +303,8 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         given = {"output_dir": options.output, "seeds": options.seeds, "jobs": options.jobs}
         given = {key: value for key, value in given.items() if value}
-        file = _shipped(options.comparison, "configs/compare", "comparison")
-        launch = str(_shipped(options.launch, "launch", "launch configuration")) if options.launch else ""
+        file = named_file(options.comparison, "configs/compare", "comparison")
+        launch = str(named_file(options.launch, "launch", "launch configuration")) if options.launch else ""
         comparison, base, more = read_comparison(file, given), file.parent, options.overrides
 
         def jobs(timed: bool) -> list[Job]:

@@ -288,16 +288,17 @@ def _layers(path: Path, seen: tuple[Path, ...] = ()) -> list[tuple[Path, dict[st
     return [*_layers(path.parent / _path(str(base), path), (*seen, path.resolve())), (path, own)]
 
 
-def _found(name: str | Path) -> Path:
+def named_file(name: str | Path, folder: str = "configs", what: str = "configuration") -> Path:
+    """A file by its path, or one of a shipped folder by its name. Raises ConfigError, which says what is not there."""
     try:
-        return find(_path(str(name), "configuration"), "configs")
+        return find(_path(str(name), what), folder)
     except FileNotFoundError as error:
-        raise ConfigError(f"no configuration: {error}") from error
+        raise ConfigError(f"no {what}: {error}") from error
 
 
 def layers(path: str | Path, overrides: Sequence[str] = ()) -> list[tuple[str, dict[str, Any]]]:
     """What a configuration is made of, the lowest first: files' values, then the overrides'. Raises ConfigError."""
-    files = [(str(file), values) for file, values in _layers(_found(path))]
+    files = [(str(file), values) for file, values in _layers(named_file(path))]
     return files + [("override", _nested(item)) for item in overrides]
 
 
@@ -329,7 +330,7 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     Raises ConfigError, one line a problem: a missing file, an unknown key, a wrong type, an impossible combination.
     """
     values: dict[str, Any] = {}
-    for file, own in _layers(_found(path)):
+    for file, own in _layers(named_file(path)):
         values = _merge(values, own, str(file))
     return _merged(values, overrides, str(path))
 

@@ -29,7 +29,7 @@ _BITS_24 = (1 << 24) - 1
 
 def _signed(value: int) -> int:
     """The int64 with the same 64 bits as the unsigned ``value``: torch has no full unsigned arithmetic."""
-    value &= (1 << 64) - 1
+    value &= _ALL
     return value - (1 << 64) if value >= 1 << 63 else value
 
 

@@ -42,7 +42,7 @@ class DigitsPolicy:
     fill: float = -1.0
 
     def __call__(self, images: Tensor, keys: Tensor) -> Tensor:
-        keys = _sent(keys.cpu(), images)
+        keys = _sent(keys, images)
         moved = affine(images, self.sample_affine(fold(keys, 0)), self.fill)
         contrast, brightness = (2.0 * uniform(fold(keys, 1), (2,)) - 1.0).unbind(-1)
         return adjust_intensity(moved, 1.0 + self.contrast * contrast, self.brightness * brightness)
@@ -140,7 +140,9 @@ class SimCLRPolicy:
 
 def _sent(values: Tensor, images: Tensor) -> Tensor:
     """Values of the host, where the images are; a GPU is not waited for."""
-    return values.pin_memory().to(images.device, non_blocking=True) if images.is_cuda else values
+    if values.device == images.device:
+        return values
+    return values.pin_memory().to(images.device, non_blocking=True)
 
 
 def _per_image(flags: Tensor, images: Tensor) -> Tensor:

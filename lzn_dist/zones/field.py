@@ -98,11 +98,10 @@ class FieldFactory(Protocol):
 def block_class(backend: str, anchors: Tensor) -> type[Block]:
     """What computes: tiles of matrix products, or the kernels of `lzn_dist.zones.kernels`; auto takes these on a GPU
     where Triton is installed. Raises ValueError where triton is asked for and cannot be."""
-    here = find_spec("triton") is not None
     fits = anchors.shape[1] <= KERNEL_DIM
-    if backend != "triton" and not (backend == "auto" and anchors.is_cuda and here and fits):
+    if backend != "triton" and not (backend == "auto" and anchors.is_cuda and fits and find_spec("triton")):
         return Block
-    if not here:
+    if find_spec("triton") is None:
         raise ValueError("backend triton: Triton is not installed; install lzn_dist[gpu], or use backend tiled")
     if not fits:
         raise ValueError(f"backend triton is for at most {KERNEL_DIM} dimensions, got {anchors.shape[1]}: use tiled")

@@ -7,7 +7,6 @@ import json
 import os
 import re
 import runpy
-import socket
 import subprocess
 import sys
 import tempfile
@@ -18,6 +17,7 @@ from typing import Any
 from unittest.mock import patch
 
 from lzn_dist.cluster.task import launch_environment
+from tests.helpers.range_server import free_port
 from tests.helpers.settings import decoder_with, encoder_with
 
 ROOT = Path(__file__).parents[2]
@@ -59,12 +59,14 @@ def ranks(
 ) -> subprocess.CompletedProcess[str]:
     """The same ranks without the launcher, whose own start costs as much as half a rank's: each in the environment that
     it would set (tests/cluster compares the two), as the tasks of a job are started."""
-    with socket.socket() as found:
-        found.bind(("127.0.0.1", 0))
-        port = found.getsockname()[1]
     command = [sys.executable, str(script), *map(str, arguments)]
     path = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
-    world = {"WORLD_SIZE": processes, "LOCAL_WORLD_SIZE": processes, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    world = {
+        "WORLD_SIZE": processes,
+        "LOCAL_WORLD_SIZE": processes,
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": free_port(),
+    }
     environment = {**os.environ, **launch_environment(ROOT / "launch", engine), "PYTHONPATH": path}
     environment |= {name: str(value) for name, value in world.items()}
     with tempfile.TemporaryFile("w+") as said:
