@@ -30,6 +30,7 @@ ROOMS: dict[str, set[str]] = {
     "objectives": {"config", "networks", "modalities", "zones", "keyed_random"},
     "training": {
         "config", "networks", "models", "data", "prepare", "distributed", "engines", "objectives", "modalities",
+        "zones",
     },
     "inputs": {"data"},
     "inference": {

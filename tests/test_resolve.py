@@ -10,6 +10,7 @@ import pytest
 import torch
 from PIL import Image
 
+from lzn_dist import train
 from lzn_dist.config import Config, ConfigError, changed_keys, load_config
 from lzn_dist.distributed import Topology
 from lzn_dist.models.ncsnpp import fitting_multipliers
@@ -155,3 +156,13 @@ def test_sets_that_are_too_small_are_refused_with_advice_that_works(tmp_path: Pa
     for batch in (2, 3):
         config = resolve(of_images("joint", three, f"data.global_batch={batch}"))
         assert len(open_stream(config, Topology()).batch(0).labels) == batch
+
+
+def test_a_backend_that_cannot_be_here_is_refused_before_the_run(
+    digits: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("lzn_dist.zones.field.find_spec", lambda _: None)
+    more = [f"data.shards={digits}", f"output_dir={tmp_path / 'run'}", "tracking.wandb=disabled"]
+    assert train.main(["digits_joint", "backend=triton", *more]) == 2
+    said = capsys.readouterr().err
+    assert "error: backend triton: Triton is not installed" in said and "Traceback" not in said

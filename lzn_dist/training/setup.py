@@ -22,6 +22,7 @@ from lzn_dist.training.checkpoint import CheckpointError, RunRecord, held_checkp
 from lzn_dist.training.grad_cache import check_batch_independent
 from lzn_dist.training.optimizer import make_optimizer
 from lzn_dist.training.step import TrainState
+from lzn_dist.zones import block_class
 
 
 def fresh_networks(config: Config, device: torch.device) -> Networks:
@@ -37,7 +38,10 @@ def make_objective(config: Config, networks: Networks) -> Objective:
 
 
 def build_state(config: Config, launch: Launch, accelerator: Accelerator, checkpoint: Path | None) -> TrainState:
-    """Fresh state, or that of a checkpoint. Raises ConfigError and CheckpointError."""
+    """Fresh state, or that of a checkpoint. Raises ConfigError, CheckpointError, and ValueError for a backend of the
+    zones that cannot be here."""
+    if config.objective == "lzn":
+        block_class(config.backend, torch.empty(0, config.latent.dim, device=accelerator.device))
     networks = fresh_networks(config, accelerator.device)
     if config.micro_batch:
         check_batch_independent(networks)

@@ -6,7 +6,7 @@ field over the anchors is a value (`Field`), and one that spreads them over proc
 """
 
 from lzn_dist.zones.alignment import Alignment, align, alignment_loss, nearest_anchor
-from lzn_dist.zones.field import AnchorField, Field, FieldFactory
+from lzn_dist.zones.field import AnchorField, Field, FieldFactory, block_class
 from lzn_dist.zones.latents import compute_latents
 from lzn_dist.zones.schedules import SIGMA_MIN
 
@@ -18,6 +18,7 @@ __all__ = [
     "FieldFactory",
     "align",
     "alignment_loss",
+    "block_class",
     "compute_latents",
     "nearest_anchor",
 ]
