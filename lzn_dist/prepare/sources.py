@@ -73,7 +73,7 @@ def _members(path: Path, file: io.RawIOBase | None = None) -> Iterable[tarfile.T
 _UNPACKED = 1 << 30  # bytes: CIFAR10 has 186 MB, ImageNet's devkit 3
 
 
-def _unpack(path: Path) -> dict[str, bytes]:
+def unpack(path: Path) -> dict[str, bytes]:
     """The files in a small .tar.gz by their paths. Raises PrepareError where it is damaged, or not small unpacked."""
 
     def bounded(size: int) -> None:
@@ -107,7 +107,7 @@ def read_devkit(path: Path) -> tuple[list[str], list[str], list[str]]:
     from scipy.io import loadmat
 
     names = ("data/meta.mat", "data/ILSVRC2012_validation_ground_truth.txt")
-    files = _unpack(path)
+    files = unpack(path)
     contents = {name: content for file, content in files.items() for name in names if file.endswith(name)}
     if len(contents) != len(names):
         raise PrepareError(f"{path} is not ILSVRC2012_devkit_t12.tar.gz: it lacks {' or '.join(names)}")
@@ -259,7 +259,7 @@ class CIFAR10(Source):
 
     def _load(self) -> dict[str, tuple[np.ndarray, np.ndarray]]:
         """By split: pixels uint8 [n, 3072] (all red, all green, all blue; row by row) and labels [n]."""
-        files = {PurePosixPath(path).name: content for path, content in _unpack(self.archive).items()}
+        files = {PurePosixPath(path).name: content for path, content in unpack(self.archive).items()}
         try:
             return self._parse(files)
         except PrepareError:

@@ -58,13 +58,15 @@ class PrepareError(ValueError):
 
 class Item(NamedTuple):
     """One image of a source. key: of the sample, without dots in its last part; extension: of the published file;
-    label: the class's number, -1 without one; where: what the source's `read` needs; size: in bytes, about."""
+    label: the class's number, -1 without one; where: what the source's `read` needs; size: in bytes, about;
+    attributes: what else is known of it, as JSON, kept beside the image as KEY.json."""
 
     key: str
     extension: str
     label: int
     where: Any
     size: int
+    attributes: str = ""
 
 
 @dataclass
@@ -72,9 +74,10 @@ class Account:
     """What became of the files that were seen: seen = taken + those left out.
 
     left_out: by reason, how many and the first. images_left_out: how many of these are images, or are called so; the
-    others are not worth a refusal.
+    others are not worth a refusal. unit: what is counted.
     """
 
+    unit: str = "files"
     taken: int = 0
     left_out: dict[str, tuple[int, str]] = field(default_factory=dict)
     images_left_out: int = 0
@@ -94,7 +97,7 @@ class Account:
         return f" ({'; '.join(found)})" if found else ""
 
     def lines(self) -> Iterator[str]:
-        yield f"{self.seen:,} files seen, {self.taken:,} taken, {self.seen - self.taken:,} left out"
+        yield f"{self.seen:,} {self.unit} seen, {self.taken:,} taken, {self.seen - self.taken:,} left out"
         for why, (count, example) in sorted(self.left_out.items(), key=lambda item: -item[1][0]):
             yield f"  {count:,} {why}, as {example}"
 
@@ -247,7 +250,8 @@ def write_shard(source: Source, options: Options, plan: Plan) -> Part:
                         examples.append(source.named(item))
                     continue
                 label = {"cls": str(item.label).encode()} if item.label >= 0 else {}
-                tar.write({"__key__": item.key, extension: content, **label})
+                more = {"json": item.attributes.encode()} if item.attributes else {}
+                tar.write({"__key__": item.key, extension: content, **label, **more})
                 written += 1
         file.flush()
         os.fsync(file.fileno())
@@ -425,11 +429,12 @@ def _check_keys(split: str, items: Iterable[Item]) -> None:
 
 
 def _listing(splits: dict[str, list[Item]]) -> str:
-    """A hash of what a source holds: keys, labels and sizes."""
+    """A hash of what a source holds: keys, labels, sizes and attributes."""
     listing = hashlib.sha256()
     for name, items in splits.items():
         for item in items:
-            line = f"{name} {item.key} {item.extension} {item.label} {item.size}\n"
+            more = f" {item.attributes}" if item.attributes else ""
+            line = f"{name} {item.key} {item.extension} {item.label} {item.size}{more}\n"
             listing.update(line.encode("utf-8", "surrogateescape"))
     return listing.hexdigest()
 
