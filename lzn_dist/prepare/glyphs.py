@@ -28,7 +28,7 @@ MARGIN = 2  # pixels around the largest glyph of a face, of SIDE
 SIDE = 32
 ALIKE = 0.97  # cosine of two faces' glyphs from which on their families share a split
 SAME_CASE = 0.98  # cosine of a lower-case letter and its capital, drawn at one size, from which on they are the same
-READABLE = 0.25  # of a face's glyphs that must be nearest to their own character's mean over all faces (chance: 0.016)
+READABLE = 0.1  # of a face's glyphs that must be nearest to their own letter's mean over all faces (chance: 0.03)
 
 Glyphs = np.ndarray  # uint8 [62, SIDE, SIDE], black where there is none
 
@@ -143,12 +143,19 @@ def small(drawn: np.ndarray) -> np.ndarray:
     return np.asarray(halves / np.where(lengths > 0, lengths, 1))
 
 
-def readable(glyphs: np.ndarray) -> np.ndarray:
-    """Share of each face's glyphs that are nearest to their own character's mean over all faces: [n]."""
-    there = np.abs(glyphs).max(-1) > 0
-    means = glyphs.sum(0)
-    means /= np.maximum(np.linalg.norm(means, axis=-1, keepdims=True), 1e-12)
-    right = np.stack([(face @ means.T).argmax(-1) == np.arange(len(CHARACTERS)) for face in glyphs])
+def readable(drawn: np.ndarray) -> np.ndarray:
+    """Share of each face's glyphs, cut out and brought to one size, that are nearest to a mean over all faces of their
+    own letter, small or capital: [n]."""
+    empty = np.zeros((16, 16))
+    cut = np.stack([[_filled(glyph) if glyph.any() else empty for glyph in face] for face in drawn])
+    cut = cut.reshape(len(drawn), len(CHARACTERS), -1).astype(np.float32)
+    cut -= cut.mean(-1, keepdims=True)
+    there = np.abs(cut).max(-1) > 0
+    cut /= np.maximum(np.linalg.norm(cut, axis=-1, keepdims=True), 1e-9)
+    means = cut.sum(0)
+    means /= np.maximum(np.linalg.norm(means, axis=-1, keepdims=True), 1e-9)
+    letters = np.array(list(CHARACTERS.lower()))
+    right = np.stack([letters[(face @ means.T).argmax(-1)] == letters for face in cut])
     return np.asarray((right & there).sum(-1) / np.maximum(there.sum(-1), 1))
 
 
@@ -251,32 +258,33 @@ class FontGlyphs(Source):
         return chosen
 
     def _draw(self, faces: list[Face]) -> tuple[list[Face], np.ndarray]:
+        """The faces that have letters, and their glyphs uint8 [n, 62, 32, 32]."""
         kept, drawn = [], []
         for face in tqdm(faces, desc="drawing", unit="font", mininterval=0.5):
+            if not face.characters:
+                self._leave_out("of fonts that have none of the characters", face.path)
+                continue
             try:
-                glyphs = draw_face(face)
+                drawn.append(draw_face(face))
             except ValueError:
                 self._leave_out("of fonts that cannot be drawn", face.path)
-                continue
-            if without_case(glyphs):
-                count = sum(character.islower() for character in self.characters)
-                self._leave_out("lower-case letters of fonts without case", face.path, count)
-                face.case = False
-                glyphs[LOWER] = 0
-            kept.append(face)
-            drawn.append(glyphs)
+            else:
+                kept.append(face)
         if not kept:
             raise PrepareError(
                 f"no font with letters in {', '.join(map(str, self.fonts))}{self._account.reasons()}: install some "
                 "(--packages lists Debian's)"
             )
-        stacked = np.stack(drawn)
-        clear = readable(small(stacked)) >= READABLE
-        for face, letters in zip(kept, clear, strict=True):
+        clear = readable(np.stack(drawn)) >= READABLE
+        small_letters = sum(character.islower() for character in self.characters)
+        for face, glyphs, letters in zip(kept, drawn, clear, strict=True):
             if not letters:
-                count = sum(face.case or not character.islower() for character in self.characters)
-                self._leave_out("of fonts whose glyphs are no letters", face.path, count)
-        return [face for face, letters in zip(kept, clear, strict=True) if letters], stacked[clear]
+                self._leave_out("of fonts whose glyphs are no letters", face.path)
+            elif without_case(glyphs):
+                self._leave_out("lower-case letters of fonts without case", face.path, small_letters)
+                face.case = False
+                glyphs[LOWER] = 0
+        return [face for face, letters in zip(kept, clear, strict=True) if letters], np.stack(drawn)[clear]
 
     def _split(self, faces: list[Face], drawn: np.ndarray, groups: list[list[int]]) -> dict[str, list[Item]]:
         there = present(drawn)
