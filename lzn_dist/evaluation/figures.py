@@ -102,7 +102,7 @@ _FRACTIONS = ("accuracy_centre", "recognised", "recognised_prior", "linear_probe
 
 
 def training_curves(run: Path, path: Path) -> Path | None:
-    """Losses of metrics.jsonl and fractions of eval.jsonl over the steps; None where there is nothing to draw."""
+    """Losses of metrics.jsonl, fractions and effective rank of eval.jsonl over the steps; None where nothing is there."""
     metrics, evaluations = read_lines(run / "metrics.jsonl"), read_lines(run / "eval.jsonl")
     if not metrics:
         return None
@@ -115,6 +115,8 @@ def training_curves(run: Path, path: Path) -> Path | None:
     seen = [key for key in _FRACTIONS if any(key in row for row in evaluations)]
     if seen:
         panels.append(("evaluation (averaged weights)", evaluations, seen, True))
+    if any("effective_rank" in row for row in evaluations):
+        panels.append(("effective rank of features", evaluations, ["effective_rank"], False))
     figure = Figure(figsize=(3.6 * len(panels), 3.0), layout="constrained")
     for axes, (title, rows, keys, fraction) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels,
                                                    strict=True):  # fmt: skip

@@ -1,4 +1,4 @@
-"""How much of the class do features hold? Linear probe, nearest neighbours, and a probe from few labels.
+"""How much of the class do features hold? Linear probe, nearest neighbours, a probe from few labels; and their rank.
 
 For comparison the same is asked of raw pixels and of an untrained encoder of the same configuration.
 """
@@ -91,6 +91,17 @@ def knn_accuracy(data: FeatureSet, k: int = NEIGHBOURS, chunk: int = 1024) -> fl
             votes[rows, codes[column]] += 1.0 + similarity[rows, column] / (4 * k)
         right += int((classes[votes.argmax(1)] == data.test_labels[start : start + chunk]).sum())
     return right / len(test)
+
+
+def effective_rank(features: np.ndarray) -> float:
+    """RankMe of features [n, F] (Garrido et al., arXiv 2210.02885, equation 1): exp of the entropy of the shares that
+    singular values have of their sum, 1 to min(n, F). Low: features have collapsed to few directions. It needs no
+    labels; features are not centred, as there."""
+    values = np.linalg.svd(features, compute_uv=False)
+    if not values.sum() > 0:
+        raise Unmeasurable("features are all zero, or there are none")
+    shares = values / values.sum() + 1e-7
+    return float(np.exp(-(shares * np.log(shares)).sum()))
 
 
 def _unit(features: np.ndarray) -> np.ndarray:

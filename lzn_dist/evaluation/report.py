@@ -25,13 +25,14 @@ from lzn_dist.evaluation.generation import (
     reconstruction_errors,
 )
 from lzn_dist.evaluation.inception import InceptionFeatures, download
-from lzn_dist.evaluation.probe import FeatureSet, probes, untrained_model
+from lzn_dist.evaluation.probe import FeatureSet, effective_rank, probes, untrained_model
 from lzn_dist.evaluation.zone_health import zone_health
 from lzn_dist.inference import LZN
 
 QUICK_SAMPLES_PER_CLASS = 10
 COUNTED = 4  # samples whose evaluations of the decoder are counted where no others are drawn
 PIXELS_COMPARED = 64 * 64 * 3  # numbers an image: probes of raw pixels say little about larger ones, and take hours
+Features = tuple[np.ndarray, np.ndarray]  # [n, F], and labels [n]
 RECONSTRUCTED = 1000  # images whose reconstruction is measured, at least
 
 
@@ -69,11 +70,12 @@ def evaluate_model(
     joint: accuracy_centre (noise scale 0; with _low and _high, a 95 % Wilson interval), accuracy@S and
     accuracy_weighted@S for every scale S of the configuration (weighted by the training images' class frequencies).
     joint and generation: nfe (evaluations of the decoder a sample), reconstruction_error, latent_only_error, and
-    embeddings' linear_probe, knn, probe_10_labels. Of digits also recognised, recognised_prior, rarest_class_prior (the
-    share of prior draws in the zone of the class with fewest; 1/K at best, 0 where a zone is dead),
+    embeddings' effective_rank and, with labels, linear_probe, knn, probe_10_labels. Of digits also recognised,
+    recognised_prior, rarest_class_prior (the share of prior draws in the zone of the class with fewest; 1/K at best,
+    0 where a zone is dead),
     disagreement_latent, disagreement_label, frechet, frechet_prior, frechet_real (the floor: training images instead of
     samples), digit_classifier_accuracy.
-    representation: those three probes, and the same under untrained. and (of small images) pixels. for comparison.
+    representation: those four, and the same under untrained. and (of small images) pixels. for comparison.
     Baselines: what they have of these, and a supervised model's accuracy.
     Of decoders also fid and the like (`fid_values`) where evaluation.inception names the network's weights; of all LZN
     models zones.* (`zone_health`).
@@ -232,17 +234,23 @@ def health_values(asked: Asked) -> dict[str, float]:
 
 
 def probe_values(asked: Asked) -> dict[str, float]:
-    """Probes of the features, and for a representation model of pixels and an untrained encoder beside them."""
+    """Effective rank and, with labels, probes of the features; for a representation model of pixels and an untrained
+    encoder beside them."""
     model, data, quick, reasons = asked.model, asked.data, asked.quick, asked.left_out
     values: dict[str, float] = {}
 
-    def probe(of: FeatureSet, prefix: str = "") -> None:
-        for name, measure in probes(of, quick).items():
-            found = _attempt(prefix + name, reasons, lambda measure=measure: once(measure))  # type: ignore[misc]
-            values.update({prefix + key: value for key, value in found.items()})
+    def take(name: str, prefix: str, measure: Callable[[], dict[str, float]]) -> None:
+        found = _attempt(prefix + name, reasons, lambda: once(measure))
+        values.update({prefix + key: value for key, value in found.items()})
 
-    def features(of: LZN) -> FeatureSet:
-        return FeatureSet(*data.features("train", of.embed), *data.features("test", of.embed))
+    def probe(train: Features | None, test: Features, prefix: str = "") -> None:
+        take("effective_rank", prefix, lambda: {"effective_rank": effective_rank(test[0])})
+        if train is not None:
+            for name, measure in probes(FeatureSet(*train, *test), quick).items():
+                take(name, prefix, measure)
+
+    def features(of: LZN) -> tuple[Features | None, Features]:
+        return data.features("train", of.embed) if labelled else None, data.features("test", of.embed)
 
     try:
         data.need_held_out()
@@ -250,15 +258,16 @@ def probe_values(asked: Asked) -> dict[str, float]:
     except Unmeasurable as error:
         reasons["probes"] = str(error)
         return values
-    probe(features(model))
+    labelled = data.labelled
+    probe(*features(model))
     if not model.has_decoder and not quick:
         fresh = untrained_model(model.config, model.config.seed)
         fresh.networks.to(model.device)
-        probe(features(fresh), "untrained.")
+        probe(*features(fresh), "untrained.")
         size = model.config.data
         if size.image_channels * size.image_size**2 <= PIXELS_COMPARED:
-            train, test = data.train, data.test
-            probe(FeatureSet(train.pixels, train.labels.numpy(), test.pixels, test.labels.numpy()), "pixels.")
+            train, test = ((images.pixels, images.labels.numpy()) for images in (data.train, data.test))
+            probe(train if labelled else None, test, "pixels.")
     return values
 
 
@@ -270,7 +279,7 @@ METRICS = (
     Metric("zones", lambda asked: asked.model.has_latents, health_values),
     Metric(
         "probes",
-        lambda asked: asked.data.labelled and asked.model.has_encoder and not (asked.quick and asked.model.has_decoder),
+        lambda asked: asked.model.has_encoder and not (asked.quick and asked.model.has_decoder),
         probe_values,
     ),
 )

@@ -7,9 +7,10 @@ import torch
 
 from lzn_dist.data import EvaluationBatch
 from lzn_dist.evaluation.accuracy import Proportion, classification_accuracy
+from lzn_dist.evaluation.data import Unmeasurable
 from lzn_dist.evaluation.frechet import DigitClassifier, frechet_distance
 from lzn_dist.evaluation.generation import balanced_labels, disagreement, image_errors, interpolate, recognised, slerp
-from lzn_dist.evaluation.probe import FeatureSet, few_label_probe, knn_accuracy, linear_probe
+from lzn_dist.evaluation.probe import FeatureSet, effective_rank, few_label_probe, knn_accuracy, linear_probe
 from lzn_dist.inference import LZN
 from tests.helpers.hand_made import CLASSES, class_images
 
@@ -69,6 +70,17 @@ def toy(separation: float, n: int = 300, d: int = 8) -> FeatureSet:
     x = random.normal(size=(2 * n, d))
     x[np.arange(2 * n), labels] += separation
     return FeatureSet(x[:n] + 50.0, labels[:n], x[n:] + 50.0, labels[n:])  # far from the origin: centring matters
+
+
+def test_effective_rank() -> None:
+    random = np.random.default_rng(0)
+    basis, _ = np.linalg.qr(random.normal(size=(50, 20)))
+    assert effective_rank(basis @ np.eye(20)) == pytest.approx(20, rel=1e-4)  # all values alike
+    assert effective_rank(np.outer(random.normal(size=50), random.normal(size=20))) == pytest.approx(1, abs=1e-3)
+    spectrum = np.array([3.0, 1.0])  # shares 3/4 and 1/4: exp(ln 4 − 3/4 ln 3)
+    assert effective_rank(basis[:, :2] * spectrum) == pytest.approx(4 / 3**0.75, rel=1e-4)
+    with pytest.raises(Unmeasurable):
+        effective_rank(np.zeros((5, 3)))
 
 
 def test_probes_on_separable_and_on_random_features() -> None:

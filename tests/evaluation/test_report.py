@@ -95,7 +95,7 @@ def test_training_curves_are_the_logged_values(tmp_path: Path, monkeypatch: pyte
     assert figures.training_curves(tmp_path, tmp_path / "t.png") is None
     rows = [{"step": s, "loss": 1 / s, "loss_flow": 0.5 / s, "loss_alignment": 0.5 / s, "aligned": 0.5} for s in (1, 2)]
     (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows) + '{"step": 3, "lo')
-    (tmp_path / "eval.jsonl").write_text(json.dumps({"step": 2, "accuracy_centre": 0.5}) + "\n")
+    (tmp_path / "eval.jsonl").write_text(json.dumps({"step": 2, "accuracy_centre": 0.5, "effective_rank": 7.5}) + "\n")
     drawn: list[Figure] = []
     monkeypatch.setattr(figures, "save", lambda figure, path: drawn.append(figure) or path)
     figures.training_curves(tmp_path, tmp_path / "t.png")
@@ -103,7 +103,7 @@ def test_training_curves_are_the_logged_values(tmp_path: Path, monkeypatch: pyte
     curves = [line.get_xydata().tolist() for axes in figure.axes for line in axes.lines]
     for key in ("loss", "loss_flow", "loss_alignment", "aligned"):
         assert [[row["step"], row[key]] for row in rows] in curves, key
-    assert [[2, 0.5]] in curves
+    assert [[2, 0.5]] in curves and [[2, 7.5]] in curves
 
 
 HEALTH = {
@@ -111,7 +111,7 @@ HEALTH = {
     for key in ("entropy", "effective_anchors", "mean", "variance", "correlation", "kurtosis", "normality_p",
                 "solver_error")
 }  # fmt: skip
-PROBES = {"linear_probe", "knn", "probe_10_labels", "probe_10_labels_std"}
+PROBES = {"linear_probe", "knn", "probe_10_labels", "probe_10_labels_std", "effective_rank"}
 GENERATION = {"digit_classifier_accuracy", "frechet", "frechet_real", "reconstruction_error", "latent_only_error",
               "nfe"}  # fmt: skip
 JOINT = {
@@ -203,7 +203,8 @@ def test_shards_without_labels_are_not_probed(digits: Path) -> None:
     }
     data.index = replace(data.index, splits=unlabelled)
     assert not data.labelled
-    assert set(evaluate_model(model, None, data=data)) == HEALTH
+    ranks = {f"{prefix}effective_rank" for prefix in ("", "untrained.", "pixels.")}
+    assert set(evaluate_model(model, None, data=data)) == HEALTH | ranks
 
 
 def test_features_of_a_large_split_are_those_of_its_first_images(digits: Path, monkeypatch: pytest.MonkeyPatch) -> None:
