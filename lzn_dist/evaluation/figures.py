@@ -102,7 +102,7 @@ _FRACTIONS = ("accuracy_centre", "recognised", "recognised_prior", "linear_probe
 
 
 def training_curves(run: Path, path: Path) -> Path | None:
-    """Losses of metrics.jsonl, fractions and effective rank of eval.jsonl over the steps; None where nothing is there."""
+    """Losses of metrics.jsonl, fractions and effective rank of eval.jsonl by step; None where nothing is there."""
     metrics, evaluations = read_lines(run / "metrics.jsonl"), read_lines(run / "eval.jsonl")
     if not metrics:
         return None
