@@ -45,10 +45,13 @@ QUICK = ([128, 256], [64], 128, 2)
 
 
 def representation(batch: int, size: int, channels: int, overrides: Sequence[str]) -> Config:
-    """Published settings of the objective (configs/digits_representation.yaml), for images that are no digits."""
+    """Published settings of the objective on configs/digits_representation.yaml, for images that are no digits."""
+    published = ["alignment.pairs=[{latents: image.1, anchors: image.2}]", f"alignment.steps={STEPS}",
+                 "latent.noise_scale=0.45"]  # fmt: skip
     data = [f"data.global_batch={batch}", "data.embedded=none", f"data.image_size={size}"]
     return load_config(
-        ROOT / "configs" / "digits_representation.yaml", [*data, f"data.image_channels={channels}", *overrides]
+        ROOT / "configs" / "digits_representation.yaml",
+        [*published, *data, f"data.image_channels={channels}", *overrides],
     )
 
 
