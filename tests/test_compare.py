@@ -120,7 +120,7 @@ def test_a_comparison_from_training_to_table_and_figure(tmp_path: Path, capsys: 
     assert compare.main(arguments) == 0 and (run / "evaluation.json").stat().st_mtime_ns == before
     capsys.readouterr()
     assert compare.main([*arguments, "latent.noise_scale=0.9"]) == 2  # not the other settings' result as its own
-    assert "seed_3 was trained with other settings (latent.noise_scale: 0.45 → 0.2)" in capsys.readouterr().err
+    assert "seed_3 was trained with other settings (latent.noise_scale: 0.2 → 0.9)" in capsys.readouterr().err
     (run / "evaluation.json").write_text(json.dumps(values | {"knn": "x"}))  # damage is not an absent measure
     assert compare.main(arguments) == 2
     assert "evaluation.json is damaged (knn is no number)" in capsys.readouterr().err
