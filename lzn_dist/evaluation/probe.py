@@ -97,7 +97,10 @@ def effective_rank(features: np.ndarray) -> float:
     """RankMe of features [n, F] (Garrido et al., arXiv 2210.02885, equation 1): exp of the entropy of the shares that
     singular values have of their sum, 1 to min(n, F). Low: features have collapsed to few directions. It needs no
     labels; features are not centred, as there."""
-    values = np.linalg.svd(features, compute_uv=False)
+    # the smaller Gram matrix: of 50,000 x 2,048 features far cheaper than a decomposition of the features; what it
+    # rounds away, 1e-8 of the largest value, is below the paper's 1e-7
+    products = features.T @ features if len(features) > features.shape[1] else features @ features.T
+    values = np.sqrt(np.maximum(np.linalg.eigvalsh(products), 0))
     if not values.sum() > 0:
         raise Unmeasurable("features are all zero, or there are none")
     shares = values / values.sum() + 1e-7

@@ -10,8 +10,7 @@ from typing import Any
 
 from PIL import Image
 
-from lzn_dist.keyed_random import make_key, permutation
-from lzn_dist.prepare.sources import unpack
+from lzn_dist.prepare.sources import keyed_splits, unpack
 from lzn_dist.prepare.writer import Account, Item, PrepareError, Source
 from lzn_dist.terminal import one_line
 
@@ -30,7 +29,6 @@ class Emoji(Source):
 
     archive: Path
     name: str = "emoji-datasource-google (images of Google's Noto Emoji, Apache-2.0)"
-    _found: dict[str, list[Item]] = field(default_factory=dict)
     _classes: list[str] = field(default_factory=list)
     _account: Account = field(default_factory=lambda: Account("emoji"))
 
@@ -38,21 +36,18 @@ class Emoji(Source):
         return [self.archive]
 
     def classes(self) -> list[str]:
-        self.splits()
         return self._classes
 
     def account(self) -> Account:
-        self.splits()
         return self._account
 
     def splits(self) -> dict[str, list[Item]]:
-        if self._found:
-            return self._found
+        self._account = Account("emoji")
         files = unpack(self.archive)
         try:
             entries = json.loads(files["package/emoji.json"])
             self._classes = sorted({entry["category"] for entry in entries if entry["has_img_google"]})
-            families = {category: [] for category in self._classes}  # type: dict[str, list[list[Item]]]
+            families: dict[str, list[list[Item]]] = {category: [] for category in self._classes}
             for entry in sorted(entries, key=lambda entry: entry["unified"]):
                 family = self._family(entry, files)
                 if family:
@@ -64,16 +59,10 @@ class Emoji(Source):
             ) from error
         found: dict[str, list[Item]] = {"train": [], "val": [], "test": []}
         for category, members in families.items():
-            order = permutation(make_key(0, f"emoji {category}"), len(members)).tolist()
-            ends, start = {}, 0
-            for split, share in HELD_OUT.items():
-                start += round(share * len(members))
-                ends[split] = start
-            for place, row in enumerate(order):
-                split = next((name for name, end in ends.items() if place < end), "train")
-                found[split].extend(members[row])
-        self._found = {split: sorted(items) for split, items in found.items()}
-        return self._found
+            held_out = {split: round(share * len(members)) for split, share in HELD_OUT.items()}
+            for split, chosen in keyed_splits(f"emoji {category}", len(members), held_out).items():
+                found[split] += [item for row in chosen for item in members[row]]
+        return {split: sorted(items) for split, items in found.items()}
 
     def _family(self, entry: dict[str, Any], files: dict[str, bytes]) -> list[Item]:
         """An emoji and its variants."""

@@ -197,7 +197,6 @@ class FontGlyphs(Source):
     characters: str = CHARACTERS
     faces: int = 2
     name: str = "glyphs of fonts"
-    _found: dict[str, list[Item]] = field(default_factory=dict)
     _account: Account = field(default_factory=lambda: Account("glyphs"))
 
     def archives(self) -> list[Path]:
@@ -207,22 +206,21 @@ class FontGlyphs(Source):
         return list(self.characters)
 
     def account(self) -> Account:
-        self.splits()
         return self._account
 
     def splits(self) -> dict[str, list[Item]]:
-        if not self._found:
-            faces, drawn = self._draw(self._chosen())
-            groups = joined([face.family.lower() for face in faces], alike(small(drawn)) > ALIKE)
-            self._found = self._split(faces, drawn, groups)
-        return self._found
+        self._account = Account("glyphs")
+        if self.faces < 0:
+            raise PrepareError(f"--faces must be 0 for all, or more, not {self.faces}")
+        faces, drawn = self._draw(self._chosen())
+        groups = joined([face.family.lower() for face in faces], alike(small(drawn)) > ALIKE)
+        return self._split(faces, drawn, groups)
 
     def read(self, item: Item) -> bytes:
         return png(np.frombuffer(item.where, np.uint8).reshape(SIDE, SIDE))
 
-    def _leave_out(self, why: str, face: Path | str, glyphs: int | None = None) -> None:
-        for _ in range(len(self.characters) if glyphs is None else glyphs):
-            self._account.leave_out(why, str(face))
+    def _leave_out(self, why: str, face: Path, glyphs: int | None = None) -> None:
+        self._account.leave_out(why, str(face), times=len(self.characters) if glyphs is None else glyphs)
 
     def _files(self) -> Iterator[Path]:
         for folder in self.fonts:
@@ -290,15 +288,19 @@ class FontGlyphs(Source):
         there = present(drawn)
         wanted = [CHARACTERS.index(character) for character in self.characters]
         sizes = [int(there[group][:, wanted].sum()) for group in groups]
-        order = permutation(make_key(0, "families"), len(groups)).tolist()
-        largest = max(sizes) if len(groups) > 3 else 0
+        room = {split: share * sum(sizes) for split, share in HELD_OUT.items()}
+        held = dict.fromkeys(room, 0)
+        chosen: list[str] = ["train"] * len(groups)
+        for place in permutation(make_key(0, "families"), len(groups)).tolist():
+            free = [split for split in room if held[split] + sizes[place] <= room[split] * 1.1]
+            if free:
+                chosen[place] = free[0]
+                held[free[0]] += sizes[place]
+        if len(groups) > 1 and not held["test"]:  # few families, each of them more than the split is to have
+            chosen[int(np.argmin(sizes))] = "test"
         found: dict[str, list[Item]] = {"train": [], "val": [], "test": []}
-        held_out = {split: share * sum(sizes) for split, share in HELD_OUT.items()}
-        for place in order:
-            # the largest group is for training: it may be more than a held-out split is to have
-            free = [name for name, room in held_out.items() if len(found[name]) + sizes[place] <= room * 1.1]
-            split = free[0] if free and sizes[place] < max(largest, 1) else "train"
-            for row in groups[place]:
+        for split, group in zip(chosen, groups, strict=True):
+            for row in group:
                 found[split] += self._items(row, faces[row], drawn[row], there[row])
         return {split: items for split, items in found.items() if items}
 

@@ -11,8 +11,7 @@ from pathlib import Path
 
 import numpy as np
 
-from lzn_dist.keyed_random import make_key, permutation
-from lzn_dist.prepare.sources import png
+from lzn_dist.prepare.sources import keyed_splits, png
 from lzn_dist.prepare.writer import Item, PrepareError, Source
 from lzn_dist.terminal import one_line
 
@@ -70,12 +69,8 @@ class MNIST5k(Source):
         rows: dict[str, list[int]] = {"train": [], "val": [], "test": []}
         for digit in range(10):
             found = np.flatnonzero(labels == digit)
-            found = found[permutation(make_key(0, f"mnist5k {digit}"), len(found))]
-            start = 0
-            for split, count in HELD_OUT.items():
-                rows[split].extend(found[start : start + count].tolist())
-                start += count
-            rows["train"].extend(found[start:].tolist())
+            for split, chosen in keyed_splits(f"mnist5k {digit}", len(found), HELD_OUT).items():
+                rows[split].extend(found[chosen].tolist())
         return {
             split: [
                 Item(f"{row:04d}", "png", int(labels[row]), pixels[row].tobytes(), SIDE**2) for row in sorted(chosen)

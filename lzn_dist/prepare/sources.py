@@ -21,6 +21,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from lzn_dist.data.index import IMAGE_EXTENSIONS, tar_members
+from lzn_dist.keyed_random import make_key, permutation
 from lzn_dist.prepare.writer import Item, PrepareError, Source
 from lzn_dist.terminal import one_line
 
@@ -47,6 +48,17 @@ def png(pixels: np.ndarray) -> bytes:
     buffer = io.BytesIO()
     Image.fromarray(pixels).save(buffer, "PNG")
     return buffer.getvalue()
+
+
+def keyed_splits(purpose: str, count: int, held_out: dict[str, int]) -> dict[str, list[int]]:
+    """The rows 0 to count of each split, drawn by a keyed permutation: as many as asked for are held out, the rest is
+    ``train``."""
+    order = permutation(make_key(0, purpose), count).tolist()
+    found, start = {}, 0
+    for split, size in held_out.items():
+        found[split] = order[start : start + size]
+        start += size
+    return {"train": order[start:], **found}
 
 
 @functools.lru_cache(maxsize=8)

@@ -82,10 +82,10 @@ class Account:
     left_out: dict[str, tuple[int, str]] = field(default_factory=dict)
     images_left_out: int = 0
 
-    def leave_out(self, why: str, example: str, *, image: bool = False) -> None:
+    def leave_out(self, why: str, example: str, *, image: bool = False, times: int = 1) -> None:
         count, first = self.left_out.get(why, (0, example))
-        self.left_out[why] = (count + 1, first)
-        self.images_left_out += image
+        self.left_out[why] = (count + times, first)
+        self.images_left_out += times * image
 
     @property
     def seen(self) -> int:

@@ -179,6 +179,7 @@ def test_glyphs(fonts: Path, tmp_path: Path) -> None:
     assert where["Some Clone"] == where["DejaVu Serif"]
     assert faces["Capitals", "Regular"] == set(glyphs.CHARACTERS[: glyphs.LOWER.start])
     assert faces["DejaVu Serif", "Bold"] == set(glyphs.CHARACTERS)
+    assert not any("Last Resort" in family for family in where)  # one picture for all characters
     account = source.account()
     assert account.taken == sum(map(len, found.values()))
     assert account.left_out["of fonts that cannot be read"] == (62, str(fonts / "damaged.TTF"))
@@ -197,3 +198,11 @@ def test_no_fonts(tmp_path: Path) -> None:
         glyphs.FontGlyphs((tmp_path,)).splits()
     with pytest.raises(PrepareError, match="is not there"):
         glyphs.FontGlyphs((tmp_path / "fonts",)).splits()
+    with pytest.raises(PrepareError, match="--faces"):
+        glyphs.FontGlyphs((tmp_path,), faces=-1).splits()
+
+
+def test_two_families_are_a_training_and_a_test_split() -> None:
+    fonts = (FONTS / "DejaVuSans.ttf", FONTS / "STIXGeneral.ttf")
+    found = glyphs.FontGlyphs(fonts).splits()
+    assert {split: len(items) for split, items in found.items()} == {"train": 62, "test": 62}
