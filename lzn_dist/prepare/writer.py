@@ -510,7 +510,8 @@ def _describe(path: Path, stop: threading.Event) -> dict[str, Any]:
 
 
 def parser(description: str | None, default_output: str = "") -> argparse.ArgumentParser:
-    """The options that all scripts have."""
+    """The options that all scripts have. Their output is steady from here on: --help | head ends without a word."""
+    steady_output()
     result = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     result.add_argument(
         "--output",
@@ -535,7 +536,6 @@ def parser(description: str | None, default_output: str = "") -> argparse.Argume
 
 def run(make_source: Callable[[argparse.Namespace], Source], arguments: argparse.Namespace) -> int:
     """What a script does; returns the exit status: 0, or 2 for what the user can mend, said in one line."""
-    steady_output()
     try:
         options = Options(**{key: getattr(arguments, key) for key in Options.__dataclass_fields__})
         prepare(make_source(arguments), options, dry_run=arguments.dry_run)
