@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import codecs
 import io
 import os
@@ -101,7 +102,9 @@ def steady_output() -> None:
 def command(main: Callable[[], int]) -> int:
     """Run a command's `main` on steady output; returns its exit status, 130 after Ctrl-C.
 
-    Ends the process itself where readers still wait for a server that does not answer: Python would wait for them.
+    Ends the process itself where readers still wait for a server that does not answer: Python would wait for them. The
+    same in a process of several, when all that is to be done at an exit is done: gloo's threads outlive their process
+    group (torch 2.13 does not join them), and one that lets go of a tensor while Python ends aborts the process.
     """
     steady_output()
     try:
@@ -109,7 +112,13 @@ def command(main: Callable[[], int]) -> int:
     except KeyboardInterrupt:
         print("\nstopped by Ctrl-C", file=sys.stderr)
         status = INTERRUPTED
-    if any(thread.name.startswith(READERS) for thread in threading.enumerate()):
+    readers_wait = any(thread.name.startswith(READERS) for thread in threading.enumerate())
+    if not readers_wait and "RANK" in os.environ:
+        for thread in threading.enumerate():
+            if thread is not threading.current_thread() and not thread.daemon:
+                thread.join()
+        atexit._run_exitfuncs()
+    if readers_wait or "RANK" in os.environ:
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(status)

@@ -95,3 +95,24 @@ def test_readers_that_still_wait_are_not_waited_for() -> None:
     )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60)
     assert (done.returncode, done.stdout) == (75, "done")
+
+
+def test_a_process_of_several_ends_before_python_takes_itself_down() -> None:
+    """What is to be done at an exit is done; what would end in Python's own end, where gloo's threads abort, is not."""
+    program = (
+        "import atexit, sys, threading, time; from lzn_dist.terminal import command\n"
+        "class Late:\n"
+        "    def __del__(self, write=sys.stdout.write): write('taken down')\n"
+        "late = Late()\n"
+        "def worker(): time.sleep(0.5); print('thread,', end='')\n"
+        "def main():\n"
+        "    atexit.register(print, ' exit', end='')\n"
+        "    threading.Thread(target=worker).start()\n"
+        "    print('done,', end=''); return 3\n"
+        "sys.exit(command(main))"
+    )
+    for rank, wanted in (({"RANK": "1"}, "done,thread, exit"), ({}, "done,thread, exittaken down")):
+        done = subprocess.run(
+            [sys.executable, "-c", program], capture_output=True, text=True, timeout=60, env={**os.environ, **rank}
+        )
+        assert (done.returncode, done.stdout) == (3, wanted)
