@@ -153,7 +153,7 @@ def main(arguments: list[str] | None = None) -> int:
         return REFUSED if isinstance(error, FileNotFoundError) else status_of(error)
     if Topology.current().world_size > 1:
         all_gather_object(None)
-        PartialState().destroy_process_group()  # threads of gloo that outlive it may abort the process
+        PartialState().destroy_process_group()
     return 0
 
 

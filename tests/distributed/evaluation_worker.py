@@ -21,6 +21,7 @@ from lzn_dist.evaluation.inception import InceptionOutput
 from lzn_dist.evaluation.linear_probe import ProbeSettings, published_probe
 from lzn_dist.inference import LZN
 from lzn_dist.objectives import build_networks
+from lzn_dist.terminal import command
 from tests.helpers.launching import ROOT, SMALL
 
 CELLS = [
@@ -36,7 +37,7 @@ def projection(images: Tensor) -> InceptionOutput:
     return InceptionOutput(pool.numpy(), spatial.numpy(), logits.softmax(1).numpy())
 
 
-def main() -> None:
+def main() -> int:
     output, shards = map(Path, sys.argv[1:])
     PartialState(cpu=True)
     torch.set_num_threads(1)
@@ -57,8 +58,9 @@ def main() -> None:
         results.append(values)
     if Topology.current().is_main:
         output.write_text(json.dumps(results))
-    PartialState().destroy_process_group()  # threads of gloo that outlive it may abort the process
+    PartialState().destroy_process_group()
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(command(main))

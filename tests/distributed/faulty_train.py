@@ -16,6 +16,7 @@ from lzn_dist import train
 from lzn_dist.distributed import Topology
 from lzn_dist.objectives import Samples
 from lzn_dist.objectives.lzn import LZN
+from lzn_dist.terminal import command
 
 
 def main() -> int:
@@ -33,4 +34,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(command(main))

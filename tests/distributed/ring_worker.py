@@ -15,6 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from lzn_dist.distributed.ring import RingField, ring_field
+from lzn_dist.terminal import command
 from lzn_dist.zones import align, alignment_loss, block, compute_latents
 from tests.helpers.zone_cases import Batch, make
 
@@ -183,7 +184,7 @@ def refusals(rank: int) -> dict[str, str]:
     return found
 
 
-def main() -> None:
+def main() -> int:
     folder = Path(sys.argv[1])
     torch.set_num_threads(1)
     dist.init_process_group("gloo")
@@ -209,7 +210,8 @@ def main() -> None:
     torch.save(found, folder / f"{rank}.pt")
     dist.barrier()
     dist.destroy_process_group()
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(command(main))

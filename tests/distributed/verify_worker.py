@@ -25,6 +25,7 @@ from lzn_dist.distributed.gather import _GatherAnchors
 from lzn_dist.engines.launch import Launch, build_accelerator
 from lzn_dist.engines.zero import ZeROEngine
 from lzn_dist.networks import trust
+from lzn_dist.terminal import command
 from lzn_dist.verify import verify
 from tests.helpers.launching import ROOT, SMALL
 
@@ -53,7 +54,7 @@ def fault(name: str | None) -> Iterator[None]:
         yield
 
 
-def main() -> None:
+def main() -> int:
     output, cells = Path(sys.argv[1]), json.loads(sys.argv[2])
     launch, accelerator, results = Launch.asked(), None, []
     trust(["tests"])
@@ -70,7 +71,8 @@ def main() -> None:
         accelerator.wait_for_everyone()
     assert accelerator is not None
     accelerator.end_training()
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(command(main))

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import sys
 import time
 
 import torch
 import torch.distributed as dist
 
+from lzn_dist.terminal import command
 from lzn_dist.training.stopwatch import Stopwatch
 from lzn_dist.training.watchdog import Watchdog
 
 
-def main() -> None:
+def main() -> int:
     dist.init_process_group("gloo")
     watch = Stopwatch()
     watchdog = Watchdog(watch, 1.0)
@@ -25,7 +27,8 @@ def main() -> None:
     watchdog.close()
     dist.barrier()
     dist.destroy_process_group()
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(command(main))

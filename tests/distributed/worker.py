@@ -9,6 +9,7 @@ import torch
 import torch.distributed as dist
 
 from lzn_dist.distributed import Topology, gather_anchors
+from lzn_dist.terminal import command
 from lzn_dist.zones import align, alignment_loss, compute_latents
 
 
@@ -23,7 +24,7 @@ def shared_objective(everyone: torch.Tensor, rows: slice, weight: torch.Tensor) 
     return alignment_loss(log_probs) * Topology.current().world_size * len(own) / len(everyone)
 
 
-def main() -> None:
+def main() -> int:
     folder = Path(sys.argv[1])
     torch.set_num_threads(1)
     dist.init_process_group("gloo")
@@ -41,7 +42,8 @@ def main() -> None:
     if rank == 0:
         torch.save({"grad": weight.grad / world, "loss": loss / world}, folder / "gather.pt")
     dist.destroy_process_group()
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(command(main))
