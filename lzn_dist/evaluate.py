@@ -35,6 +35,7 @@ from lzn_dist.evaluation.linear_probe import ProbeSettings, published_probe
 from lzn_dist.exit_status import REFUSED, status_of
 from lzn_dist.inference import LZN, MissingCapability, load
 from lzn_dist.json_files import write_json
+from lzn_dist.machine import keep_freed_memory
 from lzn_dist.paths import path_argument
 from lzn_dist.terminal import TRUST, command
 from lzn_dist.training.checkpoint import CheckpointError
@@ -123,9 +124,12 @@ def main(arguments: list[str] | None = None) -> int:
             print(f"{unwritable}: measures are printed alone; --output DIR keeps them", file=sys.stderr)
         if torch.cuda.is_available():
             model.networks.to(f"cuda:{os.environ.get('LOCAL_RANK', '0')}")
-        elif "OMP_NUM_THREADS" not in os.environ:
-            # threads that wait for each other spin: with as many as cores, one busy core makes small layers 20 × slower
-            torch.set_num_threads(max(1, (os.cpu_count() or 1) // 2))
+        else:
+            keep_freed_memory()
+            if "OMP_NUM_THREADS" not in os.environ:
+                # threads that wait for each other spin: with as many as cores, one busy core makes small layers 20 ×
+                # slower
+                torch.set_num_threads(max(1, (os.cpu_count() or 1) // 2))
         data = EvaluationData(model.config)
         values: dict[str, float] = {}
         left_out: dict[str, str] = {}

@@ -25,7 +25,7 @@ from accelerate.utils import DeepSpeedPlugin, InitProcessGroupKwargs
 from lzn_dist.config import Config, ConfigError
 from lzn_dist.distributed.topology import Topology
 from lzn_dist.engines.start import check_world, meeting
-from lzn_dist.machine import cores, idle_gpu
+from lzn_dist.machine import cores, idle_gpu, keep_freed_memory
 from lzn_dist.shipped import shipped
 
 EngineName = Literal["single", "ddp", "zero1", "zero2", "zero3", "zero3_offload", "fsdp"]
@@ -101,6 +101,7 @@ def build_accelerator(config: Config, launch: Launch) -> Accelerator:
         # a key of ours: launchers set OMP_NUM_THREADS to one unasked, so that it does not say what the user wants
         local = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
         torch.set_num_threads(max(1, (config.cpu_threads or cores()) // local))
+        keep_freed_memory()
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
         if (why := idle_gpu()) and os.environ.get("RANK", "0") == "0":
             print(why, file=sys.stderr, flush=True)
