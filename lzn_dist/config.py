@@ -118,6 +118,9 @@ class DecodingConfig(_Section):
     latents: str = Field("image", description="Data type, or view of it, from whose latents.")
     class_conditional: bool = Field(False, description="Give the decoder the labels as well.")
     weight: float = Field(1.0, ge=0.0, description="Weight of this decoder's loss.")
+    latent_dropout: float = Field(
+        0.0, ge=0.0, le=1.0, description="Share of samples that are decoded from a latent of the prior, not of theirs."
+    )
 
 
 class ContrastConfig(_Section):

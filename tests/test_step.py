@@ -175,3 +175,33 @@ def test_a_data_type_that_is_decoded_twice_has_two_losses(objective: str) -> Non
     for loss, ours in others:
         assert loss.item() == pytest.approx(whole.item(), rel=1e-12)
         assert all((ours[name] - value).norm() <= 1e-12 + 1e-9 * value.norm() for name, value in gradients.items())
+
+
+def test_latent_dropout_draws_a_share_of_the_latents_anew(monkeypatch: pytest.MonkeyPatch) -> None:
+    config = small_config("decode=[{latent_dropout: 0.3}]", task="generation")
+    state, given = small_state(config), []
+    objective = state.objective
+    kind = type(objective.modalities["image"])
+    monkeypatch.setattr(kind, "decoding_loss", lambda self, *of: given.append(of[2]) or of[2].sum())
+    for samples in (small_samples(0, 3000), small_samples(0, 3000).part(slice(7, 20)), small_samples(1, 3000)):
+        latents = torch.zeros(len(samples), 8, requires_grad=True)
+        objective.decode(state.engine.networks, samples, objective.needs.decodes[0], latents).backward()
+        kept = given[-1].eq(0).all(1)
+        assert torch.equal(kept[:, None].expand(-1, 8).float(), latents.grad)
+    share = given[0].ne(0).all(1).float().mean().item()
+    drawn = given[0][given[0].ne(0).all(1)]
+    assert share == pytest.approx(0.3, abs=0.03)
+    assert drawn.mean().item() == pytest.approx(0, abs=0.05) and drawn.std().item() == pytest.approx(1, abs=0.05)
+    assert torch.equal(given[0][7:20], given[1])  # of the sample, wherever it is
+    assert not torch.equal(given[0], given[2])
+
+
+def test_samples_by_class_from_latents_that_know_no_label_are_warned_of() -> None:
+    by_class = "decode=[{class_conditional: true}]"
+    for task, more, warned in (
+        ("generation", [by_class], True), ("generation", [], False), ("joint", [], False),
+        ("joint", ["alignment.pairs=[]"], True), ("generation", ["objective=rectified_flow", by_class], False),
+        ("generation", ["decode=[{class_conditional: true, latent_dropout: 0.5}]"], False),
+    ):  # fmt: skip
+        advice = small_state(small_config(*more, task=task)).objective.advice()
+        assert [("latent_dropout" in line, "alignment.pairs" in line) for line in advice] == [(True, True)] * warned

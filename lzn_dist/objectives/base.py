@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from lzn_dist.config import Config, ConfigError, DecodingConfig
-from lzn_dist.keyed_random import make_key
+from lzn_dist.keyed_random import make_key, normal, uniform
 from lzn_dist.modalities import Modality, Network, modality
 from lzn_dist.networks import Networks
 
@@ -189,6 +189,10 @@ class Objective(ABC):
     def decode(self, networks: Networks, samples: Samples, decoding: DecodingConfig, latents: Tensor) -> Tensor:
         """A decoder's weighted loss under the samples' latents [b, D]: a scalar."""
         kind = self.modalities[decoding.what]
+        if decoding.latent_dropout and latents.shape[1]:
+            dropped = uniform(self._keys("latent_dropout", samples), (1,), latents.dtype) < decoding.latent_dropout
+            drawn = normal(self._keys("latent_dropped", samples), latents.shape[1:], latents.dtype)
+            latents = torch.where(dropped, drawn, latents)
         loss = kind.decoding_loss(
             self._network(networks.find(decoding.what, "decoder")), samples.view(View(decoding.what)), latents,
             samples.labels if decoding.class_conditional else None,
@@ -203,6 +207,10 @@ class Objective(ABC):
         """What an objective remembers from step to step: whole tensors, the same on every rank, written into when a
         run is resumed; nothing for most."""
         return {}
+
+    def advice(self) -> list[str]:
+        """What a user should know of these settings before a long run; a line each."""
+        return []
 
     # ── inside ──────────────────────────────────────────────────────────────────────────────────────────────────
 

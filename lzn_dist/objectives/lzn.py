@@ -52,6 +52,16 @@ class LZN(Objective):
             augmented=any(view.number for view in encodes),
         )  # fmt: skip
 
+    def advice(self) -> list[str]:
+        with_labels = any(_is_table(view.modality) for *views, _ in self.pairs for view in views)
+        return [
+            f"advice: {decoding.what}s are decoded from a label and a latent, and drawn from a label and any latent: "
+            "of digits 68 % showed their class so. A pair with label in alignment.pairs makes the two agree; without "
+            "one, latent_dropout: 0.5 in decode gave 98 %, latent.noise_scale=1 88 %"
+            for decoding in self.needs.decodes
+            if decoding.class_conditional and not with_labels and not decoding.latent_dropout
+        ]
+
     def relate(self, anchors: Mapping[View, Tensor], tables: Mapping[str, Tensor], samples: Samples) -> Related:
         everyone = {view: own if self.field is not None else self.gather(own) for view, own in anchors.items()}
         latents: dict[View, Tensor] = {}

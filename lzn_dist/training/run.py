@@ -106,6 +106,8 @@ class Run:
             f"{self.config.task}: {sum(shapes):,} parameters, {describe(state)}, "
             f"step {state.counters.step} to {self.config.max_steps}"
         )
+        for advice in state.objective.advice():
+            say(advice)
         size = 16 * sum(shapes) / self.topology.world_size / 1e9  # weights, averages and two moments in float32
         if "TORCHELASTIC_RUN_ID" in os.environ and size > SLOW_TO_SAVE:
             say(

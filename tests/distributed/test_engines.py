@@ -34,7 +34,7 @@ def cell(task: str, checkpointing: str, caching: bool, anchors: str, *more: str,
 
 
 PAIRS = [
-    cell("generation", "none", True, "ring"),
+    cell("generation", "none", True, "ring", "decode=[{latent_dropout: 0.3}]"),
     cell("generation", "selective", False, "gathered"),
     cell("generation", "full", False, "ring"),
     cell("representation", "none", False, "gathered", BOTH_DIRECTIONS),
