@@ -142,6 +142,9 @@ class NetworkConfig(_Section):
 class ModalityConfig(_Section):
     encoder: NetworkConfig | None = Field(None, description="Network from samples to anchors.")
     decoder: NetworkConfig | None = Field(None, description="Network from latents to samples.")
+    anchor_norm: PositiveFloat | None = Field(
+        None, description="Length that anchors are brought to (lzn); null: as the encoder gives them, as published."
+    )
 
 
 class OptimizerConfig(_Section):

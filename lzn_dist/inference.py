@@ -25,7 +25,7 @@ from lzn_dist.config import Config
 from lzn_dist.inputs import as_count, as_images, as_labels
 from lzn_dist.keyed_random import make_key, normal
 from lzn_dist.machine import has_float64
-from lzn_dist.modalities import Image
+from lzn_dist.modalities import Image, Label
 from lzn_dist.networks import Networks
 from lzn_dist.networks import trust as trust_packages
 from lzn_dist.objectives import needs
@@ -143,7 +143,8 @@ class LZN:
         encoder, images = self._encoder(), self._images(images)
         with self._autocast():
             anchors = torch.cat([encoder(self._ready(part)) for part in images.split(self.chunk)])
-        return anchors if anchors.dtype == torch.float64 else anchors.float()
+        anchors = anchors if anchors.dtype == torch.float64 else anchors.float()
+        return Image(self.config).scaled(anchors) if self.has_latents else anchors
 
     def latents(self, images: Images, noise_scale: float | None = None, seed: int = 0) -> Tensor:
         """Latents [b, D] of images [b, c, h, w] over these images' anchors alone: give a fixed batch.
@@ -408,7 +409,7 @@ class LZN:
             )
         with torch.no_grad():
             anchors: Tensor = found()
-        return anchors if anchors.dtype == torch.float64 else anchors.float()
+        return Label(self.config).scaled(anchors if anchors.dtype == torch.float64 else anchors.float())
 
     def _label_tensor(self, labels: Labels, n: int) -> Tensor:
         return self._check_labels(as_labels(labels, n))

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from typing import Any, ClassVar
 
 from torch import Tensor
+from torch.nn import functional
 
 from lzn_dist.config import Config
 from lzn_dist.data import Batch
@@ -45,6 +46,17 @@ class Modality(ABC):
     def encode(self, encoder: Network, samples: Tensor, key: Tensor) -> Tensor:
         """Anchors [b, D] of samples; key int64 [b] for dropout. A table: those of all values, [K, D]; no samples."""
         return encoder(samples, key=key)
+
+    def scaled(self, anchors: Tensor) -> Tensor:
+        """Anchors [..., D] brought to the length `anchor_norm`; as they are where it is not set.
+
+        Their length is an inverse temperature of alignment: a point x of noise level σ weighs them by
+        exp(r aᵀx/σ − r²‖a‖²/2), r = (1 − σ)/σ, where x/σ has length √D at the prior.
+        """
+        section = self.config.modalities.get(self.name)
+        if section is None or section.anchor_norm is None:
+            return anchors
+        return section.anchor_norm * functional.normalize(anchors, dim=-1)
 
     def decoding_loss(
         self, decoder: Network, samples: Tensor, latents: Tensor, labels: Tensor | None, keys: Keys

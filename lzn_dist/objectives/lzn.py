@@ -15,6 +15,7 @@ from torch import Tensor
 from lzn_dist.config import Config, ConfigError, PairConfig
 from lzn_dist.keyed_random import normal
 from lzn_dist.modalities import MODALITIES
+from lzn_dist.networks import Networks
 from lzn_dist.objectives.base import Gather, Needs, Objective, Related, Samples, View
 from lzn_dist.zones import FieldFactory, align, alignment_loss, compute_latents
 
@@ -61,6 +62,12 @@ class LZN(Objective):
             for decoding in self.needs.decodes
             if decoding.class_conditional and not with_labels and not decoding.latent_dropout
         ]
+
+    def encode(self, networks: Networks, samples: Samples, view: View) -> Tensor:
+        return self.modalities[view.modality].scaled(super().encode(networks, samples, view))
+
+    def tables(self, networks: Networks, samples: Samples) -> dict[str, Tensor]:
+        return {name: self.modalities[name].scaled(table) for name, table in super().tables(networks, samples).items()}
 
     def relate(self, anchors: Mapping[View, Tensor], tables: Mapping[str, Tensor], samples: Samples) -> Related:
         everyone = {view: own if self.field is not None else self.gather(own) for view, own in anchors.items()}

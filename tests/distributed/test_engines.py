@@ -38,7 +38,7 @@ PAIRS = [
     cell("generation", "selective", False, "gathered"),
     cell("generation", "full", False, "ring"),
     cell("representation", "none", False, "gathered", BOTH_DIRECTIONS),
-    cell("representation", "selective", True, "ring"),
+    cell("representation", "selective", True, "ring", "modalities.image.anchor_norm=2"),
     cell("representation", "full", True, "gathered"),
     cell("joint", "none", True, "gathered"),
     cell("joint", "selective", False, "ring"),
@@ -53,7 +53,7 @@ BASELINES = [
 # networks that no engine has seen, and pairs that no task of the paper has: images to labels and back
 OWN_CELLS = [
     cell("joint", "selective", True, "gathered", *OWN),
-    cell("joint", "full", False, "gathered", *OWN, TO_AND_FRO),
+    cell("joint", "full", False, "gathered", *OWN, TO_AND_FRO, "modalities.label.anchor_norm=3"),
 ]
 # Adam hides a constant factor in the encoder's gradients from the loss of the first steps; verify must not
 GATHER = cell("joint", "none", False, "gathered", fault="gather")
