@@ -51,7 +51,7 @@ class Modality(ABC):
         """Anchors [..., D] brought to the length `anchor_norm`; as they are where it is not set.
 
         Their length is an inverse temperature of alignment: a point x of noise level σ weighs them by
-        exp(r aᵀx/σ − r²‖a‖²/2), r = (1 − σ)/σ, where x/σ has length √D at the prior.
+        exp(r aᵀx/σ − r²‖a‖²/2), r = (1 − σ)/σ. Latents near their zones' centres have a length of about 2.
         """
         section = self.config.modalities.get(self.name)
         if section is None or section.anchor_norm is None:
