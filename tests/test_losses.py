@@ -15,7 +15,7 @@ BEFORE = {
     "generation": ([1.3870471722039965, 1.3011852083455102, 1.267761517397054, 1.330754122092073], "generation", []),
     "representation": (
         [2.344686926342113, 2.351172092591022, 2.2091904776108784, 2.373497045946868], "representation",
-        [BOTH_DIRECTIONS, "latent.noise_scale=0.45", "modalities.image.anchor_norm=null"],
+        [BOTH_DIRECTIONS, "latent.noise_scale=0.45"],
     ),
     "rectified_flow": (
         [1.3870485648596593, 1.300331992814484, 1.2686099733203655, 1.3333732575413555], "generation",

@@ -47,7 +47,7 @@ QUICK = ([128, 256], [64], 128, 2)
 def representation(batch: int, size: int, channels: int, overrides: Sequence[str]) -> Config:
     """Published settings of the objective on configs/digits_representation.yaml, for images that are no digits."""
     published = ["alignment.pairs=[{latents: image.1, anchors: image.2}]", f"alignment.steps={STEPS}",
-                 f"latent.steps={STEPS}", "latent.noise_scale=0.45", "modalities.image.anchor_norm=null"]  # fmt: skip
+                 "latent.noise_scale=0.45"]  # fmt: skip
     data = [f"data.global_batch={batch}", "data.embedded=none", f"data.image_size={size}"]
     return load_config(
         ROOT / "configs" / "digits_representation.yaml",

@@ -38,7 +38,7 @@ PAIRS = [
     cell("generation", "selective", False, "gathered"),
     cell("generation", "full", False, "ring"),
     cell("representation", "none", False, "gathered", BOTH_DIRECTIONS),
-    cell("representation", "selective", True, "ring"),
+    cell("representation", "selective", True, "ring", "modalities.image.anchor_norm=2"),
     cell("representation", "full", True, "gathered"),
     cell("joint", "none", True, "gathered"),
     cell("joint", "selective", False, "ring"),
