@@ -32,14 +32,7 @@ DIGITS = {
     "joint": ("digits_joint", [*decoder_with(attention_resolutions=[4])]),
     "generation": ("digits_generation", [*decoder_with(attention_resolutions=[4])]),
     "conditional": ("digits_generation", ["decode=[{class_conditional: true}]"]),
-    "representation": (
-        "digits_representation",
-        [
-            BOTH_DIRECTIONS,
-            "latent.noise_scale=0.45",
-            "modalities.image.anchor_norm=null",
-        ],
-    ),
+    "representation": ("digits_representation", [BOTH_DIRECTIONS, "latent.noise_scale=0.45"]),
     "rectified_flow": ("digits_generation", ["objective=rectified_flow"]),
     "simclr": ("digits_representation", ["objective=simclr"]),
     "moco": ("digits_representation", ["objective=moco", "contrast.queue=48"]),
