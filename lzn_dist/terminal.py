@@ -113,12 +113,10 @@ def command(main: Callable[[], int]) -> int:
         print("\nstopped by Ctrl-C", file=sys.stderr)
         status = INTERRUPTED
     readers_wait = any(thread.name.startswith(READERS) for thread in threading.enumerate())
-    if not readers_wait and "RANK" in os.environ:
-        for thread in threading.enumerate():
-            if thread is not threading.current_thread() and not thread.daemon:
-                thread.join()
-        atexit._run_exitfuncs()
     if readers_wait or "RANK" in os.environ:
+        if not readers_wait:  # as Python does at its end: executors are told, threads waited for, exits run
+            threading._shutdown()  # type: ignore[attr-defined]
+            atexit._run_exitfuncs()
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(status)

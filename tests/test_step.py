@@ -204,6 +204,7 @@ def test_samples_by_class_from_latents_that_know_no_label_are_warned_of() -> Non
         ("generation", [by_class], True), ("generation", [], False), ("joint", [], False),
         ("joint", ["alignment.pairs=[]"], True), ("generation", ["objective=rectified_flow", by_class], False),
         ("generation", ["decode=[{class_conditional: true, latent_dropout: 0.5}]"], False),
+        ("joint", ["alignment.pairs=[]", "decode=[{latents: label, class_conditional: true}]"], False),
     ):  # fmt: skip
         advice = small_state(small_config(*more, task=task)).objective.advice()
         assert [("latent_dropout" in line, "alignment.pairs" in line) for line in advice] == [(True, True)] * warned

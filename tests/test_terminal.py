@@ -100,7 +100,8 @@ def test_readers_that_still_wait_are_not_waited_for() -> None:
 def test_a_process_of_several_ends_before_python_takes_itself_down() -> None:
     """What is to be done at an exit is done; what would end in Python's own end, where gloo's threads abort, is not."""
     program = (
-        "import atexit, sys, threading, time; from lzn_dist.terminal import command\n"
+        "import atexit, sys, threading, time; from concurrent.futures import ThreadPoolExecutor\n"
+        "from lzn_dist.terminal import command\n"
         "class Late:\n"
         "    def __del__(self, write=sys.stdout.write): write('taken down')\n"
         "late = Late()\n"
@@ -108,11 +109,12 @@ def test_a_process_of_several_ends_before_python_takes_itself_down() -> None:
         "def main():\n"
         "    atexit.register(print, ' exit', end='')\n"
         "    threading.Thread(target=worker).start()\n"
+        "    late.pool = ThreadPoolExecutor(1); late.pool.submit(int).result()  # nobody ends it\n"
         "    print('done,', end=''); return 3\n"
         "sys.exit(command(main))"
     )
     for rank, wanted in (({"RANK": "1"}, "done,thread, exit"), ({}, "done,thread, exittaken down")):
         done = subprocess.run(
-            [sys.executable, "-c", program], capture_output=True, text=True, timeout=60, env={**os.environ, **rank}
+            [sys.executable, "-c", program], capture_output=True, text=True, timeout=20, env={**os.environ, **rank}
         )
         assert (done.returncode, done.stdout) == (3, wanted)

@@ -54,13 +54,16 @@ class LZN(Objective):
         )  # fmt: skip
 
     def advice(self) -> list[str]:
-        with_labels = any(_is_table(view.modality) for *views, _ in self.pairs for view in views)
+        paired = any(_is_table(view.modality) for latents, zones, _ in self.pairs for view in (latents, zones))
         return [
             f"advice: {decoding.what}s are decoded from a label and a latent, and drawn from a label and any latent: "
             "of digits 68 % showed their class so. A pair with label in alignment.pairs makes the two agree; without "
             "one, latent_dropout: 0.5 in decode gave 98 %, latent.noise_scale=1 88 %"
             for decoding in self.needs.decodes
-            if decoding.class_conditional and not with_labels and not decoding.latent_dropout
+            if decoding.class_conditional
+            and not decoding.latent_dropout
+            and not paired
+            and not _is_table(View.of(decoding.latents).modality)
         ]
 
     def encode(self, networks: Networks, samples: Samples, view: View) -> Tensor:
