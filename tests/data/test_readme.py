@@ -56,7 +56,7 @@ ELSEWHERE = {
         "needs a cluster: tests/slurm submits so",
     "python slurm/status.py runs/cluster": "needs a cluster: tests/slurm looks so",
     "python -m lzn_dist.tools.import_published FILE": "needs the authors' file: tests/models makes one",
-    "lzn_dist compare digits": "45 minutes; tests/test_compare.py compares two rows",
+    "lzn_dist compare digits": "an hour; tests/test_compare.py compares two rows",
 }  # fmt: skip
 
 
