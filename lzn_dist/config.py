@@ -28,7 +28,7 @@ from lzn_dist.shipped import find
 from lzn_dist.yaml_core import dump_yaml, parse_yaml, read_yaml
 
 UserPath = Annotated[str, AfterValidator(expand_path)]
-ObjectiveName = Literal["lzn", "rectified_flow", "simclr", "moco", "supervised"]
+ObjectiveName = Literal["lzn", "rectified_flow", "simclr", "moco", "supervised", "clip", "siglip"]
 
 
 class ConfigError(ValueError):
@@ -77,6 +77,16 @@ class DataConfig(_Section):
         "", description="Folder for local copies of remote shards; default: one in the system's /tmp."
     )
     retry_seconds: PositiveFloat = Field(600.0, description="Seconds for which a lost server is tried again.")
+    tokenizer: UserPath = Field(
+        "", description="File of the captions' tokenizer (a tokenizer.json); default: the one that is with the shards."
+    )
+    tokenizer_sha256: str = Field("", description="Which tokenizer it has to be; default: the one that is there.")
+    vocabulary: NonNegativeInt = Field(0, description="Numbers that tokens are below; 0: as the tokenizer says.")
+    text_length: PositiveInt = Field(32, description="Tokens of a caption that are seen; longer ones are cut.")
+    partial: bool = Field(
+        False,
+        description="Samples may lack a caption or a label: losses that need it leave them out; else they are bad.",
+    )
     flip: bool = Field(False, description="Mirror images horizontally with probability 1/2 (generation).")
 
 
@@ -131,7 +141,8 @@ class ContrastConfig(_Section):
 
 class NetworkConfig(_Section):
     target: str = Field(
-        description="Class of the network: a short name (ncsnpp, resnet, label_anchors) or package.module:Class. "
+        description="Class of the network: a short name (ncsnpp, resnet, label_anchors, transformer) or "
+        "package.module:Class. "
         "Naming another one than a base does drops the base's arguments."
     )
     arguments: dict[str, Any] = Field({}, description="What the class takes besides what follows from the data.")
@@ -142,6 +153,9 @@ class NetworkConfig(_Section):
 class ModalityConfig(_Section):
     encoder: NetworkConfig | None = Field(None, description="Network from samples to anchors.")
     decoder: NetworkConfig | None = Field(None, description="Network from latents to samples.")
+    anchor_centred: bool = Field(
+        False, description="Subtract the mean of the batch's anchors of this data type (lzn); false: as published."
+    )
     anchor_norm: PositiveFloat | None = Field(
         None, description="Length that anchors are brought to (lzn); null: as the encoder gives them, as published."
     )
@@ -166,6 +180,13 @@ class EvaluationConfig(_Section):
     noise_scales: tuple[float, ...] = Field((0.0, 0.25, 0.5, 0.75, 1.0), description="Noise scales of accuracy.")
     alignment_steps: PositiveInt = Field(100, description="Steps of alignment with labels in evaluation.")
     samples_per_class: PositiveInt = Field(50, description="Conditional samples drawn a class.")
+    templates: tuple[str, ...] = Field(
+        ("{}",), description="Texts around a class's name, {}, whose mean embedding stands for the class (zero-shot)."
+    )
+    class_names: tuple[str, ...] = Field((), description="The classes in words (zero-shot); default: the shards'.")
+    centre_samples: PositiveInt = Field(
+        1024, description="First training samples whose anchors' mean is the centre where anchors are centred."
+    )
     split: str = Field("", description="Split whose images are measured; default: test, else val. train is named so.")
     inception: UserPath = Field(
         "",
@@ -189,7 +210,8 @@ class Config(_Section):
     """A run. `step` counts completed optimiser steps everywhere."""
 
     objective: ObjectiveName = Field(
-        "lzn", description="What is optimised: LZN's, or a baseline's (rectified_flow; simclr, moco, supervised)."
+        "lzn",
+        description="What is optimised: LZN's, or a baseline: rectified_flow, simclr, moco, supervised, clip, siglip.",
     )
     output_dir: UserPath = Field(description="Folder of the run.")
     max_steps: PositiveInt = Field(description="Total optimiser steps, also after resuming.")

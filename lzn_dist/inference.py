@@ -13,19 +13,21 @@ All randomness is keyed by (seed, name, sample number): results do not depend on
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeAlias
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lzn_dist.config import Config
-from lzn_dist.inputs import as_count, as_images, as_labels
+from lzn_dist.data import Tokenizer
+from lzn_dist.inputs import as_count, as_images, as_labels, as_texts
 from lzn_dist.keyed_random import make_key, normal
 from lzn_dist.machine import has_float64
-from lzn_dist.modalities import Image, Label
+from lzn_dist.modalities import Image, Label, Text, modality
 from lzn_dist.networks import Networks
 from lzn_dist.networks import trust as trust_packages
 from lzn_dist.objectives import needs
@@ -60,8 +62,15 @@ class LZN:
     Where a task lacks a network (a representation model cannot classify), the method raises MissingCapability.
     """
 
-    def __init__(self, networks: Networks, config: Config, step: int = 0) -> None:
+    def __init__(
+        self, networks: Networks, config: Config, step: int = 0, *, centres: Mapping[str, Tensor] | None = None,
+        tokenizer: Tokenizer | None = None,
+    ) -> None:  # fmt: skip
+        """centres: by data type, of the encoders' anchors [D], where the configuration centres them. tokenizer: where
+        there is text; default: the one of the run's shards."""
         self.networks = networks.eval()
+        self.centres = dict(centres or {})
+        self._tokenizer = tokenizer
         self.config = config
         self.needs = needs(config)
         self.step = step
@@ -144,7 +153,93 @@ class LZN:
         with self._autocast():
             anchors = torch.cat([encoder(self._ready(part)) for part in images.split(self.chunk)])
         anchors = anchors if anchors.dtype == torch.float64 else anchors.float()
-        return Image(self.config).scaled(anchors) if self.has_latents else anchors
+        return self._placed("image", anchors)
+
+    # ── text ────────────────────────────────────────────────────────────────────────────────────────────────────
+
+    @property
+    def has_text(self) -> bool:
+        return self.networks.find("text", "encoder") is not None
+
+    @property
+    def pairs_text(self) -> bool:
+        """Whether images and texts can be compared."""
+        return self.has_text and self.has_encoder
+
+    @property
+    def tokenizer(self) -> Tokenizer:
+        """What makes texts into tokens. Raises ConfigError where it is not the one of the training."""
+        if self._tokenizer is None:
+            from lzn_dist.data import ShardIndex  # a model that brings its tokenizer needs no data
+            from lzn_dist.training.resolve import tokenizer_of
+
+            data = self.config.data
+            self._tokenizer = tokenizer_of(self.config, ShardIndex.load(data.shards, data.cache, data.retry_seconds))
+        assert self._tokenizer is not None
+        return self._tokenizer
+
+    @torch.no_grad()
+    def embed_text(self, texts: str | Sequence[str]) -> Tensor:
+        """Anchors [b, D] of texts, comparable with those of images (`anchors`) by their cosine; longer texts than the
+        run's data.text_length tokens are cut. Raises TypeError and ValueError for what is no text or is empty."""
+        encoder = self.networks.find("text", "encoder")
+        if encoder is None:
+            raise MissingCapability("this model was trained without text: it has no text encoder")
+        kind = Text(self.config)
+        tokens = self.tokenizer.encode(as_texts(texts), self.config.data.text_length)
+        if len(tokens) and not bool((tokens[:, 0] >= 0).all()):
+            raise ValueError("texts: one of them is empty")
+        found = [torch.zeros(0, self.config.latent.dim, device=self.device)]
+        with self._autocast():
+            for part in tokens.split(CHUNK):
+                own = part.to(self.device)
+                found.append(kind.encode(encoder, own, own[:, 0]))
+        anchors = torch.cat([part if part.dtype == torch.float64 else part.float() for part in found])
+        return self._placed("text", anchors)
+
+    def similarities(self, images: Images, texts: Sequence[str]) -> Tensor:
+        """Cosines [b, k] of images and texts, around the centres where the model has some."""
+        first, second = self.anchors(images), self.embed_text(texts)
+        return F.normalize(first, dim=1) @ F.normalize(second.to(first.dtype), dim=1).T
+
+    @property
+    def logit_scale(self) -> float:
+        """What cosines are multiplied by to become logits: CLIP's and SigLIP's learned one; of a Latent Zoning Network
+        2 (S − 1) ‖a‖, the exponent of the last of S alignment steps at r = S − 1 for a point of length 2, which is
+        where latents near their zones' centres lie, and anchors of length ‖a‖."""
+        found = self.networks.find("logits", "encoder")
+        if found is not None:
+            return float(found()[0].exp())
+        norm = Text(self.config).norm or self.config.latent.dim**0.5
+        return 2.0 * (self.config.alignment.steps - 1) * norm
+
+    @torch.no_grad()
+    def zero_shot(self, images: Images, texts: Sequence[str | Sequence[str]]) -> Tensor:
+        """Probabilities [b, k] of texts, each of them a text or several wordings of one (prompt templates):
+        p_k = softmax_k(s · cos(a, t_k)), a: the image's anchor, t_k: the mean of its wordings' unit anchors, both
+        around the centres where the model has some; s: `logit_scale`."""
+        wordings = [[text] if isinstance(text, str) else list(text) for text in texts]
+        if not all(wordings):
+            raise ValueError("texts: one of them has no wording")
+        anchors = F.normalize(self.embed_text([text for own in wordings for text in own]), dim=1)
+        means = torch.stack([part.mean(0) for part in anchors.split([len(own) for own in wordings])])
+        cosines = F.normalize(self.anchors(images), dim=1) @ F.normalize(means, dim=1).to(anchors.dtype).T
+        return (self.logit_scale * cosines).softmax(1)
+
+    def _placed(self, name: str, anchors: Tensor) -> Tensor:
+        """An encoder's outputs as training saw them where they were coupled."""
+        if not self.has_latents:
+            return anchors
+        kind = modality(name, self.config)
+        centre = self.centres.get(name) if kind.centred else None
+        if kind.centred and centre is None:
+            raise MissingCapability(
+                f"anchors of {name} are centred (modalities.{name}.anchor_centred), and this model has no centre: load "
+                "it from a checkpoint"
+            )
+        return kind.placed(anchors, None if centre is None else centre.to(anchors))
+
+    # ── latents ─────────────────────────────────────────────────────────────────────────────────────────────────
 
     def latents(self, images: Images, noise_scale: float | None = None, seed: int = 0) -> Tensor:
         """Latents [b, D] of images [b, c, h, w] over these images' anchors alone: give a fixed batch.
@@ -409,7 +504,9 @@ class LZN:
             )
         with torch.no_grad():
             anchors: Tensor = found()
-        return Label(self.config).scaled(anchors if anchors.dtype == torch.float64 else anchors.float())
+        kind = Label(self.config)
+        anchors = anchors if anchors.dtype == torch.float64 else anchors.float()
+        return kind.placed(anchors, anchors.mean(0) if kind.centred else None)
 
     def _label_tensor(self, labels: Labels, n: int) -> Tensor:
         return self._check_labels(as_labels(labels, n))
@@ -430,5 +527,6 @@ def load(run_or_checkpoint: str | Path, trust: Iterable[str] = ()) -> LZN:
     from lzn_dist.training.checkpoint import load_networks
 
     trust_packages(trust)
-    networks, config, step = load_networks(run_or_checkpoint)
-    return LZN(networks, config, step)
+    found = load_networks(run_or_checkpoint)
+    tokenizer = None if found.tokenizer is None else Tokenizer(found.tokenizer, "the checkpoint's tokenizer")
+    return LZN(found.networks, found.config, found.step, centres=found.centres, tokenizer=tokenizer)

@@ -91,6 +91,15 @@ def as_labels(labels: Any, n: int) -> Tensor:
     return found.to(torch.int64)
 
 
+def as_texts(texts: Any) -> list[str]:
+    """A text or several. Raises TypeError."""
+    if isinstance(texts, str):
+        return [texts]
+    if not isinstance(texts, Sequence | np.ndarray) or not all(isinstance(text, str) for text in texts):
+        raise TypeError(f"texts must be a str or a list of them, not {_kind(texts)}")
+    return [str(text) for text in texts]
+
+
 def as_count(n: Any) -> int:
     """A number of samples, 0 at least."""
     if isinstance(n, bool) or not isinstance(n, int | np.integer) or n < 0:

@@ -22,16 +22,15 @@ from lzn_dist.config import load_config
 from lzn_dist.data import CorruptSampleError
 from lzn_dist.data.storage import is_remote
 from lzn_dist.distributed.collectives import sum_over_ranks
-from lzn_dist.distributed.pieces import gather_pieces
 from lzn_dist.engines.flags import obey
 from lzn_dist.engines.launch import Launch, build_accelerator
 from lzn_dist.exit_status import status_of
 from lzn_dist.inference import LZN
 from lzn_dist.networks import trust
-from lzn_dist.objectives import build_networks, needs
+from lzn_dist.objectives import needs
 from lzn_dist.terminal import TRUST, command
 from lzn_dist.training import failures
-from lzn_dist.training.checkpoint import average_pieces
+from lzn_dist.training.centres import averaged_networks
 from lzn_dist.training.resolve import resolve
 from lzn_dist.training.run import Run
 from lzn_dist.training.signals import Signals, end_with_launcher
@@ -97,10 +96,8 @@ def evaluate(run: Run) -> None:
     from lzn_dist.evaluation import EvaluationData, evaluate_model  # two seconds: not before they are needed
 
     state, config = run.state, run.config
-    averages = gather_pieces(average_pieces(state.ema, state.engine), everywhere=True)
-    networks = build_networks(config)
-    networks.load_state_dict(averages | state.engine.buffers)  # type: ignore[operator]
-    model = LZN(networks.to(run.accelerator.device), config)
+    run.measure_centres()
+    model = LZN(averaged_networks(state), config, centres=state.objective.centres)
     left_out: dict[str, str] = {}
     try:
         data = EvaluationData(config)

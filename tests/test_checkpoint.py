@@ -284,7 +284,7 @@ def test_what_is_being_read_stays_and_goes_later(tmp_path: Path) -> None:
     written(tmp_path, [2], "keep_last=1")
     with held_checkpoint(tmp_path) as path:
         assert written(tmp_path, [4], "keep_last=1") == ["step_00000002", "step_00000004"]
-        assert load_networks(path)[2] == 2
+        assert load_networks(path).step == 2
     assert written(tmp_path, [6], "keep_last=1") == ["step_00000006"]
 
 
@@ -299,7 +299,7 @@ def test_a_reader_takes_the_newer_one_where_its_own_goes(tmp_path: Path, monkeyp
         return path
 
     monkeypatch.setattr("lzn_dist.training.checkpoint.find_checkpoint", find)
-    assert load_networks(tmp_path)[2] == 4
+    assert load_networks(tmp_path).step == 4
 
 
 def test_a_checkpoint_that_goes_while_it_is_being_locked_is_let_go(
@@ -334,7 +334,7 @@ def test_loading_beside_a_writer_that_keeps_one(tmp_path: Path) -> None:
     thread = threading.Thread(target=write)
     thread.start()
     try:
-        steps = [load_networks(tmp_path)[2] for _ in range(15)]
+        steps = [load_networks(tmp_path).step for _ in range(15)]
     finally:
         ended.set()
         thread.join()
@@ -486,8 +486,9 @@ def test_checkpoints_of_format_2_load_and_resume(tmp_path: Path, monkeypatch: py
     record = json.loads((path / "run.json").read_text())
     (path / "run.json").write_text(json.dumps({**record, "format": 2}))
     write_sums(path)
-    networks, found, step = load_networks(path)
-    assert step == 2 and found.alignment == config.alignment and found.decode == config.decode
+    loaded = load_networks(path)
+    networks, found = loaded.networks, loaded.config
+    assert loaded.step == 2 and found.alignment == config.alignment and found.decode == config.decode
     assert [found.network("image", role).lr for role in ("encoder", "decoder")] == [2e-3, 3e-3]
     assert found.network("image", "decoder").stop == 9 and found.network("label", "encoder").lr == 4e-3
     averages = state.ema.shadow

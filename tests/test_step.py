@@ -15,7 +15,7 @@ from lzn_dist.inference import LZN
 from lzn_dist.models import ResNetEncoder
 from lzn_dist.networks import Networks
 from lzn_dist.objectives import build_networks
-from lzn_dist.objectives.base import Objective, View
+from lzn_dist.objectives.base import View
 from lzn_dist.training.flops import training_flops_per_image
 from lzn_dist.training.grad_cache import cached_backward, check_batch_independent
 from lzn_dist.training.optimizer import make_optimizer
@@ -211,27 +211,31 @@ def test_samples_by_class_from_latents_that_know_no_label_are_warned_of() -> Non
 
 
 @pytest.mark.parametrize("task", ["representation", "joint"])
-def test_anchors_of_a_length(task: str) -> None:
+def test_anchors_of_a_length(task: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """As if the encoders' outputs had it, in training and in use."""
     views = 2 if task == "representation" else 1
     lengths = ["modalities.image.anchor_norm=3", "modalities.label.anchor_norm=1.5"]
     config = small_config("precision=float64", *(lengths if task == "joint" else lengths[:1]), task=task)
     state, samples = small_state(config), small_samples(dtype=torch.float64, views=views)
     objective, networks = state.objective, state.engine.networks
-    for view in objective.needs.encodes:
-        anchors = objective.encode(networks, samples, view)
-        torch.testing.assert_close(anchors.norm(dim=1), torch.full((12,), 3.0, dtype=torch.float64))
-        plain = Objective.encode(objective, networks, samples, view)
+    raw = {view: objective.encode(networks, samples, view) for view in objective.needs.encodes}
+    given: list[tuple[dict[View, torch.Tensor], dict[str, torch.Tensor]]] = []
+    placed = type(objective)._placed
+    monkeypatch.setattr(type(objective), "_placed", lambda *of: given.append(placed(*of)) or given[-1])
+    objective.relate(raw, objective.tables(networks, samples), samples)
+    ((found, tables),) = given
+    for view, plain in raw.items():
+        torch.testing.assert_close(found[view].norm(dim=1), torch.full((12,), 3.0, dtype=torch.float64))
         assert (plain.norm(dim=1) - 3).abs().min() > 0.1
-        torch.testing.assert_close(anchors / 3, plain / plain.norm(dim=1, keepdim=True))
+        torch.testing.assert_close(found[view] / 3, plain / plain.norm(dim=1, keepdim=True))
     model = LZN(networks, config)
     images = samples.view(objective.needs.encodes[0])
     torch.testing.assert_close(model.anchors(images).norm(dim=1), torch.full((12,), 3.0, dtype=torch.float64))
     if task == "joint":
-        torch.testing.assert_close(model.label_anchors(), objective.tables(networks, samples)["label"])
+        torch.testing.assert_close(model.label_anchors(), tables["label"])
         torch.testing.assert_close(model.label_anchors().norm(dim=1), torch.full((10,), 1.5, dtype=torch.float64))
-    else:
-        torch.testing.assert_close(model.anchors(images), objective.encode(networks, samples, View("image")))
+    else:  # no dropout
+        torch.testing.assert_close(model.anchors(images), found[View("image")])
     other = gradients(small_state(small_config("precision=float64", task=task)), task)
     assert any((other[name] - value).norm() > 1e-6 for name, value in gradients(state, task).items())
     supervised = small_config("precision=float64", "objective=supervised", *lengths[:1], task="representation")

@@ -17,16 +17,18 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
+from typing import NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
+from lzn_dist.data.captions import captions_of
 from lzn_dist.data.index import ABSENT, ShardIndex
 from lzn_dist.data.order import Rows, SampleOrder
 from lzn_dist.data.pixels import Reading, WrongSizeError
@@ -54,13 +56,48 @@ class BadSample:
     why: str
 
 
+@runtime_checkable
+class MemberReader(Protocol):
+    """What another data type sees of a sample: its member of this extension, beside image and label."""
+
+    @property
+    def extension(self) -> str: ...
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Of a sample's int64 tensor."""
+
+    def __call__(self, contents: Sequence[bytes | None], rows: Tensor, epoch: int) -> list[Tensor | ValueError]:
+        """For each sample int64 [*shape], or why it cannot be had; None: it has no such member. rows: int64 [b]."""
+
+
+class Read(NamedTuple):
+    """pixels uint8 [v, b, c, h, w], labels int64 [b], members [b, …] by data type, the rows that were read, and what
+    was bad and had to be replaced."""
+
+    pixels: Tensor
+    labels: Tensor
+    members: dict[str, Tensor]
+    rows: Rows
+    bad: list[BadSample]
+
+
+class _Content(NamedTuple):
+    """A sample's image file, its label, and its other members by data type (None: not there)."""
+
+    image: bytes
+    label: int
+    members: dict[str, bytes | None]
+
+
 class ShardedDataset(Dataset[tuple[Tensor, int]]):
     """The samples of a split by their number in the manifest's order: ``dataset[i] -> (uint8 [c, h, w], label)``.
 
     channels: 1 (grey) or 3 (RGB), to which images are converted. reading: how files become pixels. num_classes: where
-    labels are needed, samples without one below it are bad; 0: they are not needed, and -1 stands for one that is not
-    there or no number. cache_decoded keeps each decoded image, n·c·h·w bytes in all, `shared` with forked loader
-    processes; it needs a reading that is the same in all epochs. seed: of the replacements of bad samples.
+    labels are needed, samples without one below it are bad (partial: unless they have none); 0: they are not needed,
+    and -1 stands for one that is not there or no number. members: readers of other members, by data type.
+    cache_decoded keeps each decoded image, n·c·h·w bytes in all, `shared` with forked loader processes; it needs a
+    reading that is the same in all epochs. seed: of the replacements of bad samples.
     """
 
     def __init__(
@@ -71,6 +108,8 @@ class ShardedDataset(Dataset[tuple[Tensor, int]]):
         reading: Reading,
         *,
         num_classes: int = 0,
+        partial: bool = False,
+        members: Mapping[str, MemberReader] | None = None,
         cache_decoded: bool = False,
         shared: bool = False,
         seed: int = 0,
@@ -82,7 +121,8 @@ class ShardedDataset(Dataset[tuple[Tensor, int]]):
                 "images whose views differ from epoch to epoch cannot be kept decoded: cache_decoded=false"
             )
         self.index, self.split, self.channels, self.reading = index, split, channels, reading
-        self.num_classes, self.seed = num_classes, seed
+        self.num_classes, self.partial, self.seed = num_classes, partial, seed
+        self.members = dict(members or {})
         self.table = index.split(split)
         try:
             self.images = self.table.images
@@ -112,15 +152,27 @@ class ShardedDataset(Dataset[tuple[Tensor, int]]):
 
     def read(self, rows: Rows, epoch: int = 0) -> tuple[Tensor, Tensor]:
         """Samples that must all be good: uint8 [v, b, c, h, w] and int64 [b]. Raises CorruptSampleError."""
-        pixels, labels, _, bad = self.read_or_replace(rows, epoch)
-        if bad:
-            raise CorruptSampleError(bad[0].why)
-        return pixels, labels
+        found = self.read_or_replace(rows, epoch)
+        if found.bad:
+            raise CorruptSampleError(found.bad[0].why)
+        return found.pixels, found.labels
 
-    def read_or_replace(self, rows: Rows, epoch: int = 0) -> tuple[Tensor, Tensor, Rows, list[BadSample]]:
-        """Samples, those that cannot be used replaced by others: uint8 [v, b, c, h, w], int64 [b], the rows that were
-        read, and what was bad. The replacement is a function of the seed, the bad sample's key and the split's keys:
-        the same in shards that hold the same samples in another order.
+    def captions(self, rows: Rows) -> list[list[str]]:
+        """All captions of each sample; none of one whose text is damaged or not there."""
+        table = self.table.offsets.get("txt")
+        found: list[list[str]] = []
+        for row in np.asarray(rows).tolist():
+            offset, size = (ABSENT, 0) if table is None else table[row].tolist()
+            content = b"" if offset == ABSENT else self.index.storage.read(self.table.shard_of(row).name, offset, size)
+            try:
+                found.append(captions_of(content))
+            except ValueError:
+                found.append([])
+        return found
+
+    def read_or_replace(self, rows: Rows, epoch: int = 0) -> Read:
+        """Samples, those that cannot be used replaced by others. The replacement is a function of the seed, the bad
+        sample's key and the split's keys: the same in shards that hold the same samples in another order.
 
         Raises ValueError and OSError for what is no damage of single samples: images of another size, a lost server, a
         full disk.
@@ -130,25 +182,26 @@ class ShardedDataset(Dataset[tuple[Tensor, int]]):
             self.reading.views, len(rows), self.channels, self.reading.size, self.reading.size, dtype=torch.uint8
         )
         labels = torch.empty(len(rows), dtype=torch.int64)
-        bad: list[BadSample] = []
+        more = {name: torch.empty(len(rows), *own.shape, dtype=torch.int64) for name, own in self.members.items()}
+        found = Read(pixels, labels, more, rows, [])
+        bad = found.bad
         wanted, attempt = np.arange(len(rows)), 0
         originals = rows.copy()
         while len(wanted):
-            failed = self._fill(rows, wanted, epoch, pixels, labels, bad)
+            failed = self._fill(found, wanted, epoch)
             if len(failed) and attempt == _ATTEMPTS:
                 raise CorruptSampleError(f"{bad[-1].why}; so are {_ATTEMPTS} others in a row")
             for place in failed:
                 key = make_key(self.seed, f"replacement/{self.table.key(originals[place])}", attempt)
                 rows[place] = self._by_key[(int(key) & (2**63 - 1)) % len(self)]
             wanted, attempt = np.array(failed, dtype=np.int64), attempt + 1
-        return pixels, labels, rows, bad
+        return found
 
-    def _fill(
-        self, rows: Rows, places: Rows, epoch: int, pixels: Tensor, labels: Tensor, bad: list[BadSample]
-    ) -> list[int]:
+    def _fill(self, into: Read, places: Rows, epoch: int) -> list[int]:
         """Read the samples at some places of a batch; returns the places that failed."""
+        pixels, labels, members, rows, bad = into
         failed: list[int] = []
-        if self._cache is not None:
+        if self._cache is not None and not self.members:  # nothing has to be read
             images, known, present = self._cache
             there = present[torch.from_numpy(rows[places])].numpy()
             kept = torch.from_numpy(places[there])
@@ -159,26 +212,45 @@ class ShardedDataset(Dataset[tuple[Tensor, int]]):
         for start in range(0, len(places), _CHUNK):
             chunk = places[start : start + _CHUNK]
             contents = self._contents(rows[chunk])
-            files = [content[0] if isinstance(content, tuple) else b"" for content in contents]
+            numbers = torch.from_numpy(rows[chunk])
+            files = [content.image if isinstance(content, _Content) else b"" for content in contents]
             try:
-                found = self.reading(files, self.channels, torch.from_numpy(rows[chunk]), epoch)
+                found = self._decoded(files, numbers, epoch)
             except WrongSizeError as error:
                 raise ValueError(f"{self.index.folder}, split {self.split!r}: an image {error}") from error
-            for place, content, image in zip(chunk.tolist(), contents, found, strict=True):
-                why = content if isinstance(content, str) else str(image) if isinstance(image, ValueError) else ""
-                if isinstance(content, str) or why:
+            parts = {"": found} | {
+                name: reader(
+                    [content.members[name] if isinstance(content, _Content) else b"-" for content in contents],
+                    numbers, epoch,
+                )
+                for name, reader in self.members.items()
+            }  # fmt: skip
+            for number, (place, content) in enumerate(zip(chunk.tolist(), contents, strict=True)):
+                wrong = next((part[number] for part in parts.values() if isinstance(part[number], ValueError)), None)
+                if isinstance(content, str) or wrong is not None:
                     row = int(rows[place])
-                    bad.append(BadSample(row, f"{self.where(row)}: {why}"))
+                    bad.append(BadSample(row, f"{self.where(row)}: {content if isinstance(content, str) else wrong}"))
                     failed.append(place)
                     continue
-                assert isinstance(image, Tensor)
-                pixels[:, place] = image
-                labels[place] = content[1]
+                pixels[:, place] = parts[""][number]  # type: ignore[assignment]
+                labels[place] = content.label
+                for name, tensor in members.items():
+                    tensor[place] = parts[name][number]  # type: ignore[assignment]
                 if self._cache is not None:
                     images, known, present = self._cache
-                    images[rows[place]], known[rows[place]] = image, content[1]
+                    images[rows[place]], known[rows[place]] = pixels[:, place], content.label
                     present[rows[place]] = True
         return failed
+
+    def _decoded(self, files: list[bytes], numbers: Tensor, epoch: int) -> Sequence[Tensor | ValueError]:
+        """Images of the samples int64 [b], those that are kept without decoding them again."""
+        if self._cache is None:
+            return self.reading(files, self.channels, numbers, epoch)
+        images, _, present = self._cache
+        there = present[numbers]
+        wanted = [file for file, kept in zip(files, there.tolist(), strict=True) if not kept]
+        fresh = iter(self.reading(wanted, self.channels, numbers[~there], epoch))
+        return [images[n] if kept else next(fresh) for n, kept in zip(numbers.tolist(), there.tolist(), strict=True)]
 
     @cached_property
     def _by_key(self) -> Rows:
@@ -189,37 +261,45 @@ class ShardedDataset(Dataset[tuple[Tensor, int]]):
         """Shard and key of a sample, for messages."""
         return f"{self.index.path(self.table.shard_of(row))}: sample {self.table.key(row)}"
 
-    def _contents(self, rows: Rows) -> list[tuple[bytes, int] | str]:
-        """Each sample's image file and label, or what is wrong with it."""
+    def _contents(self, rows: Rows) -> list[_Content | str]:
+        """Each sample's files and label, or what is wrong with it."""
         shards = np.searchsorted(self.table.ends, rows, side="right").tolist()
         images = self.images[rows].tolist()
         labels = [[ABSENT, 0]] * len(rows) if self.labels is None else self.labels[rows].tolist()
-        # image and label lie beside each other: one read for both
+        members = {
+            name: [[ABSENT, 0]] * len(rows) if (table := self.table.offsets.get(reader.extension)) is None
+            else table[rows].tolist()
+            for name, reader in self.members.items()
+        }  # fmt: skip
+        # a sample's members lie beside each other: one read for all
         spans = []
-        for shard, image, label in zip(shards, images, labels, strict=True):
-            parts = [part for part in (image, label) if part[0] != ABSENT] or [[0, 0]]
+        for place, (shard, *own) in enumerate(zip(shards, images, labels, strict=True)):
+            parts = [part for part in (*own, *(of[place] for of in members.values())) if part[0] != ABSENT] or [[0, 0]]
             first = min(part[0] for part in parts)
             spans.append((self.table.shards[shard].name, first, max(sum(part) for part in parts) - first))
         storage = self.index.storage
         storage.fetch(spans)
-        found: list[tuple[bytes, int] | str] = []
-        for span, image, label in zip(spans, images, labels, strict=True):
-            if image[0] == ABSENT or (self.num_classes and label[0] == ABSENT):
+        found: list[_Content | str] = []
+        for place, (span, image, label) in enumerate(zip(spans, images, labels, strict=True)):
+            if image[0] == ABSENT or (self.num_classes and label[0] == ABSENT and not self.partial):
                 found.append("has no image" if image[0] == ABSENT else "has no label")
                 continue
             content = storage.read(*span)
             if len(content) != span[2]:
                 found.append("the shard ends inside it")
                 continue
-            start, text = image[0] - span[1], b""
-            if label[0] != ABSENT:
-                text = content[label[0] - span[1] : sum(label) - span[1]]
-            match = _NUMBER.fullmatch(text)
+
+            def piece(part: list[int], content: bytes = content, first: int = span[1]) -> bytes | None:
+                return None if part[0] == ABSENT else content[part[0] - first : sum(part) - first]
+
+            text = piece(label)
+            match = _NUMBER.fullmatch(text or b"")
             number = int(match[1]) if match else NO_LABEL
-            if self.num_classes and not 0 <= number < self.num_classes:
+            if self.num_classes and text is not None and not 0 <= number < self.num_classes:
                 found.append(f"its label is {text[:20]!r}, not one of 0 to {self.num_classes - 1}")
                 continue
-            found.append((content[start : start + image[1]], number))
+            others = {name: piece(of[place]) for name, of in members.items()}
+            found.append(_Content(piece(image) or b"", number, others))
         return found
 
     def fixed_batches(self, batch_size: int) -> FixedBatches:
@@ -249,7 +329,7 @@ class FixedBatches(Sequence["EvaluationBatch"]):
         position = torch.arange(number * self.batch_size, (number + 1) * self.batch_size)
         index = position % len(self.dataset)
         try:
-            pixels, labels, rows, bad = self.dataset.read_or_replace(index.numpy())
+            pixels, labels, _, rows, bad = self.dataset.read_or_replace(index.numpy())
         except ValueError as error:
             raise CorruptSampleError(str(error)) from error
         for sample in bad:
@@ -294,18 +374,21 @@ def to_unit_range(pixels: Tensor) -> Tensor:
 @dataclass(frozen=True)
 class Batch:
     """A rank's part of a global batch: index int64 [b] (in the split), pixels uint8 [v, b, c, h, w] of one or more
-    views, labels int64 [b] (-1 without one), the epoch that all belong to, and the samples that were replaced."""
+    views, labels int64 [b] (-1 without one), the epoch that all belong to, the samples that were replaced, and what
+    other data types see of each, [b, …] by name."""
 
     index: Tensor
     pixels: Tensor
     labels: Tensor
     epoch: int
     bad: tuple[BadSample, ...] = ()
+    members: dict[str, Tensor] = field(default_factory=dict)
 
     def pin_memory(self) -> Batch:
         """The same in memory from which copies to a GPU run beside the computation."""
         pixels, index, labels = (value.pin_memory() for value in (self.pixels, self.index, self.labels))
-        return replace(self, pixels=pixels, index=index, labels=labels)
+        members = {name: value.pin_memory() for name, value in self.members.items()}
+        return replace(self, pixels=pixels, index=index, labels=labels, members=members)
 
 
 class BatchStream:
@@ -344,8 +427,8 @@ class BatchStream:
     def batch(self, number: int) -> Batch:
         """The rank's part of global batch `number`, read and decoded here and now."""
         epoch = number // self.batches_per_epoch
-        pixels, labels, rows, bad = self.dataset.read_or_replace(self.indices(number), epoch)
-        return Batch(torch.from_numpy(rows), pixels, labels, epoch, tuple(bad))
+        pixels, labels, members, rows, bad = self.dataset.read_or_replace(self.indices(number), epoch)
+        return Batch(torch.from_numpy(rows), pixels, labels, epoch, tuple(bad), members)
 
     def iterate(
         self, start: int, stop: int, interrupted: Callable[[], bool] = lambda: False

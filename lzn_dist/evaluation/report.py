@@ -26,6 +26,7 @@ from lzn_dist.evaluation.generation import (
 )
 from lzn_dist.evaluation.inception import InceptionFeatures, download
 from lzn_dist.evaluation.probe import FeatureSet, effective_rank, probes, untrained_model
+from lzn_dist.evaluation.text import retrieval_values, zero_shot_values
 from lzn_dist.evaluation.zone_health import zone_health
 from lzn_dist.inference import LZN
 
@@ -76,6 +77,7 @@ def evaluate_model(
     disagreement_latent, disagreement_label, frechet, frechet_prior, frechet_real (the floor: training images instead of
     samples), digit_classifier_accuracy.
     representation: those four, and the same under untrained. and (of small images) pixels. for comparison.
+    text and images: zero_shot_accuracy, image_to_text_recall_at_1 (5, 10), text_to_image_recall_at_1 (5, 10).
     Baselines: what they have of these, and a supervised model's accuracy.
     Of decoders also fid and the like (`fid_values`) where evaluation.inception names the network's weights; of all LZN
     models zones.* (`zone_health`).
@@ -274,6 +276,8 @@ def probe_values(asked: Asked) -> dict[str, float]:
 METRICS = (
     Metric("accuracy", lambda asked: asked.model.has_labels, accuracy_values),
     Metric("accuracy", lambda asked: asked.model.has_logits, logit_values),
+    Metric("retrieval", lambda asked: asked.model.pairs_text, lambda asked: retrieval_values(asked.model, asked.data)),
+    Metric("zero_shot", lambda asked: asked.model.pairs_text, lambda asked: zero_shot_values(asked.model, asked.data)),
     Metric("generation", lambda asked: asked.model.has_decoder, generation_values),
     Metric("fid", lambda asked: asked.inception is not None, inception_values),
     Metric("zones", lambda asked: asked.model.has_latents, health_values),

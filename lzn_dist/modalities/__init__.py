@@ -6,8 +6,10 @@ from lzn_dist.config import Config, ConfigError
 from lzn_dist.modalities.base import Keys, Modality, Network
 from lzn_dist.modalities.image import Image
 from lzn_dist.modalities.label import Label
+from lzn_dist.modalities.logits import Logits
+from lzn_dist.modalities.text import Text
 
-MODALITIES: dict[str, type[Modality]] = {"image": Image, "label": Label}
+MODALITIES: dict[str, type[Modality]] = {"image": Image, "label": Label, "text": Text, "logits": Logits}
 
 
 def modality(name: str, config: Config) -> Modality:
@@ -17,4 +19,4 @@ def modality(name: str, config: Config) -> Modality:
     return MODALITIES[name](config)
 
 
-__all__ = ["MODALITIES", "Image", "Keys", "Label", "Modality", "Network", "modality"]
+__all__ = ["MODALITIES", "Image", "Keys", "Label", "Modality", "Network", "Text", "modality"]

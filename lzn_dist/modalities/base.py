@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from lzn_dist.config import Config
-from lzn_dist.data import Batch
+from lzn_dist.data import Batch, MemberReader, Tokenizer
 
 Keys = Callable[[str], Tensor]  # of a stream of random numbers: int64 [b], a key a sample
 Network = Callable[..., Tensor]  # a network's forward, in the run's precision
@@ -47,16 +47,44 @@ class Modality(ABC):
         """Anchors [b, D] of samples; key int64 [b] for dropout. A table: those of all values, [K, D]; no samples."""
         return encoder(samples, key=key)
 
-    def scaled(self, anchors: Tensor) -> Tensor:
-        """Anchors [..., D] brought to the length `anchor_norm`; as they are where it is not set.
+    def reader(self, tokenizer: Tokenizer | None) -> MemberReader | None:
+        """How a sample's own member becomes what `views` finds in a batch's `members`; None: images and labels are
+        read for everybody."""
+        return None
+
+    def present(self, samples: Tensor) -> Tensor | None:
+        """Bool [b]: which samples have data of this type; None: all have."""
+        return None
+
+    def same(self, samples: Tensor) -> Tensor | None:
+        """int64 [b], equal where two samples are meant to have one anchor; None: each has its own."""
+        return None
+
+    def watched(self, samples: Tensor) -> dict[str, Tensor]:
+        """Scalars of the samples that are worth watching."""
+        return {}
+
+    @property
+    def centred(self) -> bool:
+        section = self.config.modalities.get(self.name)
+        return section is not None and section.anchor_centred
+
+    @property
+    def norm(self) -> float | None:
+        section = self.config.modalities.get(self.name)
+        return None if section is None else section.anchor_norm
+
+    def placed(self, anchors: Tensor, centre: Tensor | None) -> Tensor:
+        """Anchors [..., D] around a centre [D] (None: as they lie) and brought to the length `anchor_norm`; as they
+        are where it is not set.
 
         Their length is an inverse temperature of alignment: a point x of noise level σ weighs them by
-        exp(r aᵀx/σ − r²‖a‖²/2), r = (1 − σ)/σ. Latents near their zones' centres have a length of about 2.
+        exp(r aᵀx/σ − r²‖a‖²/2), r = (1 − σ)/σ. Latents near their zones' centres have a length of about 2. The flow
+        does not feel a common shift of one type's anchors, so that between two types cosines say nothing without one.
         """
-        section = self.config.modalities.get(self.name)
-        if section is None or section.anchor_norm is None:
-            return anchors
-        return section.anchor_norm * functional.normalize(anchors, dim=-1)
+        if centre is not None:
+            anchors = anchors - centre
+        return anchors if self.norm is None else self.norm * functional.normalize(anchors, dim=-1)
 
     def decoding_loss(
         self, decoder: Network, samples: Tensor, latents: Tensor, labels: Tensor | None, keys: Keys

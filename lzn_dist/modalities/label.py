@@ -22,5 +22,8 @@ class Label(Modality):
     def views(self, batch: Batch, index: Tensor, count: int, augmented: bool) -> tuple[Tensor, ...]:
         return (batch.labels.to(index.device),)
 
+    def present(self, samples: Tensor) -> Tensor | None:
+        return samples >= 0
+
     def encode(self, encoder: Network, samples: Tensor, key: Tensor) -> Tensor:
         return encoder()

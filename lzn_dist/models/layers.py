@@ -31,12 +31,17 @@ def _tell_of_torch(why: str) -> None:
     warnings.warn(f"attention by torch instead of xformers: {why}", stacklevel=3)
 
 
-def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+def attention(
+    q: Tensor, k: Tensor, v: Tensor, *, present: Tensor | None = None, causal: bool = False
+) -> Tensor:  # fmt: skip
     """softmax(q kᵀ / √dim) v over the tokens, each sample and head by itself.
 
-    q [b, tokens, heads, dim], k and v [b, other tokens, heads, dim]; returns [b, tokens, heads, dim].
-    On CUDA by xformers where it is installed and has a kernel for the type and size, else by torch.
+    q [b, tokens, heads, dim], k and v [b, other tokens, heads, dim]; returns [b, tokens, heads, dim]. present: bool
+    [b, other tokens], which of them count, one at least. causal: token i sees the others up to i, counted from the end
+    where there are more of them. On CUDA by xformers where it is installed and has a kernel for the type and size, else
+    by torch.
     """
+    bias = _bias(q, k, present, causal)
     if (
         memory_efficient_attention is not None
         and q.is_cuda
@@ -44,12 +49,33 @@ def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         and q.shape[-1] % 8 == 0
     ):
         try:
-            attended: Tensor = memory_efficient_attention(q, k, v)
+            whole = None if bias is None else _aligned(bias.expand(len(q), q.shape[2], q.shape[1], k.shape[1]))
+            attended: Tensor = memory_efficient_attention(q, k, v, attn_bias=whole)
             return attended
         except NotImplementedError as error:
             _tell_of_torch(str(error).strip().splitlines()[0])
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))  # torch has the heads before the tokens
-    return F.scaled_dot_product_attention(q, k, v).transpose(1, 2)
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=bias).transpose(1, 2)
+
+
+def _bias(q: Tensor, k: Tensor, present: Tensor | None, causal: bool) -> Tensor | None:
+    """What is added to the scores [b, heads, tokens, other tokens], broadcast: 0 or −inf; None: nothing."""
+    tokens, others = q.shape[1], k.shape[1]
+    allowed: Tensor | None = None if present is None else present[:, None, None, :]
+    if causal and tokens > 1:
+        past = torch.ones(tokens, others, dtype=torch.bool, device=q.device).tril(others - tokens)
+        allowed = past if allowed is None else allowed & past
+    if allowed is None:
+        return None
+    return torch.zeros((), dtype=q.dtype, device=q.device).masked_fill(~allowed, -math.inf)
+
+
+def _aligned(bias: Tensor) -> Tensor:
+    """The same in rows of memory that begin at multiples of 8 numbers, as xformers' kernels load them."""
+    others = bias.shape[-1]
+    room = bias.new_empty(*bias.shape[:-1], -(-others // 8) * 8)
+    room[..., :others] = bias
+    return room[..., :others]
 
 
 @torch.library.custom_op(

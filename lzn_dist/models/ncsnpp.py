@@ -501,7 +501,8 @@ class ImageDecoder(_DownHalf):
             time_embedding = positional_embedding(times, self.channels)
         parts = [latents, time_embedding]
         if labels is not None:
-            parts.insert(1, F.one_hot(labels, self.num_classes))
+            # no label (negative): all zero
+            parts.insert(1, F.one_hot(labels.clamp(min=0), self.num_classes) * (labels >= 0)[:, None])
         first, second = next(modules), next(modules)
         embedding = second(F.silu(first(torch.cat([part.to(x_t.dtype) for part in parts], dim=1))))
 

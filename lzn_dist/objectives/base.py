@@ -151,6 +151,8 @@ class Objective(ABC):
         self.config, self.gather = config, gather
         self.needs = self.declare(config)
         self.modalities: dict[str, Modality] = {name: modality(name, config) for name in self.needs.modalities}
+        # where evaluation centres anchors, by data type [D]: measured for each checkpoint, and kept with it
+        self.centres: dict[str, Tensor] = {}
 
     @classmethod
     @abstractmethod
@@ -211,6 +213,40 @@ class Objective(ABC):
     def advice(self) -> list[str]:
         """What a user should know of these settings before a long run; a line each."""
         return []
+
+    def present(self, samples: Samples, *names: str) -> Tensor | None:
+        """Bool [b]: which samples have data of all these types; None: all have."""
+        if not self.config.data.partial:
+            return None
+        found = [self.modalities[name].present(samples.view(View(name))) for name in dict.fromkeys(names)]
+        there = [own for own in found if own is not None]
+        return torch.stack(there).all(0) if there else None
+
+    def shares(self, present: Tensor | None, like: Tensor) -> Tensor | None:
+        """Weights [b], of a tensor's type, that make a mean over samples one over those that are present in the global
+        batch. Collective where there are some to leave out."""
+        if present is None:
+            return None
+        everyone = self.gather(present)
+        return present * (len(everyone) / everyone.sum().clamp(min=1).to(like.dtype))
+
+    def same(self, samples: Samples, *names: str) -> Tensor | None:
+        """int64 [b], equal where samples of these data types are to have one target; None: each has its own."""
+        for name in names:
+            view = samples.inputs.get(name)
+            found = None if view is None else self.modalities[name].same(view[0])
+            if found is not None:
+                present = self.present(samples, name)
+                return found if present is None else torch.where(present, found, -1 - samples.position)
+        return None
+
+    def watched(self, samples: Samples) -> dict[str, Tensor]:
+        """What is worth watching of the samples themselves."""
+        return {
+            key: value
+            for view in self.needs.encodes
+            for key, value in self.modalities[view.modality].watched(samples.view(view)).items()
+        }
 
     # ── inside ──────────────────────────────────────────────────────────────────────────────────────────────────
 

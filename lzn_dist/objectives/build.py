@@ -8,6 +8,7 @@ from lzn_dist.config import Config, ConfigError
 from lzn_dist.modalities import modality
 from lzn_dist.networks import Networks, make_network
 from lzn_dist.objectives.base import Gather, Needs, Objective
+from lzn_dist.objectives.clip import CLIP, SigLIP
 from lzn_dist.objectives.lzn import LZN
 from lzn_dist.objectives.moco import MoCo
 from lzn_dist.objectives.rectified_flow import RectifiedFlow
@@ -17,6 +18,7 @@ from lzn_dist.zones import FieldFactory
 
 OBJECTIVES: dict[str, type[Objective]] = {
     "lzn": LZN, "rectified_flow": RectifiedFlow, "simclr": SimCLR, "moco": MoCo, "supervised": Supervised,
+    "clip": CLIP, "siglip": SigLIP,
 }  # fmt: skip
 
 

@@ -15,6 +15,7 @@ from pathlib import Path
 import numpy as np
 
 from lzn_dist.data.index import MANIFEST
+from lzn_dist.prepare.captions import caption_rows
 from lzn_dist.prepare.sources import png
 from lzn_dist.prepare.writer import Item, Options, Source, prepare
 
@@ -41,7 +42,8 @@ def digits_splits(labels: np.ndarray) -> dict[str, np.ndarray]:
 
 
 class Digits(Source):
-    """The digits as a source for `prepare`; a sample's key is its row in scikit-learn's order."""
+    """The digits as a source for `prepare`; a sample's key is its row in scikit-learn's order. Captions say the digit
+    and what is measured in its image; those of the test images are worded as none of the training's."""
 
     name = SOURCE
 
@@ -52,10 +54,12 @@ class Digits(Source):
         return [str(digit) for digit in range(10)]
 
     def splits(self) -> dict[str, list[Item]]:
-        _, labels = digits_pixels()
+        pixels, labels = digits_pixels()
+        splits = digits_splits(labels)
+        described = caption_rows(pixels, labels, splits)
         return {
-            split: [Item(f"{row:06d}", "png", int(labels[row]), int(row), 64) for row in rows]
-            for split, rows in digits_splits(labels).items()
+            split: [Item(f"{row:06d}", "png", int(labels[row]), int(row), 64, *described[int(row)]) for row in rows]
+            for split, rows in splits.items()
         }
 
     def read(self, item: Item) -> bytes:

@@ -10,6 +10,7 @@ from typing import Any
 
 from PIL import Image
 
+from lzn_dist.prepare.captions import emoji_captions
 from lzn_dist.prepare.sources import keyed_splits, unpack
 from lzn_dist.prepare.writer import Account, Item, PrepareError, Source
 from lzn_dist.terminal import one_line
@@ -24,7 +25,8 @@ class Emoji(Source):
     """One class a category; an emoji and its variants of skin tone are in one split.
 
     Transparent pixels become white. Attributes of each: name, short_names, category, subcategory, skin_tone (of each
-    person shown; empty for the emoji as it is without one).
+    person shown; empty for the emoji as it is without one). Captions are made of these; those of test and val are the
+    name alone.
     """
 
     archive: Path
@@ -61,7 +63,11 @@ class Emoji(Source):
         for category, members in families.items():
             held_out = {split: round(share * len(members)) for split, share in HELD_OUT.items()}
             for split, chosen in keyed_splits(f"emoji {category}", len(members), held_out).items():
-                found[split] += [item for row in chosen for item in members[row]]
+                found[split] += [
+                    item._replace(captions=emoji_captions(json.loads(item.attributes), held_out=split != "train"))
+                    for row in chosen
+                    for item in members[row]
+                ]
         return {split: sorted(items) for split, items in found.items()}
 
     def _family(self, entry: dict[str, Any], files: dict[str, bytes]) -> list[Item]:

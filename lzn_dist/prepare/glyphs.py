@@ -15,6 +15,7 @@ from PIL import Image, ImageDraw, ImageFont
 from tqdm import tqdm
 
 from lzn_dist.keyed_random import make_key, permutation
+from lzn_dist.prepare.captions import glyph_captions
 from lzn_dist.prepare.sources import png
 from lzn_dist.prepare.writer import Account, Item, PrepareError, Source
 from lzn_dist.terminal import one_line
@@ -301,10 +302,10 @@ class FontGlyphs(Source):
         found: dict[str, list[Item]] = {"train": [], "val": [], "test": []}
         for split, group in zip(chosen, groups, strict=True):
             for row in group:
-                found[split] += self._items(row, faces[row], drawn[row], there[row])
+                found[split] += self._items(row, faces[row], drawn[row], there[row], split != "train")
         return {split: items for split, items in found.items() if items}
 
-    def _items(self, number: int, face: Face, drawn: Glyphs, there: np.ndarray) -> list[Item]:
+    def _items(self, number: int, face: Face, drawn: Glyphs, there: np.ndarray, held_out: bool) -> list[Item]:
         about = {
             "family": face.family, "style": face.style, "weight": face.weight, "width": face.width,
             "angle": face.angle, "serif": face.serif,
@@ -317,8 +318,9 @@ class FontGlyphs(Source):
                 if face.case or not character.islower():
                     self._leave_out("characters that a font lacks", face.path, 1)
                 continue
-            attributes = json.dumps({"character": character, **about}, sort_keys=True)
-            key = f"{slug}_{ord(character):04x}"
-            items.append(Item(key, "png", label, drawn[row].tobytes(), SIDE**2, attributes))
+            attributes = {"character": character, **about}
+            captions = glyph_captions(attributes, held_out=held_out)
+            key, text = f"{slug}_{ord(character):04x}", json.dumps(attributes, sort_keys=True)
+            items.append(Item(key, "png", label, drawn[row].tobytes(), SIDE**2, text, captions))
             self._account.taken += 1
         return items

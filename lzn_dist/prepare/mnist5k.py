@@ -11,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 
+from lzn_dist.prepare.captions import caption_rows
 from lzn_dist.prepare.sources import keyed_splits, png
 from lzn_dist.prepare.writer import Item, PrepareError, Source
 from lzn_dist.terminal import one_line
@@ -52,7 +53,8 @@ def read_table(path: Path) -> tuple[np.ndarray, np.ndarray]:
 class MNIST5k(Source):
     """The digits in a training, a validation and a test split of 3,500, 500 and 1,000, as many of each class.
 
-    A sample's key is its row in the table.
+    A sample's key is its row in the table. Captions say the digit and what is measured in its image; those of test and
+    val are worded as none of the training's.
     """
 
     archive: Path
@@ -71,9 +73,11 @@ class MNIST5k(Source):
             found = np.flatnonzero(labels == digit)
             for split, chosen in keyed_splits(f"mnist5k {digit}", len(found), HELD_OUT).items():
                 rows[split].extend(found[chosen].tolist())
+        described = caption_rows(pixels, labels, {split: np.array(chosen) for split, chosen in rows.items()})
         return {
             split: [
-                Item(f"{row:04d}", "png", int(labels[row]), pixels[row].tobytes(), SIDE**2) for row in sorted(chosen)
+                Item(f"{row:04d}", "png", int(labels[row]), pixels[row].tobytes(), SIDE**2, *described[row])
+                for row in sorted(chosen)
             ]
             for split, chosen in rows.items()
         }

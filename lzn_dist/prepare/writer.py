@@ -26,7 +26,7 @@ from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from functools import partial
-from itertools import islice
+from itertools import chain, islice
 from pathlib import Path
 from typing import IO, Any, NamedTuple, Protocol
 
@@ -36,12 +36,14 @@ from PIL import Image
 from tqdm import tqdm
 
 from lzn_dist import __version__
+from lzn_dist.data.captions import TOKENIZER
 from lzn_dist.data.index import MANIFEST, Shard, ShardIndex, Split, hash_file, make_split, scan_tar, write_manifest
 from lzn_dist.data.pixels import convert, load_with_pillow
 from lzn_dist.exit_status import told
 from lzn_dist.json_files import Text, read_json
 from lzn_dist.keyed_random import make_key, permutation
 from lzn_dist.paths import path_argument
+from lzn_dist.prepare.tokenizer import train_tokenizer
 from lzn_dist.terminal import INTERRUPTED, steady_output
 
 PLAN = ".plan.json"  # what a folder is being filled with
@@ -59,7 +61,8 @@ class PrepareError(ValueError):
 class Item(NamedTuple):
     """One image of a source. key: of the sample, without dots in its last part; extension: of the published file;
     label: the class's number, -1 without one; where: what the source's `read` needs; size: in bytes, about;
-    attributes: what else is known of it, as JSON, kept beside the image as KEY.json."""
+    attributes: what else is known of it, as JSON, kept beside the image as KEY.json. captions: kept as KEY.txt, one a
+    line."""
 
     key: str
     extension: str
@@ -67,6 +70,7 @@ class Item(NamedTuple):
     where: Any
     size: int
     attributes: str = ""
+    captions: tuple[str, ...] = ()
 
 
 @dataclass
@@ -251,6 +255,8 @@ def write_shard(source: Source, options: Options, plan: Plan) -> Part:
                     continue
                 label = {"cls": str(item.label).encode()} if item.label >= 0 else {}
                 more = {"json": item.attributes.encode()} if item.attributes else {}
+                if item.captions:
+                    more["txt"] = "".join(f"{caption}\n" for caption in item.captions).encode()
                 tar.write({"__key__": item.key, extension: content, **label, **more})
                 written += 1
         file.flush()
@@ -367,6 +373,9 @@ def _write(
         if classes:
             labels = [item.label for item in items if item.key not in left_out]
             counts[name] = np.bincount(labels, minlength=len(classes)).tolist()
+    captions = (caption for item in splits.get("train", ()) for caption in item.captions)
+    if (first := next(captions, None)) is not None:
+        (options.output / TOKENIZER).write_text(train_tokenizer(chain([first], captions)), encoding="utf-8")
     write_manifest(
         options.output, written, tool=f"lzn_dist {__version__}", classes=classes, archives=archives,
         counts=counts, skipped=skipped, account=None if account is None else asdict(account), **plan,
@@ -429,11 +438,11 @@ def _check_keys(split: str, items: Iterable[Item]) -> None:
 
 
 def _listing(splits: dict[str, list[Item]]) -> str:
-    """A hash of what a source holds: keys, labels, sizes and attributes."""
+    """A hash of what a source holds: keys, labels, sizes, attributes and captions."""
     listing = hashlib.sha256()
     for name, items in splits.items():
         for item in items:
-            more = f" {item.attributes}" if item.attributes else ""
+            more = "".join(f" {part}" for part in (item.attributes, *item.captions) if part)
             line = f"{name} {item.key} {item.extension} {item.label} {item.size}{more}\n"
             listing.update(line.encode("utf-8", "surrogateescape"))
     return listing.hexdigest()

@@ -13,6 +13,7 @@ from lzn_dist.data import (
     Batch,
     BatchStream,
     FixedBatches,
+    MemberReader,
     RandomResizedCrops,
     SampleOrder,
     ShardedDataset,
@@ -20,9 +21,10 @@ from lzn_dist.data import (
     whole_images,
 )
 from lzn_dist.distributed import Topology
+from lzn_dist.modalities import modality
 from lzn_dist.objectives import Objective, Samples, needs
 from lzn_dist.prepare.digits import ensure_digits
-from lzn_dist.training.resolve import first_images
+from lzn_dist.training.resolve import first_images, tokenizer_of
 
 
 def open_stream(config: Config, topology: Topology, *, labelled: bool = False, augmented: bool = False) -> BatchStream:
@@ -51,11 +53,14 @@ def open_stream(config: Config, topology: Topology, *, labelled: bool = False, a
     labelled = labelled or wanted.labels
     if labelled:
         _check_labels(index, data.num_classes)
+    if "text" in wanted.modalities and "txt" not in index.split("train").offsets:
+        raise ConfigError(f"{index.folder} has no captions (KEY.txt), which this objective needs")
     dataset = ShardedDataset(
         index, "train", data.image_channels,
         RandomResizedCrops(data.image_size, config.seed, scaled_decoding=data.scaled_decoding)
         if simclr else whole_images(data.image_size, data.resize, data.scaled_decoding),
-        num_classes=data.num_classes if labelled else 0, cache_decoded=data.cache_decoded, shared=data.workers > 0,
+        num_classes=data.num_classes if labelled else 0, partial=data.partial, members=member_readers(config, index),
+        cache_decoded=data.cache_decoded, shared=data.workers > 0,
         seed=config.seed,
     )  # fmt: skip
     order = SampleOrder(
@@ -63,6 +68,23 @@ def open_stream(config: Config, topology: Topology, *, labelled: bool = False, a
         data.shuffle_window,
     )  # fmt: skip
     return BatchStream(dataset, order, topology.rank, topology.world_size, data.workers)
+
+
+def member_readers(config: Config, index: ShardIndex) -> dict[str, MemberReader]:
+    """Of the data types that are neither image nor label. Raises ConfigError."""
+    wanted = [modality(name, config) for name in needs(config).modalities]
+    tokenizer = tokenizer_of(config, index)
+    found = {kind.name: kind.reader(tokenizer) for kind in wanted}
+    return {name: reader for name, reader in found.items() if reader is not None}
+
+
+def whole_dataset(config: Config, index: ShardIndex, split: str) -> ShardedDataset:
+    """A split's whole images, as evaluation resizes and crops them, and what other data types have beside them."""
+    data = config.data
+    return ShardedDataset(
+        index, split, data.image_channels, whole_images(data.image_size, data.resize, data.scaled_decoding),
+        partial=data.partial, members=member_readers(config, index), seed=config.seed,
+    )  # fmt: skip
 
 
 def _check_sizes(index: ShardIndex, image_size: int) -> None:

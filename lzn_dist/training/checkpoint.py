@@ -17,6 +17,7 @@ import fcntl
 import json
 import math
 import os
+import pickle
 import re
 import shutil
 import sys
@@ -37,6 +38,7 @@ from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from lzn_dist import __version__
 from lzn_dist.config import Config, load_config, save_config
+from lzn_dist.data.captions import TOKENIZER
 from lzn_dist.distributed.pieces import Piece, PieceLoader, PieceSaver, share, whole
 from lzn_dist.distributed.topology import Topology
 from lzn_dist.engines.base import MOMENTS, Engine
@@ -350,8 +352,35 @@ def average_pieces(ema: EMA, engine: Engine) -> dict[str, Piece]:
     return {name: Piece(ema.shadow[name], piece.start, piece.shape) for name, piece in engine.weights().items()}
 
 
-def load_networks(run_or_checkpoint: str | Path) -> tuple[Networks, Config, int]:
-    """Networks with the averaged (EMA) weights in evaluation mode, their configuration, and the step.
+@dataclass
+class Loaded:
+    """Networks with the averaged (EMA) weights in evaluation mode, their configuration, and the step; centres: by data
+    type, of anchors [D]; tokenizer: a tokenizer.json, where there is text."""
+
+    networks: Networks
+    config: Config
+    step: int
+    centres: dict[str, torch.Tensor]
+    tokenizer: str | None
+
+
+_CENTRE = "objective.centre."
+
+
+def _centres(path: Path, record: RunRecord, dim: int) -> dict[str, torch.Tensor]:
+    if record.format == 2:
+        return {}
+    try:
+        names = [name for name in CheckedReader(path).read_metadata().state_dict_metadata if name.startswith(_CENTRE)]
+    except (OSError, ValueError, pickle.UnpicklingError) as error:
+        raise CheckpointError(_unreadable(path, error)) from error
+    found = {name: torch.zeros(dim) for name in names}
+    _read_into({name: whole(value) for name, value in found.items()}, path, record)
+    return {name.removeprefix(_CENTRE): value for name, value in found.items()}
+
+
+def load_networks(run_or_checkpoint: str | Path) -> Loaded:
+    """What a trained model consists of.
 
     Raises CheckpointError for a folder without a complete checkpoint or one of another model.
     """
@@ -365,7 +394,9 @@ def load_networks(run_or_checkpoint: str | Path) -> tuple[Networks, Config, int]
             raise CheckpointError(f"{path} is damaged: its files are too small for the networks in its config.yaml")
         networks = build_networks(config)
         _fill(networks, path, True, record)
-    return networks.eval(), config, record.counters.step
+        tokenizer = path / TOKENIZER
+        text = tokenizer.read_text(encoding="utf-8") if tokenizer.is_file() else None
+        return Loaded(networks.eval(), config, record.counters.step, _centres(path, record, config.latent.dim), text)
 
 
 # ── writing ─────────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -381,7 +412,7 @@ def _sync(path: Path) -> None:
 
 def _write_text(path: Path, text: str) -> None:
     temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(text)
+    temporary.write_text(text, encoding="utf-8")
     _sync(temporary)
     temporary.replace(path)
 
@@ -390,13 +421,16 @@ class CheckpointWriter:
     """Writes a run's checkpoints, one at a time, in the background; `save` and `wait` are collective.
 
     held: entered on the main process while a checkpoint gets its name; raises where another incarnation of the run has
-    taken over. incarnation: part of temporary names, so that two incarnations never share one.
+    taken over. incarnation: part of temporary names, so that two incarnations never share one. tokenizer: what is
+    written beside as tokenizer.json, so that the model works where its data is not.
     """
 
     def __init__(
-        self, folder: Path, config: Config, incarnation: int, held: Callable[[], AbstractContextManager[None]]
-    ) -> None:
+        self, folder: Path, config: Config, incarnation: int, held: Callable[[], AbstractContextManager[None]],
+        tokenizer: str | None = None,
+    ) -> None:  # fmt: skip
         self.folder, self.config, self.incarnation, self.held = folder, config, incarnation, held
+        self.tokenizer = tokenizer
         self.main = Topology.current().is_main
         self.several = Topology.current().world_size > 1
         # its own group: its collectives run beside the training's
@@ -443,6 +477,8 @@ class CheckpointWriter:
         save_config(self.config, temporary / "config.yaml")
         _write_text(temporary / "run.json", json.dumps(asdict(record)))
         _sync(temporary / "config.yaml")
+        if self.tokenizer is not None:
+            _write_text(temporary / TOKENIZER, self.tokenizer)
         write_sums(temporary)
         _sync(temporary / SUMS)
         _sync(temporary)

@@ -24,6 +24,7 @@ from torch.futures import Future
 from lzn_dist.terminal import one_line
 
 SMALL_FILES = (".metadata", "run.json", "config.yaml")
+OPTIONAL = ("tokenizer.json",)  # of models of text
 SUMS = "SHA256SUMS"  # of these, as `sha256sum --check` reads it; older checkpoints have none
 
 _DTYPES = {("torch", name): value for name, value in vars(torch).items() if isinstance(value, torch.dtype)}
@@ -118,7 +119,8 @@ def read_saved(path: Path, device: torch.device) -> Any:
 
 def write_sums(folder: Path) -> None:
     """Beside files that are complete; synced by the caller."""
-    lines = [f"{hashlib.sha256((folder / name).read_bytes()).hexdigest()}  {name}\n" for name in SMALL_FILES]
+    names = [*SMALL_FILES, *(name for name in OPTIONAL if (folder / name).is_file())]
+    lines = [f"{hashlib.sha256((folder / name).read_bytes()).hexdigest()}  {name}\n" for name in names]
     (folder / SUMS).write_text("".join(lines))
 
 
@@ -129,7 +131,7 @@ def check_sums(folder: Path) -> None:
     except FileNotFoundError:
         return
     sums = {name: digest for digest, _, name in (line.partition("  ") for line in lines)}
-    if set(sums) != set(SMALL_FILES):
+    if set(sums) - set(OPTIONAL) != set(SMALL_FILES):
         raise ValueError(f"{SUMS} is damaged")
     for name, digest in sums.items():
         if hashlib.sha256((folder / name).read_bytes()).hexdigest() != digest:

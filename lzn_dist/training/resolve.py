@@ -9,12 +9,11 @@ import torch
 from pydantic import ValidationError
 
 from lzn_dist.config import Config, ConfigError
-from lzn_dist.data import (
-    ShardIndex,
-)
+from lzn_dist.data import ShardIndex, Tokenizer, load_tokenizer
 from lzn_dist.data.pixels import load_with_pillow
 from lzn_dist.data.storage import RemoteError
-from lzn_dist.objectives import build_networks
+from lzn_dist.objectives import build_networks, needs
+from lzn_dist.prepare.digits import ensure_digits
 
 
 def resolve(config: Config) -> Config:
@@ -52,6 +51,12 @@ def _resolved(config: Config) -> Config:
             colours = max(channels for *_, channels in images)  # one in colour makes it a set in colour
             found |= {"image_size": data.image_size or height, "image_channels": data.image_channels or colours}
         config = _updated(config, data=found)
+    if "text" in needs(config).modalities and not (data.vocabulary and data.tokenizer_sha256):
+        if data.embedded == "digits":  # of processes that race, one writes it
+            ensure_digits(data.shards)
+        tokenizer = tokenizer_of(config, ShardIndex.load(data.shards, data.cache, data.retry_seconds))
+        assert tokenizer is not None
+        config = _updated(config, data={"vocabulary": tokenizer.vocabulary, "tokenizer_sha256": tokenizer.sha256})
     with torch.device("meta"):  # what the networks' classes refuse is told before any work
         build_networks(config)
     return config
@@ -66,6 +71,24 @@ def _updated(config: Config, **sections: Mapping[str, object]) -> Config:
         return Config.model_validate(values)
     except ValidationError as error:
         raise ConfigError("; ".join(e["msg"].removeprefix("Value error, ") for e in error.errors())) from None
+
+
+def tokenizer_of(config: Config, index: ShardIndex) -> Tokenizer | None:
+    """The run's, where it has text. Raises ConfigError where it is another one than the run was made for."""
+    if "text" not in needs(config).modalities:
+        return None
+    data = config.data
+    try:
+        found = load_tokenizer(index, data.tokenizer)
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
+    if data.tokenizer_sha256 not in ("", found.sha256) or data.vocabulary not in (0, found.vocabulary):
+        where = data.tokenizer or f"{index.folder}/tokenizer.json"
+        raise ConfigError(
+            f"{where} (vocabulary {found.vocabulary}) is not the tokenizer that this model was made for (vocabulary "
+            f"{data.vocabulary}, SHA-256 {data.tokenizer_sha256[:12]}…): set data.tokenizer to that one"
+        )
+    return found
 
 
 _LOOKED_AT = 32

@@ -21,6 +21,7 @@ from lzn_dist.engines.start import spoken
 from lzn_dist.exit_status import FINISHED, PREEMPTED, told
 from lzn_dist.objectives import Samples, build_networks
 from lzn_dist.training.batches import make_embedded_data, open_stream, prepare_samples
+from lzn_dist.training.centres import measure_centres
 from lzn_dist.training.checkpoint import (
     CheckpointError,
     CheckpointWriter,
@@ -31,6 +32,7 @@ from lzn_dist.training.checkpoint import (
 )
 from lzn_dist.training.flops import training_flops_per_image
 from lzn_dist.training.profiler import StepProfiler
+from lzn_dist.training.resolve import tokenizer_of
 from lzn_dist.training.run_folder import RunFolder, SupersededError, read_lines
 from lzn_dist.training.setup import build_state, checkpoint_to_resume, describe
 from lzn_dist.training.signals import Signals
@@ -71,7 +73,12 @@ class Run:
         except ValueError as error:
             raise ConfigError(str(error)) from error
         writing = nullcontext if self.folder is None else self.folder.held
-        self.writer = CheckpointWriter(Path(config.output_dir) / "checkpoints", config, int(incarnation or 0), writing)
+        tokenizer = tokenizer_of(config, self.stream.dataset.index)
+        self.writer = CheckpointWriter(
+            Path(config.output_dir) / "checkpoints", config, int(incarnation or 0), writing,
+            None if tokenizer is None else tokenizer.content,
+        )  # fmt: skip
+        self._centred = -1  # the step at which the objective's centres were measured
         self._announce(checkpoint)
         flops = training_flops_per_image(build_networks(config), config) if torch.cuda.is_available() else 0.0
         self.tracker = Tracker(config, accelerator, self.folder, self.state.counters.step, flops)
@@ -165,13 +172,27 @@ class Run:
 
     def save(self) -> None:
         """A checkpoint, written while training goes on. Collective."""
+        self.measure_centres()
         self.writer.save(self.state)
         self.status("running")
 
     def checkpoint(self) -> None:
         """A checkpoint that is there when this returns. Collective."""
+        self.measure_centres()
         self.writer.save(self.state)
         self.writer.wait()
+
+    def measure_centres(self) -> None:
+        """Those of the objective, at this step. A checkpoint is more than they are: where the data is away it has those
+        of before. Collective."""
+        if self._centred == self.state.counters.step:
+            return
+        try:
+            measure_centres(self.state, self.stream.dataset.index)
+            self._centred = self.state.counters.step
+        except (OSError, ValueError) as error:  # the same on all ranks
+            if self.topology.is_main:
+                print(f"centres of anchors are those of before: {error}", file=sys.stderr, flush=True)
 
     def newest(self) -> str:
         """The checkpoint to go on from, in words."""

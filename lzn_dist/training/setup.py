@@ -9,6 +9,7 @@ import torch
 from accelerate import Accelerator
 
 from lzn_dist.config import Config
+from lzn_dist.data.captions import TOKENIZER
 from lzn_dist.distributed import Topology, gather_anchors, ring_field
 from lzn_dist.distributed.collectives import broadcast_object
 from lzn_dist.engines.base import Engine
@@ -18,7 +19,14 @@ from lzn_dist.engines.single import SingleEngine
 from lzn_dist.models.ema import EMA
 from lzn_dist.networks import Networks
 from lzn_dist.objectives import Objective, build_networks, build_objective
-from lzn_dist.training.checkpoint import CheckpointError, RunRecord, held_checkpoint, load_weights, resume_state
+from lzn_dist.training.checkpoint import (
+    CheckpointError,
+    RunRecord,
+    config_of,
+    held_checkpoint,
+    load_weights,
+    resume_state,
+)
 from lzn_dist.training.grad_cache import check_batch_independent
 from lzn_dist.training.optimizer import make_optimizer
 from lzn_dist.training.step import TrainState
@@ -46,6 +54,7 @@ def build_state(config: Config, launch: Launch, accelerator: Accelerator, checkp
     if config.micro_batch:
         check_batch_independent(networks)
     if checkpoint is not None:
+        _check_tokenizer(config, checkpoint)
         load_weights(networks, checkpoint)
     objective = make_objective(config, networks)
     engine = build_engine(config, launch, networks, lambda: make_optimizer(networks, config), accelerator)
@@ -53,6 +62,16 @@ def build_state(config: Config, launch: Launch, accelerator: Accelerator, checkp
     if checkpoint is not None:
         resume_state(state, checkpoint)
     return state
+
+
+def _check_tokenizer(config: Config, checkpoint: Path) -> None:
+    """Raises CheckpointError where the checkpoint's numbers stand for other texts."""
+    ours, theirs = config.data.tokenizer_sha256, config_of(checkpoint).data.tokenizer_sha256
+    if ours and theirs and ours != theirs:
+        raise CheckpointError(
+            f"{checkpoint} was trained with another tokenizer (SHA-256 {theirs[:12]}…) than data.tokenizer or the "
+            f"shards have now ({ours[:12]}…): set data.tokenizer={checkpoint / TOKENIZER}"
+        )
 
 
 def single_state(config: Config, device: torch.device) -> TrainState:

@@ -119,13 +119,16 @@ def _plain_align(
 def alignment_loss(
     log_probs: Tensor, *, cutoff: float = 0.2, kind: Literal["cross_entropy", "probability"] = "cross_entropy",
     over: Literal["max", "mean", "last", "softmax"] = "max", temperature: float = 1.0,
+    weights: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
     """Scalar loss of log_probs [steps, b]: −mean_i over_k v_ik, of the K steps after the first int(steps · cutoff).
 
     kind: v = log w (cross_entropy), or w (probability). The early steps are left out because they saturate (paper,
     section 2). over: max_k v, each sample's best step (the paper's); mean: Σ_k v / K; last: v_K; softmax: the smooth
     maximum τ log(Σ_k exp(v/τ) / K) at temperature τ, which is the maximum for τ → 0 and the mean for τ → ∞.
-    Raises ValueError for another kind or over, a cutoff that leaves no step, or temperature ≤ 0.
+    weights [b]: of the samples in the mean over them (default: 1 each).
+    Raises ValueError for another kind or over, a cutoff that leaves no step, temperature ≤ 0, or weights of another
+    shape.
     """
     if log_probs.ndim != 2 or not len(log_probs):
         raise ValueError(f"log_probs must be [steps, b], got {tuple(log_probs.shape)}")
@@ -137,15 +140,19 @@ def alignment_loss(
     if not temperature > 0.0:
         raise ValueError(f"temperature must be above 0, got {temperature}")
     values = log_probs[first:] if kind == "cross_entropy" else log_probs[first:].exp()
+    if weights is not None and weights.shape != values.shape[1:]:
+        raise ValueError(f"weights must be [{values.shape[1]}], got {tuple(weights.shape)}")
     if over == "max":
-        return -values.max(0).values.mean()
-    if over == "mean":
-        return -values.mean()
-    if over == "last":
-        return -values[-1].mean()
-    if over == "softmax":
-        return -(temperature * ((values / temperature).logsumexp(0) - math.log(len(values)))).mean()
-    raise ValueError(f"over must be max, mean, last or softmax, got {over!r}")
+        found = values.max(0).values
+    elif over == "mean":
+        found = values if weights is None else values.mean(0)
+    elif over == "last":
+        found = values[-1]
+    elif over == "softmax":
+        found = temperature * ((values / temperature).logsumexp(0) - math.log(len(values)))
+    else:
+        raise ValueError(f"over must be max, mean, last or softmax, got {over!r}")
+    return -(found if weights is None else found * weights).mean()
 
 
 def nearest_anchor(endpoint: Tensor, anchors: Tensor) -> Tensor:

@@ -191,7 +191,7 @@ def test_a_tar_from_a_mac_has_no_phantoms(tmp_path: Path, capsys: pytest.Capture
     assert "6 members are hidden or have no extension" in capsys.readouterr().err
     dataset = make_dataset(index, "train", num_classes=2)
     assert [dataset.table.key(row) for row in range(len(dataset))] == ["0", "1", "2", "3"]
-    _, labels, _, bad = dataset.read_or_replace(np.arange(4))
+    _, labels, _, _, bad = dataset.read_or_replace(np.arange(4))
     assert labels.tolist() == [1] * 4 and not bad
 
 
@@ -469,9 +469,9 @@ def test_a_damaged_sample_is_replaced_by_a_function_of_its_key(
 def test_replacements_that_are_damaged_too_are_replaced(tmp_path: Path, digits: Path) -> None:
     folder = Path(shutil.copytree(digits, tmp_path / "digits"))
     damage(folder, "png", 7)
-    first = int(make_dataset(ShardIndex.load(folder)).read_or_replace(np.array([7]))[2][0])
+    first = int(make_dataset(ShardIndex.load(folder)).read_or_replace(np.array([7])).rows[0])
     damage(folder, "png", first)
-    _, _, rows, bad = make_dataset(ShardIndex.load(folder)).read_or_replace(np.array([7, 3]))
+    _, _, _, rows, bad = make_dataset(ShardIndex.load(folder)).read_or_replace(np.array([7, 3]))
     assert rows[1] == 3 and rows[0] not in (7, first) and [b.row for b in bad] == [7, first]
     for row in range(1437):
         damage(folder, "cls", row)
@@ -490,7 +490,7 @@ def test_a_replacement_depends_on_keys_and_not_on_the_order_in_the_shards(tmp_pa
         dataset = make_dataset(ShardIndex.load(tmp_path / name), seed=4)
         keys = dataset.table.keys.tolist()
         bad = [keys.index(f"k{number}".encode()) for number in (3, 8, 15)]
-        found.append([keys[row] for row in dataset.read_or_replace(np.array(bad))[2]])
+        found.append([keys[row] for row in dataset.read_or_replace(np.array(bad)).rows])
     assert found[0] == found[1] and len(set(found[0])) > 1
 
 
@@ -502,7 +502,7 @@ def test_missing_members_and_impossible_labels_are_damage(tmp_path: Path) -> Non
             label = {"cls": labels[number]} if number in labels else {}
             shard.write({"__key__": f"k{number}", **image, **label})
     index = ShardIndex.load(tmp_path)
-    pixels, found, rows, bad = make_dataset(index, num_classes=10).read_or_replace(np.arange(8))
+    pixels, found, _, rows, bad = make_dataset(index, num_classes=10).read_or_replace(np.arange(8))
     assert [b.why.partition(": sample ")[2] for b in bad[:6]] == [
         "k1: has no image", "k2: has no label", "k4: its label is b'12', not one of 0 to 9",
         "k5: its label is b'-1', not one of 0 to 9", f"k6: its label is b'{'9' * 20}', not one of 0 to 9",

@@ -14,8 +14,9 @@ from typing import Any
 
 import pytest
 
+from tests.helpers.captioned import write_partial_digits
 from tests.helpers.launching import ROOT, SMALL, accelerate, ranks
-from tests.helpers.settings import BOTH_DIRECTIONS, OWN
+from tests.helpers.settings import BOTH_DIRECTIONS, OWN, encoder_with
 
 pytestmark = pytest.mark.process
 
@@ -55,6 +56,23 @@ OWN_CELLS = [
     cell("joint", "selective", True, "gathered", *OWN),
     cell("joint", "full", False, "gathered", *OWN, TO_AND_FRO, "modalities.label.anchor_norm=3"),
 ]
+# images and captions in both directions, with labels beside; some samples lack a caption, a label or both
+SMALL_TEXT = [
+    "modalities.text.encoder.arguments={width: 16, depth: 1, heads: 2, dropout: 0.1}",
+    *encoder_with(dropout=0.1),
+]
+WITH_LABELS = (
+    "alignment.pairs=[{latents: image, anchors: text, over: mean}, {latents: text, anchors: image, over: mean}, "
+    "{latents: image, anchors: label}]"
+)
+PARTIAL = [WITH_LABELS, "data.partial=true", "data.embedded=none", "data.shards=PARTIAL", "data.global_batch=16"]
+TEXTS = [
+    cell("text", "none", False, "gathered", *SMALL_TEXT),
+    cell("text", "selective", True, "ring", *SMALL_TEXT, *PARTIAL),
+    cell("text", "full", True, "gathered", *SMALL_TEXT, *PARTIAL),
+    cell("text", "none", True, "gathered", *SMALL_TEXT, "objective=clip"),
+    cell("text", "selective", False, "gathered", *SMALL_TEXT, *PARTIAL[1:], "objective=siglip"),
+]
 # Adam hides a constant factor in the encoder's gradients from the loss of the first steps; verify must not
 GATHER = cell("joint", "none", False, "gathered", fault="gather")
 STALE = cell("joint", "none", True, "gathered", fault="stale")  # buffers of ZeRO-3
@@ -65,6 +83,9 @@ SOME = [PAIRS[0], PAIRS[4], PAIRS[5], PAIRS[7]]
 def verify(engine: str, cells: list[Cell], folder: Path, processes: int = 2) -> list[list[dict[str, Any]]]:
     """The rows of each cell."""
     output = folder / "rows.json"
+    partial = write_partial_digits(folder / "partial")
+    for described in cells:
+        described["overrides"] = [word.replace("=PARTIAL", f"={partial}") for word in described["overrides"]]
     done = ranks(engine, WORKER, output, json.dumps(cells), processes=processes, cwd=folder)
     assert done.returncode == 0, done.stdout[-6000:]
     assert f"engine {engine} on {processes} process(es)" in done.stdout
@@ -76,16 +97,16 @@ def verify(engine: str, cells: list[Cell], folder: Path, processes: int = 2) -> 
 @pytest.mark.parametrize(
     "engine,cells,processes",
     [
-        ("ddp", [GATHER, *PAIRS, *OWN_CELLS], 2),
-        ("fsdp", [*SOME, *OWN_CELLS, BASELINES[2]], 2),
+        ("ddp", [GATHER, *PAIRS, *OWN_CELLS, *TEXTS[:2], TEXTS[3]], 2),
+        ("fsdp", [*SOME, *OWN_CELLS, BASELINES[2], TEXTS[1]], 2),
         ("zero1", FEW, 2),
-        ("zero2", [*SOME, OWN_CELLS[0]], 2),
-        ("zero3", [STALE, *PAIRS, OWN_CELLS[0], BASELINES[2]], 2),
+        ("zero2", [*SOME, OWN_CELLS[0], TEXTS[2]], 2),
+        ("zero3", [STALE, *PAIRS, OWN_CELLS[0], BASELINES[2], TEXTS[2]], 2),
         pytest.param("fsdp", PAIRS, 2, marks=pytest.mark.soak),
         pytest.param("zero2", [*PAIRS, OWN_CELLS[1]], 2, marks=pytest.mark.soak),
         pytest.param("zero3", [OWN_CELLS[1], BASELINES[0]], 2, marks=pytest.mark.soak),
         ("zero3_offload", FEW, 2),
-        ("ddp", [PAIRS[4], PAIRS[7], *BASELINES], 4),
+        ("ddp", [PAIRS[4], PAIRS[7], *BASELINES, *TEXTS], 4),
     ],
 )
 def test_equals_one_process_and_a_fault_does_not(

@@ -26,6 +26,7 @@ from lzn_dist.engines.launch import Launch, build_accelerator
 from lzn_dist.engines.zero import ZeROEngine
 from lzn_dist.networks import trust
 from lzn_dist.terminal import command
+from lzn_dist.training.resolve import resolve
 from lzn_dist.verify import verify
 from tests.helpers.launching import ROOT, SMALL
 
@@ -60,7 +61,7 @@ def main() -> int:
     trust(["tests"])
     for cell in cells:
         overrides = [*SMALL, f"data.shards={output.parent / 'digits'}", "output_dir=unused", *cell["overrides"]]
-        config = load_config(ROOT / "configs" / f"digits_{cell['config']}.yaml", overrides)
+        config = resolve(load_config(ROOT / "configs" / f"digits_{cell['config']}.yaml", overrides))
         accelerator = accelerator or build_accelerator(config, launch)
         torch.set_num_threads(1)
         with fault(cell["fault"]):

@@ -1,0 +1,149 @@
+"""Text encoders: a transformer, and what turns cosines of a contrastive pair into logits."""
+
+from __future__ import annotations
+
+import math
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from lzn_dist.models.layers import KeyedDropout, attention, number_dropout_layers
+
+
+class TransformerBlock(nn.Module):
+    """x + attention(norm(x)), then x + MLP(norm(x)): a transformer's block with the norms first (GPT-2's).
+
+    causal: a token sees those before it alone.
+    """
+
+    def __init__(self, width: int, heads: int, dropout: float, *, causal: bool = False) -> None:
+        super().__init__()
+        self.heads, self.causal = heads, causal
+        self.norm_1, self.norm_2 = nn.LayerNorm(width), nn.LayerNorm(width)
+        self.qkv, self.out = nn.Linear(width, 3 * width), nn.Linear(width, width)
+        self.up, self.down = nn.Linear(width, 4 * width), nn.Linear(4 * width, width)
+        self.drop_1, self.drop_2 = KeyedDropout(dropout), KeyedDropout(dropout)
+
+    def forward(self, x: Tensor, present: Tensor | None = None, key: Tensor | None = None) -> Tensor:
+        """x [b, l, width], present bool [b, l] (which tokens count) → the same shape. key int64 [b] for dropout."""
+        return self._add(x, attention(*self._qkv(x), present=present, causal=self.causal), key)
+
+    def _qkv(self, x: Tensor) -> tuple[Tensor, ...]:
+        """Each [b, l, heads, dim]."""
+        found: Tensor = self.qkv(self.norm_1(x)).unflatten(-1, (3, self.heads, -1))
+        return found.unbind(2)
+
+    def _add(self, x: Tensor, attended: Tensor, key: Tensor | None) -> Tensor:
+        x = x + self.drop_1(self.out(attended.flatten(2)), key)
+        added: Tensor = x + self.drop_2(self.down(F.gelu(self.up(self.norm_2(x)))), key)
+        return added
+
+
+def initialise(network: nn.Module, depth: int) -> None:
+    """GPT-2's initial weights: N(0, 0.02²), those that end a residual branch by √(2 depth) smaller; biases 0."""
+    for name, module in network.named_modules():
+        if isinstance(module, nn.Linear | nn.Embedding):
+            last = name.endswith((".out", ".down"))
+            nn.init.normal_(module.weight, std=0.02 / math.sqrt(2 * depth) if last else 0.02)
+        if isinstance(module, nn.Linear) and module.bias is not None:
+            nn.init.zeros_(module.bias)
+
+
+def check_sizes(**sizes: int) -> None:
+    """ValueError, naming the first that is not positive."""
+    for name, number in sizes.items():
+        if number < 1:
+            raise ValueError(f"{name}: a positive number is needed, not {number}")
+
+
+class TextEncoder(nn.Module):
+    """Tokens → anchors, by a transformer whose tokens see each other and whose last layer's are averaged."""
+
+    batch_independent: bool = True
+    takes_tokens: bool = True
+
+    def __init__(
+        self,
+        *,
+        vocabulary: int,
+        text_length: int = 32,
+        latent_dim: int = 256,
+        width: int = 128,
+        depth: int = 2,
+        heads: int = 4,
+        pool: Literal["mean", "first", "last"] = "mean",
+        dropout: float = 0.0,
+    ) -> None:
+        """vocabulary: tokens are below it. text_length: most tokens. width: of a token's vector; depth: blocks. pool:
+        what stands for a text, its tokens' mean or one of them. Raises ValueError, naming the argument."""
+        super().__init__()
+        check_sizes(vocabulary=vocabulary, text_length=text_length, latent_dim=latent_dim, depth=depth, heads=heads)
+        if width < 1 or width % heads:
+            raise ValueError(f"width: a multiple of heads ({heads}) is needed, not {width}")
+        if pool not in ("mean", "first", "last"):
+            raise ValueError(f"pool: 'mean', 'first' or 'last' is needed, not {pool!r}")
+        self.vocabulary, self.pool, self.feature_dim = vocabulary, pool, width
+        self.tokens, self.places = nn.Embedding(vocabulary, width), nn.Embedding(text_length, width)
+        self.layers = nn.ModuleList([TransformerBlock(width, heads, dropout) for _ in range(depth)])
+        self.norm = nn.LayerNorm(width)
+        # as the images' head it ends with a normalisation: anchors have a length of √D
+        self.head = nn.Sequential(nn.Linear(width, latent_dim, bias=False), nn.LayerNorm(latent_dim))
+        initialise(self, depth)
+        number_dropout_layers(self)
+
+    def features(self, tokens: Tensor, key: Tensor | None = None) -> Tensor:
+        """tokens int64 [b, l], negative behind a text's end → [b, width]; key int64 [b] for dropout.
+
+        What stands behind a text's end makes no difference; one without any token has some finite features. Raises
+        ValueError for another shape or type, or more tokens than text_length.
+        """
+        if tokens.dim() != 2 or tokens.dtype != torch.int64 or not 0 < tokens.shape[1] <= self.places.num_embeddings:
+            most = self.places.num_embeddings
+            raise ValueError(f"tokens: int64 [b, 1 to {most}] is needed, not {tokens.dtype} {list(tokens.shape)}")
+        present = tokens >= 0
+        first = torch.zeros_like(present)
+        first[:, 0] = True
+        present = present | first  # attention over nothing has no value
+        places = torch.arange(tokens.shape[1], device=tokens.device)
+        x = self.tokens(tokens.clamp(min=0)) + self.places(places)
+        for layer in self.layers:
+            x = layer(x, present, key)
+        x = self.norm(x)
+        counted = present[..., None].to(x.dtype)
+        if self.pool == "mean":
+            pooled: Tensor = (x * counted).sum(1) / counted.sum(1)
+            return pooled
+        if self.pool == "first":
+            return x[:, 0]
+        last = present.sum(1) - 1
+        return x.gather(1, last[:, None, None].expand(-1, 1, x.shape[2])).squeeze(1)
+
+    def forward(self, tokens: Tensor, key: Tensor | None = None) -> Tensor:
+        """tokens int64 [b, l] → anchors [b, latent_dim]; as `features`."""
+        anchors: Tensor = self.head(self.features(tokens, key))
+        return anchors
+
+    def blocks(self) -> list[nn.Module]:
+        """The units of sharding and recomputation."""
+        return list(self.layers)
+
+
+class LogitScale(nn.Module):
+    """Logarithm of a scale and a bias, both learned: [2]. CLIP starts at scale 1/0.07 (arXiv 2103.00020, section 2.5),
+    SigLIP at scale 10, bias −10 (arXiv 2303.15343, section 3.2)."""
+
+    def __init__(self, scale: float = 1 / 0.07, bias: float = 0.0) -> None:
+        """Raises ValueError for a scale that is not positive."""
+        super().__init__()
+        if not scale > 0:
+            raise ValueError(f"scale: a positive number is needed, not {scale}")
+        self.values = nn.Parameter(torch.tensor([math.log(scale), bias]))
+
+    def forward(self) -> Tensor:
+        # not the parameter itself: sharded engines take its storage away when the forward has ended
+        return self.values.clone()
+
+    def blocks(self) -> list[nn.Module]:
+        return []
