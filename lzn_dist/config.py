@@ -126,11 +126,23 @@ class AlignmentConfig(_Section):
 class DecodingConfig(_Section):
     what: str = Field("image", description="Data type that is decoded.")
     latents: str = Field("image", description="Data type, or view of it, from whose latents.")
+    point: Literal["latent", "anchor"] = Field(
+        "latent", description="Decode from latents (the paper's), or from the anchors as alignment sees them."
+    )
     class_conditional: bool = Field(False, description="Give the decoder the labels as well.")
+    condition_dropout: float = Field(
+        0.0, ge=0.0, le=1.0, description="Share of samples that are decoded without latent and label, for guidance."
+    )
     weight: float = Field(1.0, ge=0.0, description="Weight of this decoder's loss.")
     latent_dropout: float = Field(
         0.0, ge=0.0, le=1.0, description="Share of samples that are decoded from a latent of the prior, not of theirs."
     )
+
+    @model_validator(mode="after")
+    def _possible(self) -> DecodingConfig:
+        if self.latent_dropout and self.point == "anchor":
+            raise ValueError("latent_dropout draws latents: with point=anchor it is condition_dropout")
+        return self
 
 
 class ContrastConfig(_Section):

@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeAlias
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -36,6 +37,7 @@ from lzn_dist.zones import align, compute_latents, nearest_anchor
 # what methods take for images [b, c, h, w] and labels int64 [b]: tensors, or what lzn_dist.inputs makes into them
 Images: TypeAlias = Any
 Labels: TypeAlias = Any
+Texts: TypeAlias = "str | Sequence[str]"
 
 CHUNK = 512  # images that go through a network at once, at most,
 CHUNK_PIXELS = 1 << 21  # and pixels: a feature map of 128 channels is 1 GB then
@@ -75,6 +77,7 @@ class LZN:
         self.needs = needs(config)
         self.step = step
         self._others: Tensor | None = None
+        self._other_texts: list[str] | None = None
         self._bfloat16 = False
 
     def to(self, *args: Any, **more: Any) -> LZN:
@@ -320,6 +323,16 @@ class LZN:
             found.append(self.read_class(latents[:counted], class_weights))
         return torch.cat(found) if found else torch.zeros(0, dtype=torch.int64, device=self.device)
 
+    def classify_text(self, texts: Sequence[str], seed: int = 0) -> Tensor:
+        """Labels int64 [b] of texts: text → anchor → latent at the centre of its zone (over a fixed batch) → class."""
+        found = [torch.zeros(0, dtype=torch.int64, device=self.device)]
+        words = as_texts(texts)
+        for rows, counted in self._fixed_batches(len(words)):
+            anchors = self.embed_text(self._filled_texts(words, rows))
+            latents = self.anchors_to_latents(anchors, 0.0, seed, rows.to(self.device))
+            found.append(self.read_class(latents[:counted]))
+        return torch.cat(found)
+
     # ── latents → images ────────────────────────────────────────────────────────────────────────────────────────
 
     @torch.no_grad()
@@ -347,39 +360,165 @@ class LZN:
         return normal(make_key(seed, "generate/noise", samples), shape, self._dtype)
 
     def generate(
-        self, n: int, labels: Labels | None = None, seed: int = 0, *,
-        zone: Labels | None = None, first: int = 0,
+        self, n: int | None = None, labels: Labels | None = None, seed: int = 0, *,
+        texts: Texts | None = None, zone: Labels | None = None, first: int = 0, guidance: float = 1.0,
     ) -> Tensor:  # fmt: skip
         """n images [n, c, h, w] in [−1, 1]; `generate_with_latents` says what the arguments mean."""
-        return self.generate_with_latents(n, labels, seed, zone=zone, first=first).images
+        return self.generate_with_latents(
+            n, labels, seed, texts=texts, zone=zone, first=first, guidance=guidance
+        ).images  # fmt: skip
 
     def generate_with_latents(
-        self, n: int, labels: Labels | None = None, seed: int = 0, *,
-        zone: Labels | None = None, first: int = 0,
+        self, n: int | None = None, labels: Labels | None = None, seed: int = 0, *,
+        texts: Texts | None = None, zone: Labels | None = None, first: int = 0, guidance: float = 1.0,
     ) -> Generated:  # fmt: skip
-        """n samples, numbered from ``first``: generate(4) is generate(2) followed by generate(2, first=2).
+        """n samples, numbered from ``first``: generate(4) is generate(2) followed by generate(2, first=2). n may be
+        left out where labels or texts say how many.
 
         Without labels the latent is a prior draw; a joint model reads its class from the zone it lies in and gives the
         decoder that one-hot label. With labels (one for all, or int64 [n]) the latent is drawn from the label's zone,
         as published. ``zone`` draws it from the zone of another class than the one-hot label instead. A decoder that
-        takes labels without zones gets prior latents, and where no labels are asked for, the classes in turn.
-        Raises MissingCapability for labels where the model has none, ValueError for labels out of range.
+        takes labels without zones gets prior latents, and where no labels are asked for, the classes in turn. With
+        texts (one for all, or n) the latent is the centre of the text's zone (`given`).
+        guidance: classifier-free, for decoders with `condition_dropout`; 1: none.
+        Raises MissingCapability for labels or texts where the model has none, ValueError for labels out of range.
         """
         self._decoder()
+        if n is None:
+            counted = labels if texts is None else texts
+            if counted is None or isinstance(counted, str) or not hasattr(counted, "__len__"):
+                raise ValueError("n: how many images? It may be left out where a list of labels or texts says so")
+            n = len(counted)
         n = as_count(n)
+        if texts is not None:
+            return self._generate_from(as_texts(texts), n, labels, seed, first, guidance)
         if labels is None and zone is not None:
             raise ValueError("zone needs labels: which one-hot label should the decoder be given?")
+        if not self.draws_prior and not (labels is not None and self.has_labels):
+            raise MissingCapability(
+                "this decoder is given anchors (point: anchor), not latents of the prior: give texts"
+            )
         if labels is None and self.takes_labels and not self.has_labels:
             labels = torch.arange(first, first + n) % self.config.data.num_classes
         one_hot = None if labels is None else self._label_tensor(labels, n)
         if one_hot is not None and (self.has_labels or zone is not None):
-            latents = self.label_latents(one_hot if zone is None else self._label_tensor(zone, n), seed, first)
+            chosen = one_hot if zone is None else self._label_tensor(zone, n)
+            latents = self.label_latents(chosen, seed, first) if self.draws_prior else self.label_anchors()[chosen]
         else:
             latents = self.prior_latents(n, seed, first)
             if self.has_labels:
                 one_hot = self.read_class(latents)
-        images, nfe = self._walk(self.noise(n, seed, first), latents, one_hot, to_noise=False)
+        own = one_hot if self.takes_labels else None
+        images, nfe = self._walk(self.noise(n, seed, first), latents, own, to_noise=False, guidance=guidance)
         return Generated(images.clamp(-1.0, 1.0), latents, one_hot, nfe)
+
+    def _generate_from(
+        self, texts: list[str], n: int, labels: Labels | None, seed: int, first: int, guidance: float
+    ) -> Generated:
+        if len(texts) not in (1, n):
+            raise ValueError(f"texts must be one text or {n}, got {len(texts)}")
+        given = self.given("image", texts=texts, seed=seed)
+        given = given.expand(n, -1) if len(texts) == 1 else given
+        own = None
+        if self.takes_labels:
+            own = self._decoder_labels(given, labels, n)
+        images, nfe = self._walk(self.noise(n, seed, first), given, own, to_noise=False, guidance=guidance)
+        return Generated(images.clamp(-1.0, 1.0), given, own, nfe)
+
+    def _decoder_labels(self, given: Tensor, labels: Labels | None, n: int) -> Tensor:
+        """The one-hot labels of a decoder that takes some: those given, else read from latents, else none."""
+        if labels is not None:
+            return self._label_tensor(labels, n)
+        if self.has_labels and self.draws_prior:
+            return self.read_class(given)
+        return torch.full((n,), -1, dtype=torch.int64, device=given.device)
+
+    @property
+    def draws_prior(self) -> bool:
+        """Whether the image decoder is given latents, which can be drawn from the prior."""
+        return self._point("image") == "latent"
+
+    def _point(self, what: str) -> str:
+        """What a decoder is given: latent or anchor."""
+        return next((decoding.point for decoding in self.needs.decodes if decoding.what == what), "latent")
+
+    @torch.no_grad()
+    def given(
+        self, what: str, *, images: Images | None = None, texts: Sequence[str] | None = None,
+        labels: Labels | None = None, noise_scale: float = 0.0, seed: int = 0,
+    ) -> Tensor:  # fmt: skip
+        """What the decoder of ``what`` (image or text) is given [n, D] for images, texts or labels (one of them): their
+        latents, or anchors where it was trained on these.
+
+        Latents of images and texts are computed in fixed batches, filled up with the first training samples'; those of
+        labels over all labels. noise_scale: 0 for the centres of the zones.
+        """
+        if sum(part is not None for part in (images, texts, labels)) != 1:
+            raise ValueError("give one of images, texts and labels")
+        if labels is not None:
+            chosen = self._label_tensor(labels, len(labels) if hasattr(labels, "__len__") else 1)
+            table = self.label_anchors()
+            if self._point(what) == "anchor":
+                return table[chosen]
+            samples = torch.arange(len(chosen), device=table.device)
+            noise = normal(make_key(seed, "generate/latent", samples), table.shape[1:], table.dtype) * noise_scale
+            return compute_latents(
+                table[chosen], noise, table, index=chosen, steps=self.config.evaluation.alignment_steps
+            )
+        if self._point(what) == "anchor":
+            anchors = self.anchors(images) if images is not None else self.embed_text(texts or [])
+            return anchors if self.has_latents else F.normalize(anchors, dim=1)
+        if images is not None:
+            images = self._images(images)
+            count = len(images)
+        else:
+            words = as_texts(texts)
+            count = len(words)
+        found = [torch.zeros(0, self.config.latent.dim, device=self.device)]
+        for rows, counted in self._fixed_batches(count):
+            if images is not None:
+                anchors = self.anchors(self._filled(images, rows))
+            else:
+                anchors = self.embed_text(self._filled_texts(words, rows))
+            found.append(self.anchors_to_latents(anchors, noise_scale, seed, rows.to(self.device))[:counted])
+        return torch.cat(found)
+
+    # ── latents → captions ──────────────────────────────────────────────────────────────────────────────────────
+
+    @property
+    def has_captions(self) -> bool:
+        """Whether captions can be written."""
+        return self.networks.find("text", "decoder") is not None
+
+    @torch.no_grad()
+    def caption(
+        self, images: Images | None = None, *, texts: Sequence[str] | None = None, labels: Labels | None = None,
+        seed: int = 0, temperature: float = 0.0, top_p: float = 1.0, beams: int = 1,
+    ) -> list[str]:  # fmt: skip
+        """A caption of each image, text or label (one of them), from the centre of its zone.
+
+        temperature 0: the likeliest word each time, or with beams > 1 the likeliest caption; above: drawn, of the words
+        that have top_p of the probability together. Deterministic by seed. Raises MissingCapability.
+        """
+        decoder = self.networks.find("text", "decoder")
+        if decoder is None:
+            raise MissingCapability("this model has no text decoder: it cannot write captions")
+        given = self.given("text", images=images, texts=texts, labels=labels, seed=seed)
+        conditional = any(d.class_conditional for d in self.needs.decodes if d.what == "text")
+        own = None
+        if conditional:
+            own = self._decoder_labels(given, labels, len(given))
+        keys = make_key(seed, "caption/token", torch.arange(len(given), device=given.device))
+        kind, written = Text(self.config), []
+        for start in range(0, len(given), CHUNK):
+            part = slice(start, start + CHUNK)
+            with self._autocast():
+                tokens = kind.write(
+                    decoder, given[part], None if own is None else own[part], keys[part], temperature=temperature,
+                    top_p=top_p, beams=beams,
+                )  # fmt: skip
+            written += self.tokenizer.decode(tokens)
+        return written
 
     @torch.no_grad()
     def reconstruct(self, images: Images, seed: int = 0, labels: Labels | None = None) -> Tensor:
@@ -411,15 +550,17 @@ class LZN:
         labels: of the data, used only by a decoder that takes labels without zones. samples: as anchors_to_latents.
         """
         images = self._images(images)
-        if self.has_latents:
+        if not self.draws_prior:
+            latents = self.given("image", images=images)
+        elif self.has_latents:
             rows = None if samples is None else samples.to(self.device)
             latents = self.anchors_to_latents(self.anchors(images), None, seed, rows)
         else:
             latents = torch.zeros(len(images), 0, device=self.device, dtype=self._dtype)
-        if self.has_labels:
-            return latents, self.read_class(latents)
         if not self.takes_labels:
             return latents, None
+        if self.has_labels and self.draws_prior:
+            return latents, self.read_class(latents)
         if labels is None:
             raise ValueError("labels: this decoder takes labels and has no zones to read them from")
         return latents, self._label_tensor(labels, len(images))
@@ -463,7 +604,25 @@ class LZN:
         others = self._others.to(images)
         return torch.cat((images, others[torch.arange(len(rows) - len(images)) % len(others)]))
 
-    def _walk(self, x: Tensor, latents: Tensor, labels: Tensor | None, *, to_noise: bool) -> tuple[Tensor, float]:
+    def _filled_texts(self, texts: list[str], rows: Tensor) -> list[str]:
+        """As `_filled`, with captions of the first training samples."""
+        if len(texts) >= len(rows):
+            return [texts[row % len(texts)] for row in rows.tolist()]
+        if self._other_texts is None:
+            from lzn_dist.data import ShardIndex  # not needed for whole batches
+            from lzn_dist.training.batches import fixed_batches
+
+            data = self.config.data
+            index = ShardIndex.load(data.shards, data.cache, data.retry_seconds)
+            dataset = fixed_batches(self.config, index, "train").dataset
+            found = dataset.captions(np.arange(min(len(dataset), 2 * len(rows))))
+            self._other_texts = [captions[0] for captions in found if captions]
+        others = self._other_texts
+        return texts + [others[place % len(others)] for place in range(len(rows) - len(texts))]
+
+    def _walk(
+        self, x: Tensor, latents: Tensor, labels: Tensor | None, *, to_noise: bool, guidance: float = 1.0
+    ) -> tuple[Tensor, float]:
         """The end points, and the mean number of evaluations of the decoder."""
         network, image = self._decoder(), Image(self.config)
 
@@ -476,7 +635,9 @@ class LZN:
         for start in range(0, len(x), self.chunk):
             part = slice(start, start + self.chunk)
             own = None if labels is None else labels[part]
-            found, evaluations = image.walk(decoder, x[part], latents[part], own, to_noise=to_noise)
+            found, evaluations = image.walk(
+                decoder, x[part], latents[part], own, to_noise=to_noise, guidance=guidance
+            )  # fmt: skip
             result.append(found)
             nfe += evaluations * len(found)
         return (torch.cat(result), nfe / len(x)) if result else (x, 0.0)

@@ -18,7 +18,7 @@ SHORT = {  # names of our own classes, by role
     "ncsnpp": {"encoder": "lzn_dist.models:ImageEncoder", "decoder": "lzn_dist.models:ImageDecoder"},
     "resnet": {"encoder": "lzn_dist.models:ResNetEncoder"},
     "label_anchors": {"encoder": "lzn_dist.models:LabelAnchors"},
-    "transformer": {"encoder": "lzn_dist.models:TextEncoder"},
+    "transformer": {"encoder": "lzn_dist.models:TextEncoder", "decoder": "lzn_dist.models:TextDecoder"},
     "logit_scale": {"encoder": "lzn_dist.models:LogitScale"},
 }
 _trusted = {"lzn_dist"}

@@ -19,7 +19,10 @@ from lzn_dist.training.step import TrainState, compute_gradients
 from lzn_dist.zones import align, alignment_loss, compute_latents
 from tests.helpers.small_run import small_config, small_samples, small_state
 
-SMALL = ["modalities.text.encoder.arguments={width: 16, depth: 1, heads: 2}", "data.vocabulary=40"]
+SMALL = [
+    *(f"modalities.text.{role}.arguments={{width: 16, depth: 1, heads: 2}}" for role in ("encoder", "decoder")),
+    "data.vocabulary=40", "decode=[]",
+]  # fmt: skip
 IMAGE, TEXT = View("image"), View("text")
 VARIED = [
     "modalities.image.anchor_norm=1.5", "modalities.text.anchor_norm=0.7", "latent.noise_scale=0.3",

@@ -8,6 +8,7 @@ and workers, after any resume, and resuming reads nothing of what went before.
 
 from __future__ import annotations
 
+import json
 import multiprocessing.util
 import os
 import queue
@@ -159,16 +160,31 @@ class ShardedDataset(Dataset[tuple[Tensor, int]]):
 
     def captions(self, rows: Rows) -> list[list[str]]:
         """All captions of each sample; none of one whose text is damaged or not there."""
-        table = self.table.offsets.get("txt")
         found: list[list[str]] = []
-        for row in np.asarray(rows).tolist():
-            offset, size = (ABSENT, 0) if table is None else table[row].tolist()
-            content = b"" if offset == ABSENT else self.index.storage.read(self.table.shard_of(row).name, offset, size)
+        for content in self._members(rows, "txt"):
             try:
                 found.append(captions_of(content))
             except ValueError:
                 found.append([])
         return found
+
+    def attributes(self, rows: Rows) -> list[dict[str, object]]:
+        """What else is known of each sample (KEY.json); nothing of one whose file is damaged or not there."""
+        found: list[dict[str, object]] = []
+        for content in self._members(rows, "json"):
+            try:
+                read = json.loads(content)
+            except ValueError:
+                read = None
+            found.append(read if isinstance(read, dict) else {})
+        return found
+
+    def _members(self, rows: Rows, extension: str) -> Iterator[bytes]:
+        """A member of each sample, b"" where it has none."""
+        table = self.table.offsets.get(extension)
+        for row in np.asarray(rows).tolist():
+            offset, size = (ABSENT, 0) if table is None else table[row].tolist()
+            yield b"" if offset == ABSENT else self.index.storage.read(self.table.shard_of(row).name, offset, size)
 
     def read_or_replace(self, rows: Rows, epoch: int = 0) -> Read:
         """Samples, those that cannot be used replaced by others. The replacement is a function of the seed, the bad

@@ -54,6 +54,8 @@ class Engine(ABC):
     # whether a step of several backwards must begin, or end, with one that reaches every parameter
     touches_first: bool = False
     touches_last: bool = False
+    # whether a network may be used once alone in a backward
+    uses_once: bool = False
     module: Callable[[Callable[[Networks], Any]], Any]
 
     def __init__(self, networks: Networks, topology: Topology) -> None:

@@ -54,6 +54,8 @@ class ZeROEngine(Engine):
         self.zero: Any = module.optimizer
         self.inner: torch.optim.Optimizer = self.zero.optimizer
         self.stage = int(module.zero_optimization_stage())
+        # what is gathered as a whole hands its gradients over as often as it was used, and DeepSpeed takes them once
+        self.uses_once = self.stage == 3 and bool(checkpointed)
         self.offload = bool(module.zero_use_cpu_optimizer()) and self.stage == 3
         # Under ZeRO-3 a gradient buffer is overwritten in a step's first backward and added to in later ones, also
         # where that first backward did not reach the parameter and the buffer holds the previous step's gradient.

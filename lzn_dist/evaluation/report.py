@@ -13,6 +13,7 @@ from lzn_dist.config import Config, ConfigError
 from lzn_dist.data import CorruptSampleError
 from lzn_dist.distributed.spread import once
 from lzn_dist.evaluation.accuracy import classification_accuracy, logit_accuracy
+from lzn_dist.evaluation.attributes import caption_values, generated_values, has_attributes, label_values
 from lzn_dist.evaluation.data import EvaluationData, Unmeasurable
 from lzn_dist.evaluation.fid import fid_values
 from lzn_dist.evaluation.frechet import frechet_distance
@@ -78,6 +79,8 @@ def evaluate_model(
     samples), digit_classifier_accuracy.
     representation: those four, and the same under untrained. and (of small images) pixels. for comparison.
     text and images: zero_shot_accuracy, image_to_text_recall_at_1 (5, 10), text_to_image_recall_at_1 (5, 10).
+    Of digits that are described also caption_attributes_right and generated_attributes_right, with parts
+    (`lzn_dist.evaluation.attributes`), and with labels text_to_label_accuracy and label_to_text_right.
     Baselines: what they have of these, and a supervised model's accuracy.
     Of decoders also fid and the like (`fid_values`) where evaluation.inception names the network's weights; of all LZN
     models zones.* (`zone_health`).
@@ -273,13 +276,33 @@ def probe_values(asked: Asked) -> dict[str, float]:
     return values
 
 
+def _described(asked: Asked) -> bool:
+    model = asked.model
+    return (model.has_text or model.has_captions) and has_attributes(asked.data)
+
+
 METRICS = (
     Metric("accuracy", lambda asked: asked.model.has_labels, accuracy_values),
     Metric("accuracy", lambda asked: asked.model.has_logits, logit_values),
     Metric("retrieval", lambda asked: asked.model.pairs_text, lambda asked: retrieval_values(asked.model, asked.data)),
     Metric("zero_shot", lambda asked: asked.model.pairs_text, lambda asked: zero_shot_values(asked.model, asked.data)),
-    Metric("generation", lambda asked: asked.model.has_decoder, generation_values),
-    Metric("fid", lambda asked: asked.inception is not None, inception_values),
+    Metric(
+        "captions",
+        lambda asked: _described(asked) and asked.model.has_captions and asked.model.has_encoder,
+        lambda asked: caption_values(asked.model, asked.data),
+    ),
+    Metric(
+        "text_to_image",
+        lambda asked: _described(asked) and asked.model.has_text and asked.model.has_decoder,
+        lambda asked: generated_values(asked.model, asked.data),
+    ),
+    Metric(
+        "text_and_labels",
+        lambda asked: _described(asked) and asked.model.has_labels,
+        lambda asked: label_values(asked.model, asked.data),
+    ),
+    Metric("generation", lambda asked: asked.model.has_decoder and asked.model.draws_prior, generation_values),
+    Metric("fid", lambda asked: asked.inception is not None and asked.model.draws_prior, inception_values),
     Metric("zones", lambda asked: asked.model.has_latents, health_values),
     Metric(
         "probes",
@@ -299,7 +322,7 @@ def write_figures(
     folder = output_dir / "figures"
     written: list[Path | None] = [training_curves(run or output_dir, folder / "training.png")]
     config = model.config
-    if model.has_decoder:
+    if model.has_decoder and model.draws_prior:
         columns, rows = 16, min(config.data.num_classes, 10) if model.takes_labels else 8
         if model.takes_labels:
             labels = torch.arange(rows).repeat_interleave(columns)

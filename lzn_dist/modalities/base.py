@@ -6,6 +6,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable
 from typing import Any, ClassVar
 
+import torch
 from torch import Tensor
 from torch.nn import functional
 
@@ -87,7 +88,14 @@ class Modality(ABC):
         return anchors if self.norm is None else self.norm * functional.normalize(anchors, dim=-1)
 
     def decoding_loss(
-        self, decoder: Network, samples: Tensor, latents: Tensor, labels: Tensor | None, keys: Keys
-    ) -> Tensor:
-        """A scalar: the mean loss of making these samples from latents [b, D] (and labels int64 [b])."""
+        self, decoder: Network, samples: Tensor, latents: Tensor, labels: Tensor | None, keys: Keys,
+        shares: Tensor | None,
+    ) -> Tensor:  # fmt: skip
+        """A scalar: the mean loss of making these samples from latents [b, D] (and labels int64 [b]); shares [b]: of
+        the samples in the mean (None: equal)."""
         raise NotImplementedError(f"no decoder makes data of type {self.name}")
+
+
+def shared_mean(losses: Tensor, shares: Tensor | None) -> Tensor:
+    """The mean of losses [b] with weights [b]; what has none counts nothing, whatever its loss is."""
+    return (losses if shares is None else losses.masked_fill(torch.eq(shares, 0), 0.0) * shares).mean()

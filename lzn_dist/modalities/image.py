@@ -10,7 +10,7 @@ from torch import Tensor
 from lzn_dist.data import Batch, augment, to_unit_range
 from lzn_dist.flow import invert, path, sample
 from lzn_dist.keyed_random import normal, uniform
-from lzn_dist.modalities.base import Keys, Modality, Network
+from lzn_dist.modalities.base import Keys, Modality, Network, shared_mean
 
 
 class Image(Modality):
@@ -35,26 +35,40 @@ class Image(Modality):
         return (augment.random_flip(images[0], index, batch.epoch, seed) if data.flip else images[0],)
 
     def decoding_loss(
-        self, decoder: Network, samples: Tensor, latents: Tensor, labels: Tensor | None, keys: Keys
-    ) -> Tensor:
+        self, decoder: Network, samples: Tensor, latents: Tensor, labels: Tensor | None, keys: Keys,
+        shares: Tensor | None,
+    ) -> Tensor:  # fmt: skip
         """Rectified flow's (arXiv 2209.03003, equation 1)."""
         noise = normal(keys("flow/noise"), samples.shape[1:], samples.dtype)
         t = path.times(uniform(keys("flow/time"), (), samples.dtype), self.config.flow.t_min)
         point = path.interpolate(noise, samples, t)
         velocity = decoder(point.x_t, t, latents.to(samples.dtype), labels=labels, key=keys("dropout/decoder"))
-        return path.loss(velocity.to(samples.dtype), point)
+        velocity = velocity.to(samples.dtype)
+        if shares is None:
+            return path.loss(velocity, point)
+        return shared_mean((velocity - point.dx_t).square().flatten(1).mean(1), shares)
 
     @torch.no_grad()
     def walk(
-        self, decoder: Network, x: Tensor, latents: Tensor, labels: Tensor | None, *, to_noise: bool
-    ) -> tuple[Tensor, float]:
+        self, decoder: Network, x: Tensor, latents: Tensor, labels: Tensor | None, *, to_noise: bool,
+        guidance: float = 1.0,
+    ) -> tuple[Tensor, float]:  # fmt: skip
         """From noise [n, c, h, w] to images, or back, under latents [n, D] and labels int64 [n]; and how often the
-        decoder was evaluated (NFE), on average over the samples."""
+        decoder was evaluated (NFE), on average over the samples.
+
+        guidance g: the velocity is v₀ + g (v − v₀), v₀ without condition (latents of 0 and no label), as a decoder with
+        `condition_dropout` knows it (classifier-free guidance, arXiv 2207.12598); 1: v.
+        """
         flow = self.config.flow
 
         def velocity(t: Tensor, x_t: Tensor) -> Tensor:
-            return decoder(x_t, t.expand(len(x_t)), latents.to(x_t.dtype), labels=labels).to(x_t.dtype)
+            given = decoder(x_t, t.expand(len(x_t)), latents.to(x_t.dtype), labels=labels).to(x_t.dtype)
+            if guidance == 1.0:
+                return given
+            none = None if labels is None else torch.full_like(labels, -1)
+            free = decoder(x_t, t.expand(len(x_t)), torch.zeros_like(latents).to(x_t.dtype), labels=none).to(x_t.dtype)
+            return free + guidance * (given - free)
 
         solve = invert if to_noise else sample
         walked = solve(velocity, x, method=flow.sampler, steps=flow.sampler_steps, t_min=flow.t_min)
-        return walked.x, float(walked.nfe)
+        return walked.x, float(walked.nfe) * (1 if guidance == 1.0 else 2)

@@ -1,4 +1,4 @@
-"""Networks: encoders and decoders of images, encoders of text, label anchors, averaged weights.
+"""Networks: encoders and decoders of images and text, label anchors, averaged weights.
 
 The folder imports torch, lzn_dist.keyed_random and, where it is installed, xformers; it knows no rank, no
 configuration object and no trainer. Images are [b, c, h, w] in [−1, 1]. Initial weights come from torch's global
@@ -14,7 +14,7 @@ from lzn_dist.models.label_anchors import LabelAnchors
 from lzn_dist.models.layers import KeyedDropout, attention
 from lzn_dist.models.ncsnpp import ImageDecoder, ImageEncoder
 from lzn_dist.models.resnet import ResNetEncoder
-from lzn_dist.models.text import LogitScale, TextEncoder
+from lzn_dist.models.text import LogitScale, TextDecoder, TextEncoder
 
 __all__ = [
     "EMA",
@@ -24,6 +24,7 @@ __all__ = [
     "LabelAnchors",
     "LogitScale",
     "ResNetEncoder",
+    "TextDecoder",
     "TextEncoder",
     "attention",
 ]

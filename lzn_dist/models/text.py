@@ -30,6 +30,14 @@ class TransformerBlock(nn.Module):
         """x [b, l, width], present bool [b, l] (which tokens count) → the same shape. key int64 [b] for dropout."""
         return self._add(x, attention(*self._qkv(x), present=present, causal=self.causal), key)
 
+    def extend(self, x: Tensor, past: tuple[Tensor, Tensor] | None) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+        """As forward of a causal block, for tokens x [b, l, width] behind those whose keys and values past are
+        [b, past, heads, dim]; returns also those of all."""
+        q, k, v = self._qkv(x)
+        if past is not None:
+            k, v = torch.cat((past[0], k), 1), torch.cat((past[1], v), 1)
+        return self._add(x, attention(q, k, v, causal=True), None), (k, v)
+
     def _qkv(self, x: Tensor) -> tuple[Tensor, ...]:
         """Each [b, l, heads, dim]."""
         found: Tensor = self.qkv(self.norm_1(x)).unflatten(-1, (3, self.heads, -1))
@@ -124,6 +132,91 @@ class TextEncoder(nn.Module):
         """tokens int64 [b, l] → anchors [b, latent_dim]; as `features`."""
         anchors: Tensor = self.head(self.features(tokens, key))
         return anchors
+
+    def blocks(self) -> list[nn.Module]:
+        """The units of sharding and recomputation."""
+        return list(self.layers)
+
+
+Past = list[tuple[Tensor, Tensor]]
+
+
+class TextDecoder(nn.Module):
+    """Latents → captions: a causal transformer that reads the latent as its first tokens.
+
+    Its own vocabulary has one token more than the text's, the end: number ``vocabulary``.
+    """
+
+    batch_independent: bool = True
+
+    def __init__(
+        self,
+        *,
+        vocabulary: int,
+        text_length: int = 32,
+        latent_dim: int = 256,
+        num_classes: int = 0,
+        width: int = 128,
+        depth: int = 2,
+        heads: int = 4,
+        prefix: int = 2,
+        dropout: float = 0.0,
+    ) -> None:
+        """prefix: tokens that the latent becomes. num_classes: labels are given besides the latent; 0: none. Raises
+        ValueError, naming the argument."""
+        super().__init__()
+        check_sizes(vocabulary=vocabulary, text_length=text_length, latent_dim=latent_dim, depth=depth, heads=heads,
+                    prefix=prefix)  # fmt: skip
+        if width < 1 or width % heads:
+            raise ValueError(f"width: a multiple of heads ({heads}) is needed, not {width}")
+        self.vocabulary, self.text_length, self.num_classes, self.width = vocabulary, text_length, num_classes, width
+        self.prefix = nn.Linear(latent_dim + num_classes, prefix * width)
+        self.tokens, self.places = nn.Embedding(vocabulary, width), nn.Embedding(prefix + text_length, width)
+        self.layers = nn.ModuleList([TransformerBlock(width, heads, dropout, causal=True) for _ in range(depth)])
+        self.norm, self.head = nn.LayerNorm(width), nn.Linear(width, vocabulary + 1)
+        initialise(self, depth)
+        nn.init.normal_(self.prefix.weight, std=(latent_dim + num_classes) ** -0.5)
+        number_dropout_layers(self)
+
+    def forward(
+        self, tokens: Tensor, latents: Tensor, labels: Tensor | None = None, key: Tensor | None = None
+    ) -> Tensor:
+        """tokens int64 [b, l], latents [b, latent_dim], labels int64 [b] where num_classes > 0 (negative: none), key
+        int64 [b] for dropout → logits [b, l + 1, vocabulary + 1] of the first token, and of that behind each."""
+        read = self._read(latents, labels)
+        x = torch.cat((read, self.tokens(tokens.clamp(min=0)).to(read.dtype)), 1)
+        x = x + self.places(torch.arange(x.shape[1], device=x.device))
+        for layer in self.layers:
+            x = layer(x, None, key)
+        logits: Tensor = self.head(self.norm(x[:, read.shape[1] - 1 :]))
+        return logits
+
+    def begin(self, latents: Tensor, labels: Tensor | None = None) -> tuple[Tensor, Past]:
+        """Logits [b, vocabulary + 1] of the first token, and what `extend` needs of what was read."""
+        return self._extend(self._read(latents, labels), [None] * len(self.layers), 0)
+
+    def extend(self, tokens: Tensor, past: Past) -> tuple[Tensor, Past]:
+        """Logits [b, vocabulary + 1] of what stands behind tokens int64 [b], each behind its own past."""
+        return self._extend(self.tokens(tokens)[:, None], list(past), past[0][0].shape[1])
+
+    def _read(self, latents: Tensor, labels: Tensor | None) -> Tensor:
+        """[b, prefix, width]. Raises ValueError for labels that are missing or superfluous."""
+        if (labels is None) != (self.num_classes == 0):
+            raise ValueError(f"labels: this decoder has num_classes={self.num_classes}")
+        if labels is not None:
+            given = F.one_hot(labels.clamp(min=0), self.num_classes) * (labels >= 0)[:, None]
+            latents = torch.cat((latents, given.to(latents.dtype)), 1)
+        read: Tensor = self.prefix(latents).unflatten(1, (-1, self.width))
+        return read
+
+    def _extend(self, x: Tensor, past: list[tuple[Tensor, Tensor] | None], start: int) -> tuple[Tensor, Past]:
+        x = x + self.places(torch.arange(start, start + x.shape[1], device=x.device))
+        kept = []
+        for layer, own in zip(self.layers, past, strict=True):
+            x, new = layer.extend(x, own)  # type: ignore[operator]
+            kept.append(new)
+        logits: Tensor = self.head(self.norm(x[:, -1]))
+        return logits, kept
 
     def blocks(self) -> list[nn.Module]:
         """The units of sharding and recomputation."""

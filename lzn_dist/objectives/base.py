@@ -78,6 +78,13 @@ class Needs:
         return max((view.number + 1 for view in every if view.modality == name), default=0)
 
     @property
+    def twice(self) -> bool:
+        """Whether a step uses a network more than once."""
+        used = [("encoder", view.modality) for view in self.encodes]
+        used += [("decoder", decoding.what) for decoding in self.decodes]
+        return len(set(used)) < len(used)
+
+    @property
     def class_conditional(self) -> bool:
         return any(decoding.class_conditional for decoding in self.decodes)
 
@@ -124,12 +131,17 @@ class Related:
     """What becomes of the global batch's anchors.
 
     latents: for each decoding those [b, D] of the rank's samples that it is conditioned on ([b, 0]: none); loss: the
-    part of the objective that needs no decoder, or None; parts: what is worth watching.
+    part of the objective that needs no decoder, or None; parts: what is worth watching; shares: for each decoding the
+    samples' weights [b] in its loss, where not all have what is decoded.
     """
+
+    def __post_init__(self) -> None:
+        self.shares = self.shares or (None,) * len(self.latents)
 
     latents: tuple[Tensor, ...]
     loss: Tensor | None
     parts: dict[str, Tensor]
+    shares: tuple[Tensor | None, ...] = ()
 
     def assembled(self, decoded: Mapping[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
         """The loss that is optimised, with the decoders' by name, and its parts (detached)."""
@@ -163,9 +175,10 @@ class Objective(ABC):
         """The loss that is optimised, and its parts (detached); scalars, still on the device."""
         anchors = {view: self.encode(networks, samples, view) for view in self.needs.encodes}
         related = self.relate(anchors, self.tables(networks, samples), samples)
-        decodings = zip(loss_names(self.needs.decodes), self.needs.decodes, related.latents, strict=True)
+        decodes = self.needs.decodes
+        given = zip(loss_names(decodes), decodes, related.latents, related.shares, strict=True)
         return related.assembled(
-            {name: self.decode(networks, samples, decoding, latents) for name, decoding, latents in decodings}
+            {name: self.decode(networks, samples, what, latents, shares) for name, what, latents, shares in given}
         )
 
     def encode(self, networks: Networks, samples: Samples, view: View) -> Tensor:
@@ -188,17 +201,26 @@ class Objective(ABC):
     def relate(self, anchors: Mapping[View, Tensor], tables: Mapping[str, Tensor], samples: Samples) -> Related:
         """anchors: [b, D] of each view that is encoded; tables: [K, D]. Collective where there are several ranks."""
 
-    def decode(self, networks: Networks, samples: Samples, decoding: DecodingConfig, latents: Tensor) -> Tensor:
-        """A decoder's weighted loss under the samples' latents [b, D]: a scalar."""
+    def decode(
+        self, networks: Networks, samples: Samples, decoding: DecodingConfig, latents: Tensor,
+        shares: Tensor | None = None,
+    ) -> Tensor:  # fmt: skip
+        """A decoder's weighted loss under the samples' latents [b, D], which have these shares [b] in the mean over
+        samples: a scalar."""
         kind = self.modalities[decoding.what]
+        labels = samples.labels if decoding.class_conditional else None
         if decoding.latent_dropout and latents.shape[1]:
             dropped = uniform(self._keys("latent_dropout", samples), (1,), latents.dtype) < decoding.latent_dropout
             drawn = normal(self._keys("latent_dropped", samples), latents.shape[1:], latents.dtype)
             latents = torch.where(dropped, drawn, latents)
+        if decoding.condition_dropout:
+            keys = self._keys("condition_dropout", samples)
+            dropped = uniform(keys, (), latents.dtype) < decoding.condition_dropout
+            latents = latents.masked_fill(dropped[:, None], 0.0)
+            labels = None if labels is None else labels.masked_fill(dropped, -1)
         loss = kind.decoding_loss(
-            self._network(networks.find(decoding.what, "decoder")), samples.view(View(decoding.what)), latents,
-            samples.labels if decoding.class_conditional else None,
-            lambda stream: self._keys(kind.stream(stream), samples),
+            self._network(networks.find(decoding.what, "decoder")), samples.view(View(decoding.what)), latents, labels,
+            lambda stream: self._keys(kind.stream(stream), samples), shares,
         )  # fmt: skip
         return loss if decoding.weight == 1.0 else loss * decoding.weight
 

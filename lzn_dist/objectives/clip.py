@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lzn_dist.config import Config
+from lzn_dist.config import Config, ConfigError
 from lzn_dist.objectives.base import Needs, Objective, Related, Samples, View
 
 IMAGE, TEXT = View("image"), View("text")
@@ -19,11 +19,17 @@ MOST = 4.6052  # log of 100, the largest scale (arXiv 2103.00020, section 2.5)
 class Contrast(Objective):
     """Cosines of images and captions times a scale, plus a bias, both learned (`LogitScale`). Equal captions of a batch
     are one: an image is right with any of them, a caption with any of its images. Samples without a caption are left
-    out."""
+    out. Decoders are given unit anchors."""
 
     @classmethod
     def declare(cls, config: Config) -> Needs:
-        return Needs((IMAGE, TEXT), tables=("logits",))
+        for decoding in config.decode:
+            if decoding.point != "anchor" or View.of(decoding.latents) not in (IMAGE, TEXT):
+                raise ConfigError(
+                    f"objective={config.objective} has no latents: in decode say point: anchor, of image or text"
+                )
+        labels = any(decoding.class_conditional for decoding in config.decode)
+        return Needs((IMAGE, TEXT), ("logits",), config.decode, labels=labels)
 
     def relate(self, anchors: Mapping[View, Tensor], tables: Mapping[str, Tensor], samples: Samples) -> Related:
         scale, bias = tables["logits"].unbind()
@@ -48,7 +54,13 @@ class Contrast(Objective):
             hits.append((hit if shares is None else hit * shares).mean())
         found = torch.stack(hits).mean()
         parts = self.watched(samples) | {"partner_found": found, "logit_scale": scale.detach()}
-        return Related((), torch.stack(losses).mean(), parts)
+        placed = {IMAGE: images, TEXT: texts}
+        views = [View.of(decoding.latents) for decoding in self.needs.decodes]
+        shared = tuple(
+            self.shares(self.present(samples, view.modality, decoding.what), images)
+            for view, decoding in zip(views, self.needs.decodes, strict=True)
+        )
+        return Related(tuple(placed[view] for view in views), torch.stack(losses).mean(), parts, shared)
 
     both = True  # whether captions look for images too
 

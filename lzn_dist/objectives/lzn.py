@@ -120,14 +120,23 @@ class LZN(Objective):
             losses.append(loss)
             reached.append(hit)
             weights.append(pair.weight)
-        given = tuple(latents_of(View.of(decoding.latents)) for decoding in self.needs.decodes)
+        sources = [View.of(decoding.latents) for decoding in self.needs.decodes]
+        given = tuple(
+            latents_of(view) if decoding.point == "latent"
+            else tables[view.modality][self._labels(samples)] if view.modality in tables else anchors[view]
+            for view, decoding in zip(sources, self.needs.decodes, strict=True)
+        )  # fmt: skip
+        shared = tuple(
+            self.shares(self.present(samples, view.modality, decoding.what), of)
+            for view, decoding, of in zip(sources, self.needs.decodes, given, strict=True)
+        )
         if not losses:
-            return Related(given, None, parts)
+            return Related(given, None, parts, shared)
         total = sum(
             (weight * loss for weight, loss in zip(weights[1:], losses[1:], strict=True)), weights[0] * losses[0]
         )
         parts |= {"loss_alignment": torch.stack(losses).mean(), "aligned": torch.stack(reached).mean()}
-        return Related(given, total, parts)
+        return Related(given, total, parts, shared)
 
     def _placed(
         self, anchors: Mapping[View, Tensor], tables: Mapping[str, Tensor], samples: Samples

@@ -56,9 +56,11 @@ def cached_backward(
     outputs, cotangents = ([], []) if related.loss is None else ([related.loss], [torch.ones_like(related.loss)])
     decoded: dict[str, Tensor] = {}
     decodes = objective.needs.decodes
-    for name, decoding, latents in zip(loss_names(decodes), decodes, related.latents, strict=True):
+    for name, decoding, latents, shares in zip(
+        loss_names(decodes), decodes, related.latents, related.shares, strict=True
+    ):
         decoded[name], latent_grads = _decode(
-            engine, objective, decoding, chunks, latents.detach(), len(decoded) + 1 == len(decodes)
+            engine, objective, decoding, chunks, latents.detach(), shares, len(decoded) + 1 == len(decodes)
         )
         if latents.requires_grad:
             outputs, cotangents = [*outputs, latents], [*cotangents, latent_grads]
@@ -93,19 +95,23 @@ def _decode(
     decoding: DecodingConfig,
     chunks: list[Samples],
     latents: Tensor,
+    shares: Tensor | None,
     last_decoding: bool,
 ) -> tuple[Tensor, Tensor]:
     """The decoder's loss over all samples, and its gradient by the latents [b, D]."""
     total = latents.new_zeros(())
     grads: list[Tensor] = []
     needs = objective.needs
-    for chunk, part in zip(chunks, latents.split(len(chunks[0])), strict=True):
+    size = len(chunks[0])
+    weights = [None] * len(chunks) if shares is None else shares.split(size)
+    for chunk, part, held in zip(chunks, latents.split(size), weights, strict=True):
         own, weight = part.clone().requires_grad_(), len(chunk) / len(latents)
 
         def loss(
-            networks: Networks, own: Tensor = own, chunk: Samples = chunk, weight: float = weight
-        ) -> tuple[Tensor, None]:
-            return objective.decode(networks, chunk, decoding, own) * weight, None
+            networks: Networks, own: Tensor = own, chunk: Samples = chunk, weight: float = weight,
+            held: Tensor | None = held,
+        ) -> tuple[Tensor, None]:  # fmt: skip
+            return objective.decode(networks, chunk, decoding, own, held) * weight, None
 
         # where nothing is encoded, this is the step's last backward
         alone = not needs.encodes and not needs.tables and last_decoding
@@ -124,10 +130,11 @@ def _inner(values: Mapping[Any, Tensor], cotangents: Mapping[Any, Tensor]) -> Te
 def _touch(objective: Objective, networks: Networks, samples: Samples) -> Tensor:
     """0, with a gradient of 0 for every parameter: one sample through every network."""
     one, needs = samples.part(slice(0, 1)), objective.needs
+    like = torch.float64 if objective.config.precision == "float64" else torch.float32
     reached = list(objective.tables(networks, one).values())
     encoded = {view.modality: objective.encode(networks, one, view) for view in needs.encodes if view.number == 0}
-    for decoding in needs.decodes:
+    for decoding in {decoding.what: decoding for decoding in needs.decodes}.values():
         size = objective.config.latent.dim if needs.latents else 0
-        latents = one.view(View(decoding.what)).new_zeros(1, size)
+        latents = torch.zeros(1, size, device=one.index.device, dtype=like)
         reached.append(objective.decode(networks, one, decoding, latents))
     return torch.stack([0.0 * value.sum() for value in [*encoded.values(), *reached]]).sum()

@@ -29,7 +29,7 @@ from lzn_dist.training.checkpoint import (
 )
 from lzn_dist.training.grad_cache import check_batch_independent
 from lzn_dist.training.optimizer import make_optimizer
-from lzn_dist.training.step import TrainState
+from lzn_dist.training.step import TrainState, goes_back_apart
 from lzn_dist.zones import block_class
 
 
@@ -124,4 +124,5 @@ def shared_checkpoint(named: str | Path, held: ExitStack | None, *, needed: bool
 def describe(state: TrainState) -> str:
     """The engine that runs, for people."""
     world = Topology.current().world_size
-    return f"engine {state.engine.running()} on {world} process(es) of {state.engine.device.type}"
+    apart = ", gradient caching (ZeRO-3 recomputes a network once a backward)" if goes_back_apart(state) else ""
+    return f"engine {state.engine.running()} on {world} process(es) of {state.engine.device.type}{apart}"

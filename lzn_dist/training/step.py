@@ -55,11 +55,18 @@ def train_step(state: TrainState, samples: Samples) -> StepResult:
     return StepResult({"loss": loss, **parts, "grad_norm": outcome.norm}, outcome.applied)
 
 
+def goes_back_apart(state: TrainState) -> bool:
+    """Whether each use of a network has a backward of its own, as gradient caching has them, though nobody asked for
+    micro-batches: the engine knows no other way."""
+    return state.engine.uses_once and state.objective.needs.twice and not state.config.micro_batch
+
+
 def compute_gradients(state: TrainState, samples: Samples) -> tuple[Tensor, dict[str, Tensor]]:
     """The loss and its parts on this rank's samples; the global batch's gradients are in the engine."""
     schedule(state.engine, state.counters.step, state.config)
-    if state.config.micro_batch:
-        return cached_backward(state.engine, state.objective, samples, state.config.micro_batch, state.watch)
+    micro_batch = state.config.micro_batch or (len(samples) if goes_back_apart(state) else 0)
+    if micro_batch:
+        return cached_backward(state.engine, state.objective, samples, micro_batch, state.watch)
     return state.engine.backward(lambda networks: state.objective(networks, samples))
 
 

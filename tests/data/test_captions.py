@@ -153,7 +153,7 @@ def test_digits_have_captions_and_held_out_ones_are_worded_anew(digits: Path) ->
     assert load_tokenizer(index).decode(load_tokenizer(index).encode(sorted(test), 64)) == sorted(test)
 
 
-TEXT = ["modalities.text.encoder.arguments={width: 16, depth: 1, heads: 2}"]
+TEXT = [f"modalities.text.{role}.arguments={{width: 16, depth: 1, heads: 2}}" for role in ("encoder", "decoder")]
 
 
 def test_the_tokenizer_is_the_model_s(digits: Path, tmp_path: Path) -> None:
