@@ -59,16 +59,19 @@ def mosaic(images: Tensor, columns: int, gap: int = 1) -> np.ndarray:
 def _image_figure(canvas: np.ndarray, title: str, width: float, rows: Sequence[str], path: Path) -> Path:
     """One mosaic with a name for each of its equally high rows."""
     height = width * canvas.shape[0] / canvas.shape[1]
-    left, top = 0.9 if any(rows) else 0.1, 0.4
+    lines = [[literal(line) for line in textwrap.wrap(name, 44)] for name in rows]
+    longest = max((len(line) for name in lines for line in name), default=0)
+    left, top = max(0.9, 0.2 + 0.08 * longest) if any(rows) else 0.1, 0.4
     figure = Figure(figsize=(width + left + 0.1, height + top + 0.1))
     total_w, total_h = figure.get_size_inches()
     axes = figure.add_axes((left / total_w, 0.1 / total_h, width / total_w, height / total_h))
     axes.imshow(canvas, interpolation="nearest", aspect="auto")
     axes.axis("off")
-    figure.text(left / total_w, 1 - 0.27 / total_h, title, color=INK, fontsize=11)
-    for i, name in enumerate(rows):
+    place = left if width > 2 else 0.1
+    figure.text(place / total_w, 1 - 0.27 / total_h, title, color=INK, fontsize=11)
+    for i, name in enumerate(lines):
         y = (0.1 + height * (1 - (i + 0.5) / len(rows))) / total_h
-        figure.text((left - 0.1) / total_w, y, literal(name), ha="right", va="center", color=INK, fontsize=10)
+        figure.text((left - 0.1) / total_w, y, "\n".join(name), ha="right", va="center", color=INK, fontsize=10)
     return save(figure, path)
 
 
@@ -96,6 +99,11 @@ def interpolation_grid(paths: Sequence[Tensor], path: Path) -> Path:
     """One row an interpolation [count, c, h, w]."""
     title = "Between two images, through their latents"
     return _image_figure(mosaic(torch.cat(list(paths)), len(paths[0])), title, 7.0, [""] * len(paths), path)
+
+
+def caption_grid(images: Tensor, captions: Sequence[str], path: Path) -> Path:
+    """Images [n, c, h, w], each behind the caption that was written for it."""
+    return _image_figure(mosaic(images, 1), "Captions of held-out images", 0.6, captions, path)
 
 
 _FRACTIONS = ("accuracy_centre", "recognised", "recognised_prior", "linear_probe", "knn", "probe_10_labels")

@@ -143,3 +143,15 @@ def interpolate(
     else:
         path_labels = None if ends is None else ends[(weights > 0.5).long().to(ends.device)]
     return model.decode(slerp(noise[0], noise[1], weights), path, path_labels)
+
+
+def interpolate_texts(model: LZN, first: str, second: str, count: int = 9, seed: int = 0) -> Tensor:
+    """``count`` images [count, c, h, w] between two texts, of one noise."""
+    ends = model.given("image", texts=[first, second], seed=seed)
+    path = slerp(ends[0], ends[1], torch.linspace(0, 1, count)).to(ends.device)
+    labels = None
+    if model.takes_labels:
+        labels = model.read_class(path) if model.has_labels and model.draws_prior else None
+        if labels is None:
+            labels = torch.full((count,), -1, dtype=torch.int64, device=path.device)
+    return model.decode(model.noise(1, seed).expand(count, -1, -1, -1), path, labels)

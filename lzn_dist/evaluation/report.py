@@ -22,6 +22,7 @@ from lzn_dist.evaluation.generation import (
     disagreement,
     generate,
     interpolate,
+    interpolate_texts,
     recognised,
     reconstruction_errors,
 )
@@ -340,9 +341,41 @@ def write_figures(
         paths = [interpolate(model, batch, first, second, 12, seed, own) for first, second in pairs]
         if paths:
             written.append(interpolation_grid(paths, folder / "interpolation.png"))
+    if model.has_text or model.has_captions:
+        written += _text_figures(model, data, folder, seed)
     if model.has_labels and config.data.num_classes <= 20 and config.latent.dim > 1:
         anchors = model.label_anchors()
         names = [data.class_name(label) for label in range(len(anchors))]
         labels = torch.arange(len(anchors))
         written.append(zone_figure(anchors, labels, folder / "zones.png", lines=48, class_names=names))
     return [path for path in written if path is not None]
+
+
+def _text_figures(model: LZN, data: EvaluationData, folder: Path, seed: int) -> list[Path | None]:
+    """Captions of held-out images, images of held-out captions, and what lies between two of these."""
+    from lzn_dist.evaluation.figures import caption_grid, sample_grid
+
+    batch = data.batches("test")[0]
+    rows = batch.valid.nonzero()[:, 0]
+    written: list[Path | None] = []
+    if model.has_captions and model.has_encoder:
+        captions = model.caption(batch.images)
+        shown = rows[:12]
+        written.append(
+            caption_grid(batch.images[shown], [captions[row] for row in shown.tolist()], folder / "captions.png")
+        )
+    if model.has_text and model.has_decoder:
+        found = data.batches("test").dataset.captions(batch.index[rows[:64]].numpy())
+        texts = list(dict.fromkeys(own[0] for own in found if own))[:10]
+        if texts:
+            columns = 10
+            repeated = [text for text in texts for _ in range(columns)]
+            images = model.generate(texts=repeated, seed=seed)
+            written.append(sample_grid(images, columns, folder / "from_captions.png", texts, "Images of captions"))
+            ends = list(zip(texts[::2], texts[1::2], strict=False))
+            paths = [interpolate_texts(model, *pair, columns, seed) for pair in ends]
+            if paths:
+                names = [f"{first} → {second}" for first, second in ends]
+                path = folder / "between_captions.png"
+                written.append(sample_grid(torch.cat(paths), columns, path, names, "Between two captions"))
+    return written

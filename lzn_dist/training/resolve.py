@@ -54,7 +54,10 @@ def _resolved(config: Config) -> Config:
     if "text" in needs(config).modalities and not (data.vocabulary and data.tokenizer_sha256):
         if data.embedded == "digits":  # of processes that race, one writes it
             ensure_digits(data.shards)
-        tokenizer = tokenizer_of(config, ShardIndex.load(data.shards, data.cache, data.retry_seconds))
+        index = ShardIndex.load(data.shards, data.cache, data.retry_seconds)
+        if data.embedded == "digits" and "txt" not in index.split("train").offsets:
+            raise ConfigError(f"{data.shards} was written when digits had no captions: remove it, to write it anew")
+        tokenizer = tokenizer_of(config, index)
         assert tokenizer is not None
         config = _updated(config, data={"vocabulary": tokenizer.vocabulary, "tokenizer_sha256": tokenizer.sha256})
     with torch.device("meta"):  # what the networks' classes refuse is told before any work
