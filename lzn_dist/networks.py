@@ -19,6 +19,8 @@ SHORT = {  # names of our own classes, by role
     "resnet": {"encoder": "lzn_dist.models:ResNetEncoder"},
     "label_anchors": {"encoder": "lzn_dist.models:LabelAnchors"},
     "transformer": {"encoder": "lzn_dist.models:TextEncoder", "decoder": "lzn_dist.models:TextDecoder"},
+    "pretrained": {"encoder": "lzn_dist.models:PretrainedTextEncoder"},
+    "static": {"encoder": "lzn_dist.models:StaticTextEncoder"},
     "logit_scale": {"encoder": "lzn_dist.models:LogitScale"},
 }
 _trusted = {"lzn_dist"}

@@ -47,7 +47,7 @@ MATHEMATICS = {
     "keyed_random": {"torch"},
     "zones": {"torch", "torchdiffeq", "xformers", "triton"},
     "flow": {"torch", "torchdiffeq"},
-    "models": {"torch", "xformers"},
+    "models": {"torch", "xformers", "transformers", "safetensors"},  # the latter for what others have trained
 }
 
 

@@ -1,6 +1,7 @@
 """Networks: encoders and decoders of images and text, label anchors, averaged weights.
 
-The folder imports torch, lzn_dist.keyed_random and, where it is installed, xformers; it knows no rank, no
+The folder imports torch, lzn_dist.keyed_random and, where it is installed, xformers (transformers and safetensors for
+what others have trained); it knows no rank, no
 configuration object and no trainer. Images are [b, c, h, w] in [−1, 1]. Initial weights come from torch's global
 generator, which the caller seeds.
 
@@ -13,6 +14,7 @@ from lzn_dist.models.ema import EMA
 from lzn_dist.models.label_anchors import LabelAnchors
 from lzn_dist.models.layers import KeyedDropout, attention
 from lzn_dist.models.ncsnpp import ImageDecoder, ImageEncoder
+from lzn_dist.models.pretrained import PretrainedTextEncoder, StaticTextEncoder
 from lzn_dist.models.resnet import ResNetEncoder
 from lzn_dist.models.text import LogitScale, TextDecoder, TextEncoder
 
@@ -23,7 +25,9 @@ __all__ = [
     "KeyedDropout",
     "LabelAnchors",
     "LogitScale",
+    "PretrainedTextEncoder",
     "ResNetEncoder",
+    "StaticTextEncoder",
     "TextDecoder",
     "TextEncoder",
     "attention",

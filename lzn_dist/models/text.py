@@ -66,6 +66,26 @@ def check_sizes(**sizes: int) -> None:
             raise ValueError(f"{name}: a positive number is needed, not {number}")
 
 
+def check_tokens(tokens: Tensor, most: int) -> Tensor:
+    """Which tokens count, bool [b, l]; the first does also where a text has none, as attention over nothing has no
+    value. Raises ValueError for another shape or type than int64 [b, 1 to most]."""
+    if tokens.dim() != 2 or tokens.dtype != torch.int64 or not 0 < tokens.shape[1] <= most:
+        raise ValueError(f"tokens: int64 [b, 1 to {most}] is needed, not {tokens.dtype} {list(tokens.shape)}")
+    return (tokens >= 0) | (torch.arange(tokens.shape[1], device=tokens.device) == 0)
+
+
+def pooled(states: Tensor, present: Tensor, pool: str) -> Tensor:
+    """What stands for a text [b, width] of its tokens' states [b, l, width]: the mean of those present, the first or
+    the last."""
+    if pool == "first":
+        return states[:, 0]
+    if pool == "last":
+        last = present.sum(1) - 1
+        return states.gather(1, last[:, None, None].expand(-1, 1, states.shape[2])).squeeze(1)
+    counted = present[..., None].to(states.dtype)
+    return (states * counted).sum(1) / counted.sum(1)
+
+
 class TextEncoder(nn.Module):
     """Tokens → anchors, by a transformer whose tokens see each other and whose last layer's are averaged."""
 
@@ -107,26 +127,12 @@ class TextEncoder(nn.Module):
         What stands behind a text's end makes no difference; one without any token has some finite features. Raises
         ValueError for another shape or type, or more tokens than text_length.
         """
-        if tokens.dim() != 2 or tokens.dtype != torch.int64 or not 0 < tokens.shape[1] <= self.places.num_embeddings:
-            most = self.places.num_embeddings
-            raise ValueError(f"tokens: int64 [b, 1 to {most}] is needed, not {tokens.dtype} {list(tokens.shape)}")
-        present = tokens >= 0
-        first = torch.zeros_like(present)
-        first[:, 0] = True
-        present = present | first  # attention over nothing has no value
+        present = check_tokens(tokens, self.places.num_embeddings)
         places = torch.arange(tokens.shape[1], device=tokens.device)
         x = self.tokens(tokens.clamp(min=0)) + self.places(places)
         for layer in self.layers:
             x = layer(x, present, key)
-        x = self.norm(x)
-        counted = present[..., None].to(x.dtype)
-        if self.pool == "mean":
-            pooled: Tensor = (x * counted).sum(1) / counted.sum(1)
-            return pooled
-        if self.pool == "first":
-            return x[:, 0]
-        last = present.sum(1) - 1
-        return x.gather(1, last[:, None, None].expand(-1, 1, x.shape[2])).squeeze(1)
+        return pooled(self.norm(x), present, self.pool)
 
     def forward(self, tokens: Tensor, key: Tensor | None = None) -> Tensor:
         """tokens int64 [b, l] → anchors [b, latent_dim]; as `features`."""

@@ -34,7 +34,13 @@ IMAGENET = [*TINY, "data.image_size=32", "data.resize=36", "data.num_classes=5",
             *encoder_with(blocks=[1, 1, 1, 1]), "latent.dim=8"]  # fmt: skip
 TINY = [*TINY, *decoder_with(channels=8)]
 # by how a command begins, what is appended
+TEXT = [
+    *TINY, *decoder_with(attention_resolutions=[4]),
+    *(f"modalities.text.{role}.arguments={{width: 16, depth: 1, heads: 2}}" for role in ("encoder", "decoder")),
+]  # fmt: skip
 RUN = {
+    "accelerate launch --config_file launch/cpu.yaml lzn_dist/train.py configs/digits_text.yaml": TEXT,
+    "python data_prep/image_text.py --folder pictures": ["--processes", "1"],
     "accelerate launch --config_file launch/cpu.yaml lzn_dist/train.py configs/digits_joint.yaml": TINY,
     "accelerate launch --config_file launch/ddp.yaml lzn_dist/train.py configs/digits_joint.yaml": TINY,
     "accelerate launch --config_file launch/zero2.yaml lzn_dist/train.py configs/digits_joint.yaml": TINY,
@@ -107,6 +113,10 @@ def checkout(tmp_path_factory: pytest.TempPathFactory) -> Path:
                 pixels = random.integers(0, 256, (70 + i, 90, 3)).astype(np.uint8)
                 Image.fromarray(pixels).save(buffer, "JPEG")
                 (folder / "photos" / split / name / f"IMG {i} #1.JPG").write_bytes(buffer.getvalue())
+    (folder / "pictures").mkdir()
+    for i in range(12):
+        Image.new("RGB", (16, 16), (20 * i, 0, 0)).save(folder / "pictures" / f"red #{i}.jpg")
+        (folder / "pictures" / f"red #{i}.txt").write_text(f"shade {i} of red\n")
     return folder
 
 
@@ -134,6 +144,8 @@ def test_the_commands_run_in_their_order(checkout: Path) -> None:
         said = shell([*words, *RUN[start]], checkout)
         if "evaluate" in command:
             assert "measured on split test: 360 held-out images" in said
+        if "image_text" in command:
+            assert "24 files seen" not in said and "12 files seen, 12 taken, 0 left out" in said
         if "image_folder" in command:
             assert "16 files seen, 16 taken, 0 left out" in said
     assert (checkout / "runs" / "photos" / "status.json").read_text().count("finished") == 1
@@ -142,3 +154,5 @@ def test_the_commands_run_in_their_order(checkout: Path) -> None:
     images = "import torch\nimages = torch.randint(0, 256, (3, 1, 8, 8)).to(torch.uint8)\n"
     shell([sys.executable, "-c", images + script], checkout)
     shell([sys.executable, "-c", next(block for block in blocks() if "lzn_dist.zones" in block)], checkout)
+    script = next(block for block in blocks() if "runs/digits_text" in block and "zero_shot" in block)
+    shell([sys.executable, "-c", f"import lzn_dist\n{images}{script}"], checkout)
