@@ -4,7 +4,7 @@ train      train a configuration; --launch NAME --processes N starts it under a 
 evaluate   measure a run and draw its figures
 verify     compare a launch with a single process
 compare    train and measure several configurations over seeds
-prepare    write a data set as shards: digits, cifar10, imagenet, image_folder, …; check
+prepare    write a data set as shards: digits, imagenet, image_folder, image_text, …; check; tokenizer
 inspect    look at a data set
 submit     train on a SLURM cluster
 status     what runs are doing

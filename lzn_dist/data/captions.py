@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -53,11 +54,11 @@ class Tokenizer:
 
     def encode(self, texts: Sequence[str], length: int) -> Tensor:
         """int64 [b, length]: the first tokens of each text, NO_TOKEN behind its end."""
-        found = torch.full((len(texts), length), NO_TOKEN, dtype=torch.int64)
-        for row, encoding in enumerate(self._tokenizer.encode_batch(list(texts))):
+        found = np.full((len(texts), length), NO_TOKEN, dtype=np.int64)
+        for row, encoding in zip(found, self._tokenizer.encode_batch_fast(list(texts)), strict=True):
             numbers = encoding.ids[:length]
-            found[row, : len(numbers)] = torch.tensor(numbers, dtype=torch.int64)
-        return found
+            row[: len(numbers)] = numbers
+        return torch.from_numpy(found)
 
     def decode(self, tokens: Tensor) -> list[str]:
         """Texts of tokens int64 [b, length]; special ones and NO_TOKEN are left out."""
@@ -114,14 +115,16 @@ class CaptionReader:
                 chosen.append(captions[int(draw * len(captions))] if captions else "")
             except ValueError as error:
                 chosen.append(error)
-        tokens = iter(self.tokenizer.encode([text for text in chosen if isinstance(text, str)], self.length + 1))
+        encoded = self.tokenizer.encode([text for text in chosen if isinstance(text, str)], self.length + 1)
+        some = encoded[:, 0].ge(0).tolist()
+        tokens = iter(zip(encoded, some, strict=True))
         found: list[Tensor | ValueError] = []
         for text in chosen:
             if isinstance(text, ValueError):
                 found.append(text)
                 continue
-            numbers = next(tokens)
+            numbers, there = next(tokens)
             if not text:
                 numbers = torch.full_like(numbers, NO_TOKEN)  # without those that a tokenizer adds
-            found.append(ValueError("its caption has no tokens") if text and numbers[0] < 0 else numbers)
+            found.append(ValueError("its caption has no tokens") if text and not there else numbers)
         return found

@@ -15,6 +15,7 @@ from lzn_dist.data import EvaluationBatch
 from lzn_dist.distributed.spread import once, spread
 from lzn_dist.evaluation.data import EvaluationData, Unmeasurable
 from lzn_dist.evaluation.frechet import DigitClassifier
+from lzn_dist.evaluation.generation import balanced_labels
 from lzn_dist.inference import LZN
 from lzn_dist.prepare.captions import DIGITS, LEVELS, levels, measure, thresholds
 
@@ -118,7 +119,8 @@ def generated_values(model: LZN, data: EvaluationData) -> dict[str, float]:
 
 def label_values(model: LZN, data: EvaluationData) -> dict[str, float]:
     """Of models of labels and text. text_to_label_accuracy: captions of the measured images, read as a class by the
-    zones of labels; label_to_text_right: captions written for each class that state its digit. Collective."""
+    zones of labels; label_to_text_right: captions written for each class that state its digit; label_to_image_right:
+    images made for each class in which its digit is seen. Collective."""
     data.need_held_out()
     batches = data.batches("test")
     values: dict[str, float] = {}
@@ -135,8 +137,14 @@ def label_values(model: LZN, data: EvaluationData) -> dict[str, float]:
         right, count = (sum(own) for own in zip(*spread(len(batches), part), strict=True))
         if count:
             values["text_to_label_accuracy"] = right / count
+    classes = range(len(model.label_anchors()))
+    if model.has_decoder:
+        labels = balanced_labels(len(classes), model.config.evaluation.samples_per_class)
+        seen = once(lambda: Judge(data)(model.generate(labels=labels).float()))
+        values["label_to_image_right"] = float(
+            np.mean([own["digit"] == DIGITS[label] for own, label in zip(seen, labels.tolist(), strict=True)])
+        )
     if model.has_captions:
-        classes = range(len(model.label_anchors()))
         said = once(lambda: [stated(caption) for caption in model.caption(labels=list(classes))])
         values["label_to_text_right"] = float(
             np.mean([own.get("digit") == DIGITS[label] for label, own in zip(classes, said, strict=True)])

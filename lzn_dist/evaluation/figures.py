@@ -106,7 +106,11 @@ def caption_grid(images: Tensor, captions: Sequence[str], path: Path) -> Path:
     return _image_figure(mosaic(images, 1), "Captions of held-out images", 0.6, captions, path)
 
 
-_FRACTIONS = ("accuracy_centre", "recognised", "recognised_prior", "linear_probe", "knn", "probe_10_labels")
+_FRACTIONS = (
+    "accuracy_centre", "recognised", "recognised_prior", "linear_probe", "knn", "probe_10_labels",
+    "zero_shot_accuracy", "image_to_text_recall_at_1", "text_to_image_recall_at_1", "caption_attributes_right",
+    "generated_attributes_right",
+)  # fmt: skip
 
 
 def training_curves(run: Path, path: Path) -> Path | None:

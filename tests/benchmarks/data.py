@@ -10,7 +10,8 @@ the figure is the best turn.
 The stream: whole batches through BatchStream, against the sum of raw decoding and the arithmetic of the views, measured
 alone in the same turns. The rest of a view (mirror, colours, grey, blur) is batch arithmetic on the training device;
 what it costs on this CPU is a row of its own. Then tiny samples (8x8 PNG with a label) per second and core, beside
-Pillow decoding alone; and reading, without decoding, from shards against the same images as loose files.
+Pillow decoding alone; the stream with captions beside it without; and reading, without decoding, from shards against
+the same images as loose files.
 """
 
 from __future__ import annotations
@@ -34,19 +35,22 @@ from PIL import Image
 
 from lzn_dist.data import (
     BatchStream,
+    CaptionReader,
     Exact,
     RandomResizedCrops,
+    Reading,
     SampleOrder,
     ShardedDataset,
     ShardIndex,
     SimCLRPolicy,
+    load_tokenizer,
     make_views,
     to_unit_range,
 )
 from lzn_dist.data.pixels import Box, crop_box, decode, resize
 from lzn_dist.prepare.digits import write_digits
 from lzn_dist.prepare.image_folder import ImageFolder
-from lzn_dist.prepare.writer import Options, prepare
+from lzn_dist.prepare.writer import Item, Options, prepare
 
 SIZE = 224
 
@@ -215,7 +219,7 @@ def bench_tiny(folder: Path, repeats: int) -> list[str]:
     dataset = ShardedDataset(index, "train", 1, Exact(8))
     stream = BatchStream(dataset, SampleOrder([s.samples for s in dataset.table.shards], 256, 0))
     rows = np.arange(1280)
-    files = [content for content, _ in dataset._contents(rows)]  # type: ignore[misc]
+    files = [content.image for content in dataset._contents(rows)]  # type: ignore[union-attr]
 
     def pillow() -> None:
         for content in files:
@@ -228,6 +232,52 @@ def bench_tiny(folder: Path, repeats: int) -> list[str]:
         f"- tiny samples (8x8 PNG and a label) through the stream: {1 / found['stream']:,.0f} samples/s and core "
         f"(target: 20,000); Pillow decoding them from memory, and nothing else: "
         f"{1 / found['Pillow, decode alone']:,.0f}", "",
+    ]  # fmt: skip
+
+
+class Captioned(ImageFolder):
+    """Each image with five captions of ten words."""
+
+    def splits(self) -> dict[str, list[Item]]:
+        words = np.array("a small red bird sits on the branch of an old tree in front of two houses".split())  # noqa: SIM905
+        chance = np.random.default_rng(0)
+        return {
+            split: [
+                item._replace(captions=tuple(" ".join(chance.choice(words, 10)) for _ in range(5))) for item in items
+            ]
+            for split, items in super().splits().items()
+        }
+
+
+def bench_captions(folder: Path, count: int, repeats: int) -> list[str]:
+    """Images and captions through the stream, beside the images of the same shards alone."""
+    prepare(Captioned(folder / "images"), Options(folder / "captioned", samples_per_shard=64), quiet=True)
+    index = ShardIndex.load(folder / "captioned")
+    reader = CaptionReader(load_tokenizer(index), 32, 0, partial=False)
+    digits = ShardIndex.load(folder / "digits")
+    tiny = CaptionReader(load_tokenizer(digits), 32, 0, partial=False)
+
+    def stream(index: ShardIndex, reading: Reading, channels: int, reader: CaptionReader | None) -> BatchStream:
+        members = {} if reader is None else {"text": reader}
+        dataset = ShardedDataset(index, "train", channels, reading, members=members)
+        return BatchStream(dataset, SampleOrder([s.samples for s in dataset.table.shards], 32, 0))
+
+    crops = RandomResizedCrops(SIZE, 0)
+    choices = {
+        "jpeg": stream(index, crops, 3, None), "jpeg, captions": stream(index, crops, 3, reader),
+        "tiny": stream(digits, Exact(8), 1, None), "tiny, captions": stream(digits, Exact(8), 1, tiny),
+    }  # fmt: skip
+    found = turns(
+        {name: lambda own=own: [own.batch(k) for k in range(count // 32)] for name, own in choices.items()},  # type: ignore[misc]
+        count // 32 * 32, repeats,
+    )  # fmt: skip
+    tokens = (choices["tiny, captions"].batch(0).members["text"] >= 0).sum().item() / 32
+    alone = found["tiny, captions"] - found["tiny"]
+    return [
+        f"- with captions: {1 / found['jpeg, captions']:,.0f} images/s and core of JPEGs with two crops, "
+        f"{1 / found['jpeg']:,.0f} without ({found['jpeg, captions'] / found['jpeg']:.3f} times the time); of 8x8 PNGs "
+        f"{1 / found['tiny, captions']:,.0f} and {1 / found['tiny']:,.0f}: a caption is drawn, read and cut into "
+        f"{tokens:.0f} tokens in {1e6 * alone:.0f} µs, {tokens / alone:,.0f} tokens/s and core", "",
     ]  # fmt: skip
 
 
@@ -267,7 +317,7 @@ def main() -> None:
                  f"a choice. {machine()}.", ""]  # fmt: skip
         for part in (
             bench_libraries(jpegs, repeats), bench_stream(folder, jpegs, repeats), bench_tiny(folder, repeats),
-            bench_shards(folder, jpegs, repeats),
+            bench_captions(folder, count, repeats), bench_shards(folder, jpegs, repeats),
         ):  # fmt: skip
             print("\n".join(part), flush=True)
             lines += part
