@@ -155,7 +155,9 @@ def make_job(comparison: Comparison, base: Path, row: Row, seed: int, more: list
         mine, theirs = (_cost(_folder(comparison, name, seed)) for name in (row.like, row.time_of))
         steps = max(1, round(theirs.steps * theirs.seconds_per_step / mine.seconds_per_step))
         overrides.append(f"max_steps={steps}")
-    return Job(row, seed, folder, path, overrides, steps, comparison.evaluate)
+    read = {other.reads for other in comparison.rows.values() if other.prefix}
+    alone = [] if row.name in read else ["--no-comparisons"]  # probes of pixels take longer than some trainings
+    return Job(row, seed, folder, path, overrides, steps, [*comparison.evaluate, *alone])
 
 
 def _folder(comparison: Comparison, row: str, seed: int) -> Path:

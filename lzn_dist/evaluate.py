@@ -79,6 +79,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     )
     parser.add_argument("--output", type=path_argument, metavar="DIR", help="where results go (default: RUN)")
     parser.add_argument("--quick", action="store_true", help="fewer samples, no sweep, no comparisons: seconds")
+    parser.add_argument("--no-comparisons", action="store_true", help="without pixels and an untrained encoder beside")
     parser.add_argument("--no-figures", action="store_true", help="numbers only")
     parser.add_argument("--seed", type=int, default=0, help="seed of the evaluation's random numbers (default: 0)")
     parser.add_argument(
@@ -142,7 +143,7 @@ def main(arguments: list[str] | None = None) -> int:
             found = published_probe(model, data, settings, output, show_probe if main_process else lambda *_: None)
             values |= found if data.held_out else {f"train.{key}": value for key, value in found.items()}
         values |= evaluate_model(model, figures=False, quick=options.quick, data=data, seed=options.seed,
-                                 left_out=left_out)  # fmt: skip
+                                 left_out=left_out, comparisons=not options.no_comparisons)  # fmt: skip
         if main_process:  # first of all: whatever fails after this does not lose them
             seconds = time.perf_counter() - start
             print(table(values, f"{options.run} · {model.config.task} · step {model.step} · {seconds:.1f} s"))

@@ -111,6 +111,8 @@ def test_a_comparison_from_training_to_table_and_figure(tmp_path: Path, capsys: 
     assert not (run / "figures").exists()
     values = json.loads((run / "evaluation.json").read_text())
     assert found["SimCLR"]["knn"] == [values["knn"]] and found["pixels"]["knn"] == [values["pixels.knn"]]
+    other = json.loads((tmp_path / "out" / "again" / "seed_3" / "evaluation.json").read_text())
+    assert "knn" in other and not [name for name in other if name.startswith(("pixels.", "untrained."))]  # nobody reads
     # its own time: the same steps, so the same model
     assert found["again"]["steps"] == [6] and found["again"]["linear_probe"] == found["SimCLR"]["linear_probe"]
     assert any(

@@ -41,7 +41,8 @@ RECONSTRUCTED = 1000  # images whose reconstruction is measured, at least
 
 @dataclass(frozen=True)
 class Asked:
-    """What is measured and how; left_out takes the reasons of what cannot be."""
+    """What is measured and how; left_out takes the reasons of what cannot be. comparisons: whether pixels and an
+    untrained encoder are probed as well."""
 
     model: LZN
     data: EvaluationData
@@ -49,6 +50,7 @@ class Asked:
     seed: int
     left_out: dict[str, str]
     inception: InceptionFeatures | None
+    comparisons: bool = True
 
 
 @dataclass(frozen=True)
@@ -64,6 +66,7 @@ class Metric:
 def evaluate_model(
     model: LZN, output_dir: Path | None = None, *, figures: bool = True, quick: bool = False,
     data: EvaluationData | None = None, seed: int = 0, run: Path | None = None, left_out: dict[str, str] | None = None,
+    comparisons: bool = True,
 ) -> dict[str, float]:  # fmt: skip
     """Measure what the model's task and the data allow; keys that do not apply are absent.
 
@@ -78,7 +81,7 @@ def evaluate_model(
     0 where a zone is dead),
     disagreement_latent, disagreement_label, frechet, frechet_prior, frechet_real (the floor: training images instead of
     samples), digit_classifier_accuracy.
-    representation: those four, and the same under untrained. and (of small images) pixels. for comparison.
+    representation: those four, and (comparisons) the same under untrained. and, of small images, pixels.
     text and images: zero_shot_accuracy, image_to_text_recall_at_1 (5, 10), text_to_image_recall_at_1 (5, 10).
     Of digits that are described also caption_attributes_right and generated_attributes_right, with parts
     (`lzn_dist.evaluation.attributes`), and with labels text_to_label_accuracy and label_to_text_right.
@@ -93,7 +96,7 @@ def evaluate_model(
     """
     inception = inception_network(model.config, model.device) if model.has_decoder else None
     reasons: dict[str, str] = {} if left_out is None else left_out
-    asked = Asked(model, data or EvaluationData(model.config), quick, seed, reasons, inception)
+    asked = Asked(model, data or EvaluationData(model.config), quick, seed, reasons, inception, comparisons)
     data = asked.data
     values: dict[str, float] = {}
     for metric in METRICS:
@@ -266,7 +269,7 @@ def probe_values(asked: Asked) -> dict[str, float]:
         return values
     labelled = data.labelled
     probe(*features(model))
-    if not model.has_decoder and not quick:
+    if not model.has_decoder and not quick and asked.comparisons:
         fresh = untrained_model(model.config, model.config.seed)
         fresh.networks.to(model.device)
         probe(*features(fresh), "untrained.")
