@@ -9,10 +9,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lzn_dist.data import Batch, CaptionReader, MemberReader, Tokenizer
+from lzn_dist.data.captions import NO_TOKEN
 from lzn_dist.keyed_random import fold, uniform
 from lzn_dist.modalities.base import Keys, Modality, Network, shared_mean
-
-NO_TOKEN = -1
 
 
 class Text(Modality):

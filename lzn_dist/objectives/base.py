@@ -95,7 +95,8 @@ class Samples:
 
     batch: number of the global batch in the run; with index it addresses every random number. index: int64 [b], the
     samples' numbers in the data set. position: int64 [b], where they stand in the global batch. inputs: by data type
-    the views, [b, …] each (an image: [b, c, h, w] in [−1, 1]). labels: int64 [b].
+    the views, [b, …] each (an image: [b, c, h, w] in [−1, 1]; text: tokens int64 [b, l]). labels: int64 [b], negative
+    without one.
     """
 
     batch: int

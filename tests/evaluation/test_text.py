@@ -19,7 +19,7 @@ from lzn_dist.train import main
 from lzn_dist.training.centres import mean_anchors
 from lzn_dist.training.checkpoint import CheckpointError
 from lzn_dist.training.resolve import resolve
-from tests.helpers.small_run import small_config
+from tests.helpers.small_run import rows, small_config
 
 SMALL = [
     "modalities.text.encoder.arguments={width: 16, depth: 1, heads: 2}",
@@ -115,7 +115,8 @@ def test_a_run_s_centres_and_tokenizer_travel_with_its_checkpoint(
 ) -> None:
     folder, run = tmp_path / "data", tmp_path / "run"
     arguments = ["digits_text", *SMALL, f"data.shards={folder}", f"output_dir={run}", "data.global_batch=64",
-                 "latent.dim=8", "max_steps=4", "checkpoint_every=2", "evaluation.centre_samples=500"]  # fmt: skip
+                 "latent.dim=8", "max_steps=4", "log_every=1", "checkpoint_every=2",
+                 "evaluation.centre_samples=500"]  # fmt: skip
     assert main(arguments) == 0
     model = load(run)
     index = EvaluationData(model.config).index
@@ -135,6 +136,13 @@ def test_a_run_s_centres_and_tokenizer_travel_with_its_checkpoint(
     # resumed, the centres of before are known until they are measured anew
     assert main([*arguments, "max_steps=6"]) == 0
     assert "resumed from" in capsys.readouterr().out and load(run).step == 6
+    whole = tmp_path / "whole"
+    assert main([*arguments, f"output_dir={whole}", "max_steps=6"]) == 0
+    straight, stopped = (
+        {row["step"]: (row["loss"], row["loss_text"], row["loss_flow"]) for row in rows(folder)}
+        for folder in (whole, run)
+    )
+    assert straight == stopped and load(whole).centres["text"].equal(load(run).centres["text"])
     # another tokenizer is refused by what was trained with this one
     write_digits(tmp_path / "other")
     text = (folder / "tokenizer.json").read_text()
