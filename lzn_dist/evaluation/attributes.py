@@ -73,12 +73,13 @@ def caption_values(model: LZN, data: EvaluationData) -> dict[str, float]:
 
 class Judge:
     """What is seen in images of digits [n, 1, h, w] in [−1, 1]: the class by a classifier of the training images, the
-    levels by the same thirds of these."""
+    levels by the same thirds of these. Made by all ranks together."""
 
     def __init__(self, data: EvaluationData) -> None:
-        train = data.train
-        self.classifier = data.digit_classifier or DigitClassifier(train.pixels, train.labels.numpy())
-        self.bounds = thresholds(measure(_pixels(train.images)))
+        found = data.digit_classifier
+        if found is None:
+            found = once(lambda: DigitClassifier(data.train.pixels, data.train.labels.numpy()))
+        self.classifier, self.bounds = found, once(lambda: thresholds(measure(_pixels(data.train.images))))
 
     def __call__(self, images: Tensor) -> list[dict[str, str]]:
         digits = self.classifier.predict(images.flatten(1).double().cpu().numpy())
@@ -96,7 +97,7 @@ def generated_values(model: LZN, data: EvaluationData) -> dict[str, float]:
     it states; generated_X_right: of those whose caption states X. Collective."""
     data.need_held_out()
     batches = data.batches("test")
-    judge = once(lambda: Judge(data))
+    judge = Judge(data)
 
     def part(number: int) -> tuple[list[dict[str, str]], list[dict[str, str]]]:
         batch: EvaluationBatch = batches[number]
@@ -140,7 +141,8 @@ def label_values(model: LZN, data: EvaluationData) -> dict[str, float]:
     classes = range(len(model.label_anchors()))
     if model.has_decoder:
         labels = balanced_labels(len(classes), model.config.evaluation.samples_per_class)
-        seen = once(lambda: Judge(data)(model.generate(labels=labels).float()))
+        judge = Judge(data)
+        seen = once(lambda: judge(model.generate(labels=labels).float()))
         values["label_to_image_right"] = float(
             np.mean([own["digit"] == DIGITS[label] for own, label in zip(seen, labels.tolist(), strict=True)])
         )

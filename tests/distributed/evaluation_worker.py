@@ -22,11 +22,14 @@ from lzn_dist.evaluation.linear_probe import ProbeSettings, published_probe
 from lzn_dist.inference import LZN
 from lzn_dist.objectives import build_networks
 from lzn_dist.terminal import command
+from lzn_dist.training.resolve import resolve
 from tests.helpers.launching import ROOT, SMALL
 
+TEXT = [f"modalities.text.{role}.arguments={{width: 16, depth: 1, heads: 2}}" for role in ("encoder", "decoder")]
 CELLS = [
     ("joint", []), ("generation", ["objective=rectified_flow"]),
     ("representation", ["objective=supervised"]),
+    ("three", TEXT),
 ]  # fmt: skip
 
 
@@ -45,12 +48,13 @@ def main() -> int:
     for task, more in CELLS:
         overrides = ["evaluation.batch=100", "evaluation.samples_per_class=60", "flow.sampler_steps=2"]
         overrides += ["evaluation.alignment_steps=5", "evaluation.noise_scales=[1.0]", f"data.shards={shards}"]
-        config = load_config(ROOT / "configs" / f"digits_{task}.yaml", [*SMALL, *overrides, *more])
+        config = resolve(load_config(ROOT / "configs" / f"digits_{task}.yaml", [*SMALL, *overrides, *more]))
         torch.manual_seed(0)
-        model = LZN(build_networks(config), config)
+        centres = {name: torch.zeros(8) for name in ("image", "text")}
+        model = LZN(build_networks(config), config, centres=centres)
         data = EvaluationData(config)
         values = evaluate_model(model, figures=False, data=data, quick=True)
-        if model.has_decoder:
+        if model.has_decoder and model.draws_prior:
             cache = output.with_suffix(".cache")
             values |= fid_values(model, data, projection, weights="", cache=cache, samples=600, seeds=[0, 1])
         if model.has_logits:

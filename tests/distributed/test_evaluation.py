@@ -32,6 +32,9 @@ def test_one_two_and_four_ranks_measure_the_same(tmp_path: Path) -> None:
         found.append(json.loads(output.read_text()))
     one, *others = found
     assert "fid_std" in one[0] and "recall" in one[1] and "published_probe_top5" in one[2]
+    text = {"zero_shot_accuracy", "text_to_image_recall_at_5", "caption_attributes_right", "generated_attributes_right"}
+    six = {"accuracy_centre", "text_to_label_accuracy", "label_to_text_right", "label_to_image_right"}
+    assert text | six <= set(one[3])
     for other in others:
         for expected, values in zip(one, other, strict=True):
             assert values == pytest.approx(expected, rel=1e-6)
