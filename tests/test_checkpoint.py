@@ -11,6 +11,7 @@ import re
 import shutil
 import subprocess
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
@@ -339,6 +340,20 @@ def test_loading_beside_a_writer_that_keeps_one(tmp_path: Path) -> None:
         ended.set()
         thread.join()
     assert sorted(steps) == steps and steps[-1] > steps[0]
+
+
+def test_a_checkpoint_is_written_anew_when_its_readers_are_done(tmp_path: Path) -> None:
+    written(tmp_path, [1])
+    config = small_config()
+    state, saver = small_state(config), writer(tmp_path, config)
+    state.counters.step = 1
+    with held_checkpoint(tmp_path) as path:
+        before = (path / "run.json").stat().st_ino
+        saver.save(state)
+        time.sleep(1.0)
+        assert (path / "run.json").stat().st_ino == before and len(list(path.glob("*.distcp"))) == 1
+    saver.close()
+    assert (path / "run.json").stat().st_ino != before and load_networks(path).step == 1
 
 
 # ── files from others, and damaged ones ─────────────────────────────────────────────────────────────────────────────

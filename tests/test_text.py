@@ -169,7 +169,7 @@ def test_labels_that_are_missing_leave_the_others_as_they_are() -> None:
     """Samples without a label are out of the labels' frequencies and of the loss."""
     pairs = "alignment.pairs=[{latents: image, anchors: label}, {latents: image, anchors: text}]"
     only = "alignment.pairs=[{latents: image, anchors: label}, {latents: image, anchors: text, weight: 0}]"
-    config = text_config(only, "data.partial=true")
+    config = text_config(only, "data.partial=true", "latent.noise_scale=0.1")
     loss, _ = gradients(small_state(config), text_samples(unlabelled=(1, 2, 6)))
     state = small_state(config)
     samples, objective = text_samples(unlabelled=(1, 2, 6)), state.objective
@@ -178,7 +178,8 @@ def test_labels_that_are_missing_leave_the_others_as_they_are() -> None:
     images = objective.encode(networks, samples, IMAGE)
     images = F.normalize(images - images.mean(0), dim=1)
     noise = normal(make_key(0, "latent", 0, samples.index), (8,), torch.float64)
-    latents = compute_latents(images, 0.1 * noise, steps=config.latent.steps, backend="plain")[keep]
+    noise = config.latent.noise_scale * noise
+    latents = compute_latents(images, noise, steps=config.latent.steps, backend="plain")[keep]
     table = objective.tables(networks, samples)["label"]
     counts = torch.bincount(samples.labels[keep], minlength=10).double()
     result = align(

@@ -21,10 +21,11 @@ import pickle
 import re
 import shutil
 import sys
+import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import AbstractContextManager, contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import asdict, dataclass, field
 from itertools import count
 from pathlib import Path
@@ -52,6 +53,8 @@ from lzn_dist.training.checkpoint_reader import SUMS, CheckedReader, check_sums,
 from lzn_dist.training.step import Counters, TrainState
 
 FORMAT = 3
+_READING = 60.0  # seconds that somebody may read a checkpoint that is to be written anew
+_REPLACING = 0.2  # seconds after which it has its name again
 # a run of one process is meant as one: no need to say so at every checkpoint
 warnings.filterwarnings("ignore", message="torch.distributed is disabled, unavailable or uninitialized")
 
@@ -115,6 +118,9 @@ def find_checkpoint(run_or_checkpoint: str | Path) -> Path:
     if is_complete(path):
         return path
     found = complete_checkpoints(path / "checkpoints") or complete_checkpoints(path)
+    if not found and list(path.glob("checkpoints/.step_*.before.tmp")):  # the only one is just being written anew
+        time.sleep(_REPLACING)
+        found = complete_checkpoints(path / "checkpoints")
     if not found:
         others = not_counted(path / "checkpoints")
         aside = f" (not counted: {', '.join(others)}; such a one can be named itself)" if others else ""
@@ -168,6 +174,24 @@ def _remove(path: Path, incarnation: int) -> None:
         doomed = path.with_name(f".{path.name}.{incarnation}.tmp")
         path.rename(doomed)
     shutil.rmtree(doomed)
+
+
+@contextmanager
+def _without_readers(path: Path, seconds: float) -> Iterator[None]:
+    """Within, nobody begins to read a checkpoint; begun when those who do are done, or have had so many seconds."""
+    with (path / "run.json").open() as record:
+        end = time.monotonic() + seconds
+        while True:
+            try:
+                fcntl.flock(record, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:
+                if time.monotonic() > end:
+                    break
+                time.sleep(0.05)
+            except OSError:  # no locks here
+                break
+        yield
 
 
 def set_aside(folder: Path, resumed: Path | None, incarnation: int) -> Path | None:
@@ -374,6 +398,8 @@ def _centres(path: Path, record: RunRecord, dim: int) -> dict[str, torch.Tensor]
         names = [name for name in CheckedReader(path).read_metadata().state_dict_metadata if name.startswith(_CENTRE)]
     except (OSError, ValueError, pickle.UnpicklingError) as error:
         raise CheckpointError(_unreadable(path, error)) from error
+    if not names:
+        return {}
     found = {name: torch.zeros(dim) for name in names}
     _read_into({name: whole(value) for name, value in found.items()}, path, record)
     return {name.removeprefix(_CENTRE): value for name, value in found.items()}
@@ -483,8 +509,10 @@ class CheckpointWriter:
         _sync(temporary / SUMS)
         _sync(temporary)
         with self.held():
-            before = self._make_room(final)
-            temporary.rename(final)
+            own = os.path.lexists(final) and not _why_not_counted(final)
+            with _without_readers(final, _READING) if own else nullcontext():
+                before = self._make_room(final)
+                temporary.rename(final)
             _sync(self.folder)
             _write_text(self.folder / "latest", final.name)
             if before is not None:

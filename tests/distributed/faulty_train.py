@@ -23,8 +23,8 @@ def main() -> int:
     first, last = int(sys.argv[1]), int(sys.argv[2])
     right = LZN.decode
 
-    def wrong(self: LZN, networks: Any, samples: Samples, decoding: Any, latents: Tensor) -> Tensor:
-        loss = right(self, networks, samples, decoding, latents)
+    def wrong(self: LZN, networks: Any, samples: Samples, *given: Any) -> Tensor:
+        loss = right(self, networks, samples, *given)
         topology = Topology.current()
         hit = topology.rank == topology.world_size - 1 and first <= samples.batch <= last
         return loss * float("nan") if hit else loss

@@ -49,7 +49,7 @@ def test_resuming_is_exact(engine: str, tmp_path: Path) -> None:
     assert all(torch.equal(mine[name], theirs[name]) for name in theirs)
 
 
-@pytest.mark.parametrize("task", ["joint", "representation", "generation"])
+@pytest.mark.parametrize("task", ["joint", "representation", "generation", "text"])
 def test_bf16_is_near_float32(task: str, tmp_path: Path) -> None:
     """The networks alone are in bf16, so that losses of the first steps stay within its three digits."""
     found = {}

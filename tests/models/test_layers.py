@@ -49,6 +49,26 @@ def test_xformers_attention(dim: int) -> None:
         torch.testing.assert_close(gradient.double(), expected_gradient, rtol=1e-3, atol=1e-4)
 
 
+@pytest.mark.skipif(
+    layers.memory_efficient_attention is None or not torch.cuda.is_available(), reason="needs CUDA and xformers"
+)
+@pytest.mark.parametrize("causal", [False, True])
+def test_xformers_attention_of_what_is_present(causal: bool) -> None:
+    """Uneven lengths: rows of the bias must begin where its kernels load them."""
+    generator = torch.Generator().manual_seed(0)
+    q, k, v = (torch.randn(2, 5, 3, 32, generator=generator) for _ in range(3))
+    present = torch.tensor([[True] * 5, [True, True, True, False, False]])
+    inputs = [x.cuda().requires_grad_() for x in (q, k, v)]
+    exact = [x.double().requires_grad_() for x in (q, k, v)]
+    output = attention(*inputs, present=present.cuda(), causal=causal)
+    expected = attention(*exact, present=present, causal=causal)
+    torch.testing.assert_close(output.double().cpu(), expected, rtol=1e-4, atol=1e-5)
+    gradients = torch.autograd.grad(output.square().sum(), inputs)
+    expected_gradients = torch.autograd.grad(expected.square().sum(), exact)
+    for gradient, expected_gradient in zip(gradients, expected_gradients, strict=True):
+        torch.testing.assert_close(gradient.double().cpu(), expected_gradient, rtol=1e-3, atol=1e-4)
+
+
 def test_xformers_is_called_on_cuda_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(*_: Tensor) -> Tensor:
         raise AssertionError("called for tensors on the CPU")
