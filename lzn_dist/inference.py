@@ -421,11 +421,11 @@ class LZN:
         given = given.expand(n, -1) if len(texts) == 1 else given
         own = None
         if self.takes_labels:
-            own = self._decoder_labels(given, labels, n)
+            own = self.decoder_labels(given, labels, n)
         images, nfe = self._walk(self.noise(n, seed, first), given, own, to_noise=False, guidance=guidance)
         return Generated(images.clamp(-1.0, 1.0), given, own, nfe)
 
-    def _decoder_labels(self, given: Tensor, labels: Labels | None, n: int) -> Tensor:
+    def decoder_labels(self, given: Tensor, labels: Labels | None, n: int) -> Tensor:
         """The one-hot labels of a decoder that takes some: those given, else read from latents, else none."""
         if labels is not None:
             return self._label_tensor(labels, n)
@@ -507,7 +507,7 @@ class LZN:
         conditional = any(d.class_conditional for d in self.needs.decodes if d.what == "text")
         own = None
         if conditional:
-            own = self._decoder_labels(given, labels, len(given))
+            own = self.decoder_labels(given, labels, len(given))
         keys = make_key(seed, "caption/token", torch.arange(len(given), device=given.device))
         kind, written = Text(self.config), []
         for start in range(0, len(given), CHUNK):

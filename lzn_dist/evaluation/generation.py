@@ -149,9 +149,5 @@ def interpolate_texts(model: LZN, first: str, second: str, count: int = 9, seed:
     """``count`` images [count, c, h, w] between two texts, of one noise."""
     ends = model.given("image", texts=[first, second], seed=seed)
     path = slerp(ends[0], ends[1], torch.linspace(0, 1, count)).to(ends.device)
-    labels = None
-    if model.takes_labels:
-        labels = model.read_class(path) if model.has_labels and model.draws_prior else None
-        if labels is None:
-            labels = torch.full((count,), -1, dtype=torch.int64, device=path.device)
+    labels = model.decoder_labels(path, None, count) if model.takes_labels else None
     return model.decode(model.noise(1, seed).expand(count, -1, -1, -1), path, labels)

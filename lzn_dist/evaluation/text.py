@@ -18,12 +18,11 @@ CHUNK = 1024
 
 @dataclass
 class Pairs:
-    """Unit anchors of images [n, D] and of the different texts [m, D]; belongs: bool [n, m]; labels: int64 [n]."""
+    """Unit anchors of images [n, D] and of the different texts [m, D]; belongs: bool [n, m]."""
 
     images: Tensor
     texts: Tensor
     belongs: Tensor
-    labels: Tensor
 
 
 def embedded_pairs(model: LZN, data: EvaluationData) -> Pairs:
@@ -31,14 +30,14 @@ def embedded_pairs(model: LZN, data: EvaluationData) -> Pairs:
     batches = data.batches("test")
     dataset = batches.dataset
 
-    def part(number: int) -> tuple[Tensor, Tensor, list[list[str]]]:
+    def part(number: int) -> tuple[Tensor, list[list[str]]]:
         batch = batches[number]
         anchors = model.anchors(batch.images).float().cpu()[batch.valid]
-        return anchors, batch.labels[batch.valid], dataset.captions(batch.index[batch.valid].numpy())
+        return anchors, dataset.captions(batch.index[batch.valid].numpy())
 
     most = min(len(batches), -(-IN_MEMORY // model.config.evaluation.batch))
     parts = spread(most, part)
-    captions = [own for *_, found in parts for own in found]
+    captions = [own for _, found in parts for own in found]
     there = torch.tensor([bool(own) for own in captions])
     if not there.any():
         raise Unmeasurable(f"split {data.names['test']} of {data.index.folder} has no captions")
@@ -51,11 +50,8 @@ def embedded_pairs(model: LZN, data: EvaluationData) -> Pairs:
     embedded = spread(
         -(-len(texts) // CHUNK), lambda number: model.embed_text(texts[number * CHUNK : (number + 1) * CHUNK]).cpu()
     )
-    images = torch.cat([anchors for anchors, *_ in parts])[there]
-    return Pairs(
-        F.normalize(images, dim=1), F.normalize(torch.cat(embedded).float(), dim=1), belongs,
-        torch.cat([labels for _, labels, _ in parts])[there],
-    )  # fmt: skip
+    images = torch.cat([anchors for anchors, _ in parts])[there]
+    return Pairs(F.normalize(images, dim=1), F.normalize(torch.cat(embedded).float(), dim=1), belongs)
 
 
 def recalls(queries: Tensor, candidates: Tensor, belongs: Tensor, name: str) -> dict[str, float]:

@@ -1,9 +1,8 @@
 """Networks: encoders and decoders of images and text, label anchors, averaged weights.
 
 The folder imports torch, lzn_dist.keyed_random and, where it is installed, xformers (transformers and safetensors for
-what others have trained); it knows no rank, no
-configuration object and no trainer. Images are [b, c, h, w] in [−1, 1]. Initial weights come from torch's global
-generator, which the caller seeds.
+what others have trained); it knows no rank, no configuration object and no trainer. Images are [b, c, h, w] in [−1, 1].
+Initial weights come from torch's global generator, which the caller seeds.
 
 Every encoder offers ``forward(images, key=None)`` → anchors [b, D], ``features(images, key=None)`` →
 [b, feature_dim] (what a linear probe reads), ``feature_dim``, and ``batch_independent``: True, since all

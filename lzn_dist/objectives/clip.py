@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lzn_dist.config import Config, ConfigError
+from lzn_dist.modalities.base import shared_mean
 from lzn_dist.objectives.base import Needs, Objective, Related, Samples, View
 
 IMAGE, TEXT = View("image"), View("text")
@@ -50,8 +51,8 @@ class Contrast(Objective):
                 logits = logits.masked_fill(~there, -torch.inf)
             each = self.losses(logits, pairs, there)
             hit = pairs.gather(1, logits.detach().argmax(1, keepdim=True)).squeeze(1).to(each.dtype)
-            losses.append((each if shares is None else each.masked_fill(shares == 0, 0.0) * shares).mean())
-            hits.append((hit if shares is None else hit * shares).mean())
+            losses.append(shared_mean(each, shares))
+            hits.append(shared_mean(hit, shares))
         found = torch.stack(hits).mean()
         parts = self.watched(samples) | {"partner_found": found, "logit_scale": scale.detach()}
         placed = {IMAGE: images, TEXT: texts}

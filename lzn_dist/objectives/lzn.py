@@ -16,6 +16,7 @@ from torch import Tensor
 from lzn_dist.config import Config, ConfigError, PairConfig
 from lzn_dist.keyed_random import normal
 from lzn_dist.modalities import MODALITIES
+from lzn_dist.modalities.base import shared_mean
 from lzn_dist.objectives.base import Gather, Needs, Objective, Related, Samples, View
 from lzn_dist.zones import FieldFactory, align, alignment_loss, compute_latents
 
@@ -227,7 +228,7 @@ class LZN(Objective):
             weights=shares,
         )  # fmt: skip
         reached = (log_probs[-1].detach() > -0.6931).to(loss.dtype)  # w_target > 1/2
-        return loss, (reached if shares is None else reached * shares).mean()
+        return loss, shared_mean(reached, shares)
 
     def state(self) -> dict[str, Tensor]:
         return {f"centre.{name}": centre for name, centre in self.centres.items()}

@@ -422,18 +422,24 @@ class _Line(NamedTuple):
     split: str
 
 
-def read_table(path: Path) -> Iterator[_Line]:
-    """The lines of a CSV as Excel and others write it: UTF-8 or UTF-16, else Windows' cp1252; commas, semicolons, tabs.
-    PrepareError, naming the line, where it cannot be read."""
+def table_text(path: Path) -> str:
+    """Of a table as Excel and others write it: UTF-8 or UTF-16, else Windows' cp1252. Raises PrepareError."""
     content = path.read_bytes()
     try:
-        text = content.decode("utf-16" if content[:2] in (b"\xff\xfe", b"\xfe\xff") else "utf-8-sig")
+        return content.decode("utf-16" if content[:2] in (b"\xff\xfe", b"\xfe\xff") else "utf-8-sig")
     except UnicodeDecodeError:
         try:
             text = content.decode("cp1252")
         except UnicodeDecodeError as error:
             raise PrepareError(f"{path} is text in no encoding that is read: save it as CSV UTF-8") from error
         tqdm.write(f"{path} is not UTF-8: read as Windows' cp1252")
+    return text
+
+
+def read_table(path: Path) -> Iterator[_Line]:
+    """The lines of a CSV as Excel and others write it: UTF-8 or UTF-16, else Windows' cp1252; commas, semicolons, tabs.
+    PrepareError, naming the line, where it cannot be read."""
+    text = table_text(path)
     lines = io.StringIO(text, newline="")
     header = lines.readline()
     before = 0

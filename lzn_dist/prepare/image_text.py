@@ -18,7 +18,7 @@ from lzn_dist import __version__
 from lzn_dist.data.captions import TOKENIZER, captions_of
 from lzn_dist.data.index import MANIFEST, Shard, hash_file, make_split, scan_tar, split_name, write_manifest
 from lzn_dist.keyed_random import make_key, permutation
-from lzn_dist.prepare.image_folder import ImageFolder, make_keys
+from lzn_dist.prepare.image_folder import ImageFolder, make_keys, table_text
 from lzn_dist.prepare.tokenizer import write_tokenizer
 from lzn_dist.prepare.writer import Account, Item, PrepareError, Source
 
@@ -36,20 +36,6 @@ class Pair(NamedTuple):
     split: str
 
 
-def _text(path: Path) -> str:
-    """Of a table as Excel and others write it: UTF-8 or UTF-16, else Windows' cp1252."""
-    content = path.read_bytes()
-    try:
-        return content.decode("utf-16" if content[:2] in (b"\xff\xfe", b"\xfe\xff") else "utf-8-sig")
-    except UnicodeDecodeError:
-        try:
-            text = content.decode("cp1252")
-        except UnicodeDecodeError as error:
-            raise PrepareError(f"{path} is text in no encoding that is read: save it as UTF-8") from error
-    tqdm.write(f"{path} is not UTF-8: read as Windows' cp1252")
-    return text
-
-
 def _records(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
     """The rows of a table, by its extension, with their numbers. Raises PrepareError."""
     kind = path.suffix.lower()
@@ -63,7 +49,7 @@ def _records(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
         except (OSError, ValueError) as error:
             raise PrepareError(f"{path} is no parquet file that can be read ({error})") from error
         return
-    text = _text(path)
+    text = table_text(path)
     if kind in (".jsonl", ".json", ".ndjson"):
         for number, line in enumerate(text.splitlines(), 1):
             if line.strip():
