@@ -234,6 +234,13 @@ class Config(_Section):
     evaluate_every: NonNegativeInt = Field(0, description="Steps between evaluations on EMA weights; 0: at the end.")
     seed: int = Field(0, description="Seed of every random number of the run.")
     resume: UserPath = Field("auto", description="auto: the newest complete checkpoint; none; or a checkpoint's path.")
+    init_from: UserPath = Field(
+        "", description="Run, checkpoint or exported folder whose averaged weights a new run starts with, as far as "
+        "they fit; what is left out and what is new is told."
+    )  # fmt: skip
+    init_networks: tuple[str, ...] = Field(
+        (), description="Which networks init_from fills (image.encoder, …); default: all that are there and here."
+    )
     precision: Literal["float32", "float64", "bf16"] = Field(
         "float32", description="Arithmetic of the networks; zones and label anchors stay in float32 at least."
     )
@@ -465,8 +472,8 @@ def _explain(path: str | Path, error: Any) -> str:
 def changed_keys(before: Config, now: Config) -> list[str]:
     """Keys of a checkpoint's configuration that the present one has changed, as "key: before → now"."""
     ignored = {
-        "output_dir", "max_steps", "resume", "tracking", "log_every", "checkpoint_every", "keep_last", "cpu_threads",
-        "profile_steps",
+        "output_dir", "max_steps", "resume", "init_from", "init_networks", "tracking", "log_every", "checkpoint_every",
+        "keep_last", "cpu_threads", "profile_steps",
     }  # fmt: skip
 
     def flat(values: dict[str, object], prefix: str = "") -> dict[str, object]:

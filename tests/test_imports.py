@@ -28,13 +28,13 @@ ROOMS: dict[str, set[str]] = {
     "engines": {"config", "networks", "distributed"},
     "modalities": {"config", "data", "flow", "keyed_random"},
     "objectives": {"config", "networks", "modalities", "zones", "keyed_random"},
+    "exchange": {"config", "networks", "objectives", "data"},
     "training": {
         "config", "networks", "models", "data", "prepare", "distributed", "engines", "objectives", "modalities",
-        "zones",
+        "zones", "exchange",
     },
-    "inputs": {"data"},
     "inference": {
-        "config", "networks", "modalities", "objectives", "zones", "keyed_random", "inputs", "training", "data",
+        "config", "networks", "modalities", "objectives", "zones", "keyed_random", "training", "data", "exchange",
     },
     "evaluation": {
         "inference", "config", "networks", "data", "prepare", "distributed", "zones", "keyed_random", "training",

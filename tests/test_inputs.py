@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import struct
+import zlib
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -10,8 +13,9 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from lzn_dist.data.pixels import centre_crop, convert
 from lzn_dist.inference import LZN
-from lzn_dist.inputs import as_count, as_images, as_labels
+from lzn_dist.inference.inputs import as_count, as_images, as_labels
 from lzn_dist.objectives import build_networks
 from tests.helpers.small_run import small_config
 
@@ -23,14 +27,17 @@ UNIT = PIXELS.float() / 127.5 - 1
 def model() -> LZN:
     torch.manual_seed(0)
     config = small_config("evaluation.batch=4", "evaluation.alignment_steps=5")
-    return LZN(build_networks(config), config)
+    networks = build_networks(config)
+    return LZN(networks, config, reference={"image": torch.randn(6, config.latent.dim)})
 
 
 FORMS: dict[str, Any] = {
     "uint8": PIXELS, "array of uint8": PIXELS.numpy(), "array": UNIT.numpy(), "list of tensors": list(PIXELS),
     "list of arrays": [image.numpy() for image in UNIT], "PIL": [Image.fromarray(i[0].numpy()) for i in PIXELS],
     "colour PIL": [Image.fromarray(i[0].numpy()).convert("RGB") for i in PIXELS], "float64": UNIT.double(),
-    "read-only array": np.broadcast_to(UNIT.numpy(), (3, 1, 8, 8)),
+    "read-only array": np.broadcast_to(UNIT.numpy(), (3, 1, 8, 8)), "channels last": UNIT.permute(0, 2, 3, 1),
+    "array of uint8, channels last": PIXELS.permute(0, 2, 3, 1).numpy(), "grey without channels": UNIT[:, 0],
+    "list of [h, w]": [image[0].numpy() for image in PIXELS],
 }  # fmt: skip
 
 
@@ -50,11 +57,11 @@ def test_one_image_and_none() -> None:
     ("images", "says"),
     [
         (UNIT.repeat(1, 3, 1, 1), r"got \[3, 3, 8, 8\]: this model takes grey images"),
-        (torch.zeros(2, 1, 28, 28), "bring them to 8x8 first"), (torch.zeros(8, 8), r"got \[8, 8\]"),
-        (UNIT.permute(0, 2, 3, 1), "channels stand last"), (UNIT.flatten(1), r"got \[3, 64\]"),
+        (torch.zeros(2, 1, 28, 28), "bring them to 8x8 first"), (torch.zeros(8, 9), r"got \[8, 9\]"),
+        (UNIT.flatten(1), r"got \[3, 64\]"),
         (PIXELS.float(), r"from 0 to 25\d: give pixels from 0 to 255 as uint8"), (UNIT * 2, "must be from -1 to 1"),
         (UNIT * float("nan"), "NaN"), (UNIT.where(UNIT < 0, torch.inf), "NaN or infinity"),
-        (PIXELS.long(), "not int64"), (PIXELS > 3, "not bool"), ("photo.jpg", "not str"), (None, "not NoneType"),
+        (PIXELS.long(), "not int64"), (PIXELS > 3, "not bool"), (3, "not int"), (None, "not NoneType"),
         ([UNIT[0], UNIT[0, :, :4]], "different sizes or types"), ([UNIT[0], PIXELS[0]], "different sizes or types"),
         (np.array(["a"]), "ndarray of <U1"),
     ],
@@ -63,6 +70,52 @@ def test_images_that_cannot_be_meant(images: Any, says: str) -> None:
     with pytest.raises((TypeError, ValueError), match=says) as refused:
         as_images(images, 1, 8)
     assert "\n" not in str(refused.value)
+
+
+def test_files_and_pictures_are_brought_to_size_upright(tmp_path: Path) -> None:
+    """As the run's evaluation does it: the shorter side, then the central square; grey or RGB; EXIF's orientation."""
+    picture = np.random.default_rng(0).integers(0, 256, (30, 20, 3), dtype=np.uint8)
+    turned = Image.fromarray(picture)
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    Image.fromarray(np.rot90(picture, 1).copy()).save(tmp_path / "turned #1.png", exif=exif)
+    turned.save(tmp_path / "b.png")
+    for channels, shorter in ((1, 0), (3, 0), (3, 12)):
+        expected = as_images(centre_crop(np.array(convert(turned, channels == 1)).reshape(30, 20, channels), 8,
+                                         shorter or 8), channels, 8)  # fmt: skip
+        found = as_images([tmp_path / "turned #1.png", str(tmp_path / "b.png"), turned], channels, 8, shorter)
+        assert found.shape == (3, channels, 8, 8)
+        for image in found:
+            # OpenCV's grey and Pillow's differ in rounding
+            torch.testing.assert_close(image, expected[0], rtol=0, atol=2.1 / 127.5)
+    assert torch.equal(as_images(tmp_path / "b.png", 3, 8), as_images(turned, 3, 8))
+    with Image.open(tmp_path / "turned #1.png") as opened:
+        assert torch.equal(as_images(opened, 3, 8), as_images(turned, 3, 8))
+
+
+def test_files_that_are_no_images(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "a.jpg").write_text("no image")
+    with pytest.raises(ValueError, match=r"a\.jpg: not a whole image"):
+        as_images([str(tmp_path / "a.jpg")], 1, 8)
+    with pytest.raises(FileNotFoundError, match=r"gone\.jpg"):
+        as_images(tmp_path / "gone.jpg", 1, 8)
+    with pytest.raises(ValueError, match="nobody's home"):
+        as_images("~nobody-here/a.jpg", 1, 8)
+    parts = [
+        (b"IHDR", struct.pack(">IIBBBBB", 60_000, 60_000, 8, 2, 0, 0, 0)),
+        (b"IDAT", zlib.compress(b"")),
+        (b"IEND", b""),
+    ]
+    chunks = [struct.pack(">I", len(of)) + kind + of + struct.pack(">I", zlib.crc32(kind + of)) for kind, of in parts]
+    (tmp_path / "bomb.png").write_bytes(b"\x89PNG\r\n\x1a\n" + b"".join(chunks))
+    with pytest.raises(ValueError, match="its header says 60000x60000 pixels"):
+        as_images(tmp_path / "bomb.png", 3, 8)
+    Image.new("L", (100_000, 1)).save(tmp_path / "long.png")
+    with pytest.raises(ValueError, match="too long a shape"):
+        as_images(tmp_path / "long.png", 1, 64)
+    monkeypatch.setattr("lzn_dist.inference.inputs.MAX_BYTES", 3)
+    with pytest.raises(ValueError, match="larger than"):
+        as_images(tmp_path / "a.jpg", 1, 8)
 
 
 @pytest.mark.parametrize(

@@ -248,7 +248,7 @@ def test_captions_and_images_from_whatever_is_given(digits: Any) -> None:
         else:
             assert model.generate(2).shape == (2, 1, 8, 8)
         for wrong in ({"n": 3, "texts": texts}, {}, {"texts": "a thin one"}):
-            with pytest.raises(ValueError, match=r"texts must be one text or 3|n: how many"):
+            with pytest.raises(ValueError, match=r"texts must be one or 3|n: how many"):
                 model.generate(**wrong)  # type: ignore[arg-type]
         with pytest.raises(ValueError, match="give one of"):
             model.given("text", images=images, texts=texts)

@@ -195,6 +195,19 @@ def resize(pixels: Pixels, size: tuple[int, int], box: Box | None = None) -> Ten
     return F.interpolate(image, size, mode="bilinear", antialias=True, align_corners=False)[0]
 
 
+def centre_crop(pixels: Pixels, size: int, shorter: int) -> Tensor:
+    """The shorter side brought to `shorter` pixels, then the central square: uint8 [c, size, size]. ValueError for a
+    shape so long that this would be more pixels than are read."""
+    height, width = pixels.shape[:2]
+    # as torchvision: the longer side is rounded down
+    scaled = tuple(int(shorter * side / min(height, width)) for side in (height, width))
+    if scaled[0] * scaled[1] > MAX_PIXELS:
+        raise ValueError(f"of {height}x{width} pixels: too long a shape to be resized")
+    image = resize(pixels, (scaled[0], scaled[1]))
+    top, left = (round((side - size) / 2) for side in scaled)
+    return image[:, top : top + size, left : left + size]
+
+
 class Reading(Protocol):
     """How the bytes of a batch's images become pixels. keyed: whether it differs from epoch to epoch."""
 
@@ -259,14 +272,9 @@ class CentreCrop:
     def _one(self, content: bytes, channels: int) -> Tensor | ValueError:
         try:
             pixels = decode(content, channels, (self.shorter, self.shorter) if self.scaled_decoding else None)
+            return centre_crop(pixels, self.size, self.shorter).unsqueeze(0)
         except ValueError as error:
             return error
-        height, width = pixels.shape[:2]
-        # as torchvision: the longer side is rounded down
-        size = tuple(int(self.shorter * side / min(height, width)) for side in (height, width))
-        image = resize(pixels, (size[0], size[1]))
-        top, left = (round((side - self.size) / 2) for side in size)
-        return image[:, top : top + self.size, left : left + self.size].unsqueeze(0)
 
 
 def whole_images(size: int, shorter: int = 0, scaled_decoding: bool = False) -> Reading:

@@ -21,8 +21,6 @@ from lzn_dist.evaluation.generation import (
     balanced_labels,
     disagreement,
     generate,
-    interpolate,
-    interpolate_texts,
     recognised,
     reconstruction_errors,
 )
@@ -341,7 +339,7 @@ def write_figures(
         rebuilt = model.reconstruct(batch, seed, own)[:shown]
         written.append(reconstruction_grid(batch[:shown], rebuilt, folder / "reconstructions.png"))
         pairs = [(2 * i, 2 * i + 1) for i in range(min(6, len(batch) // 2))] if model.has_latents else []
-        paths = [interpolate(model, batch, first, second, 12, seed, own) for first, second in pairs]
+        paths = [model.interpolate(batch[first], batch[second], 12, seed) for first, second in pairs]
         if paths:
             written.append(interpolation_grid(paths, folder / "interpolation.png"))
     if model.has_text or model.has_captions:
@@ -376,7 +374,7 @@ def _text_figures(model: LZN, data: EvaluationData, folder: Path, seed: int) -> 
             images = model.generate(texts=repeated, seed=seed)
             written.append(sample_grid(images, columns, folder / "from_captions.png", texts, "Images of captions"))
             ends = list(zip(texts[::2], texts[1::2], strict=False))
-            paths = [interpolate_texts(model, *pair, columns, seed) for pair in ends]
+            paths = [model.interpolate(*pair, columns, seed) for pair in ends]
             if paths:
                 names = [f"{first} → {second}" for first, second in ends]
                 path = folder / "between_captions.png"

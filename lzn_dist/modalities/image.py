@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -51,10 +51,10 @@ class Image(Modality):
     @torch.no_grad()
     def walk(
         self, decoder: Network, x: Tensor, latents: Tensor, labels: Tensor | None, *, to_noise: bool,
-        guidance: float = 1.0,
+        guidance: float = 1.0, sampler: Literal["euler", "dopri5"] | None = None, steps: int | None = None,
     ) -> tuple[Tensor, float]:  # fmt: skip
         """From noise [n, c, h, w] to images, or back, under latents [n, D] and labels int64 [n]; and how often the
-        decoder was evaluated (NFE), on average over the samples.
+        decoder was evaluated (NFE), on average over the samples. sampler, steps: default: the configuration's.
 
         guidance g: the velocity is v₀ + g (v − v₀), v₀ without condition (latents of 0 and no label), as a decoder with
         `condition_dropout` knows it (classifier-free guidance, arXiv 2207.12598); 1: v.
@@ -70,5 +70,5 @@ class Image(Modality):
             return free + guidance * (given - free)
 
         solve = invert if to_noise else sample
-        walked = solve(velocity, x, method=flow.sampler, steps=flow.sampler_steps, t_min=flow.t_min)
+        walked = solve(velocity, x, method=sampler or flow.sampler, steps=steps or flow.sampler_steps, t_min=flow.t_min)
         return walked.x, float(walked.nfe) * (1 if guidance == 1.0 else 2)

@@ -352,6 +352,11 @@ class ImageEncoder(_DownHalf):
         """
         return torch.cat(self._hidden(images, key), dim=1)
 
+    def feature_map(self, images: Tensor, key: Tensor | None = None) -> Tensor:
+        """The middle blocks' output [b, c', h', w'], of the lowest resolution."""
+        self._check_images("images", images)
+        return self._down(iter(self.all_modules), images, None, key)[1]
+
 
 class ImageDecoder(_DownHalf):
     """Rectified flow's velocity under a latent: (x_t, t, latent, label) → dx_t/dt.

@@ -163,10 +163,14 @@ class ResNetEncoder(nn.Module):
 
         key is not used: there is no dropout. Raises ValueError for images of another shape.
         """
+        return self.feature_map(images, key).mean(dim=(2, 3))
+
+    def feature_map(self, images: Tensor, key: Tensor | None = None) -> Tensor:
+        """The last map [b, feature_dim, h', w']."""
         if images.dim() != 4 or images.shape[1] != self.image_channels:
             raise ValueError(f"images: shape [b, {self.image_channels}, h, w] is needed, not {list(images.shape)}")
         h: Tensor = self.net((images + 1.0) / 2.0)  # as published, the network sees [0, 1]
-        return h.mean(dim=(2, 3))
+        return h
 
     def forward(self, images: Tensor, key: Tensor | None = None) -> Tensor:
         """images [b, c, h, w] in [−1, 1] → anchors [b, latent_dim]; key as in features."""

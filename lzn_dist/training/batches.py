@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Iterable
 from pathlib import Path
 
 import torch
@@ -18,6 +19,7 @@ from lzn_dist.data import (
     SampleOrder,
     ShardedDataset,
     ShardIndex,
+    Tokenizer,
     whole_images,
 )
 from lzn_dist.distributed import Topology
@@ -70,20 +72,28 @@ def open_stream(config: Config, topology: Topology, *, labelled: bool = False, a
     return BatchStream(dataset, order, topology.rank, topology.world_size, data.workers)
 
 
-def member_readers(config: Config, index: ShardIndex) -> dict[str, MemberReader]:
-    """Of the data types that are neither image nor label. Raises ConfigError."""
-    wanted = [modality(name, config) for name in needs(config).modalities]
-    tokenizer = tokenizer_of(config, index)
+def member_readers(
+    config: Config, index: ShardIndex, names: Iterable[str] | None = None, tokenizer: Tokenizer | None = None
+) -> dict[str, MemberReader]:
+    """Of the data types (default: the run's) that are neither image nor label. tokenizer: default: as `tokenizer_of`
+    finds it. Raises ConfigError."""
+    wanted = [modality(name, config) for name in (needs(config).modalities if names is None else names)]
+    if tokenizer is None and any(kind.name == "text" for kind in wanted):
+        tokenizer = tokenizer_of(config, index)
     found = {kind.name: kind.reader(tokenizer) for kind in wanted}
     return {name: reader for name, reader in found.items() if reader is not None}
 
 
-def whole_dataset(config: Config, index: ShardIndex, split: str) -> ShardedDataset:
-    """A split's whole images, as evaluation resizes and crops them, and what other data types have beside them."""
+def whole_dataset(
+    config: Config, index: ShardIndex, split: str, names: Iterable[str] | None = None,
+    tokenizer: Tokenizer | None = None,
+) -> ShardedDataset:  # fmt: skip
+    """A split's whole images, as evaluation resizes and crops them, and what other data types have beside them; names
+    and tokenizer: as for `member_readers`."""
     data = config.data
     return ShardedDataset(
         index, split, data.image_channels, whole_images(data.image_size, data.resize, data.scaled_decoding),
-        partial=data.partial, members=member_readers(config, index), seed=config.seed,
+        partial=data.partial, members=member_readers(config, index, names, tokenizer), seed=config.seed,
     )  # fmt: skip
 
 

@@ -43,6 +43,7 @@ from lzn_dist.data.captions import TOKENIZER
 from lzn_dist.distributed.pieces import Piece, PieceLoader, PieceSaver, share, whole
 from lzn_dist.distributed.topology import Topology
 from lzn_dist.engines.base import MOMENTS, Engine
+from lzn_dist.exchange import Loaded
 from lzn_dist.json_files import read_json
 from lzn_dist.models.ema import EMA
 from lzn_dist.networks import Networks
@@ -374,18 +375,6 @@ def resume_state(state: TrainState, path: Path) -> None:
 def average_pieces(ema: EMA, engine: Engine) -> dict[str, Piece]:
     """The averaged weights as pieces: the ranges of the engine's weights."""
     return {name: Piece(ema.shadow[name], piece.start, piece.shape) for name, piece in engine.weights().items()}
-
-
-@dataclass
-class Loaded:
-    """Networks with the averaged (EMA) weights in evaluation mode, their configuration, and the step; centres: by data
-    type, of anchors [D]; tokenizer: a tokenizer.json, where there is text."""
-
-    networks: Networks
-    config: Config
-    step: int
-    centres: dict[str, torch.Tensor]
-    tokenizer: str | None
 
 
 _CENTRE = "objective.centre."

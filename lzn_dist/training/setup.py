@@ -28,6 +28,7 @@ from lzn_dist.training.checkpoint import (
     resume_state,
 )
 from lzn_dist.training.grad_cache import check_batch_independent
+from lzn_dist.training.init_from import start_from
 from lzn_dist.training.optimizer import make_optimizer
 from lzn_dist.training.step import TrainState, goes_back_apart
 from lzn_dist.zones import block_class
@@ -56,6 +57,9 @@ def build_state(config: Config, launch: Launch, accelerator: Accelerator, checkp
     if checkpoint is not None:
         _check_tokenizer(config, checkpoint)
         load_weights(networks, checkpoint)
+    elif config.init_from:
+        for line in start_from(networks, config):
+            accelerator.print(line)
     objective = make_objective(config, networks)
     engine = build_engine(config, launch, networks, lambda: make_optimizer(networks, config), accelerator)
     state = _state(config, engine, objective)

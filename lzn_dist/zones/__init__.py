@@ -7,7 +7,7 @@ field over the anchors is a value (`Field`), and one that spreads them over proc
 
 from lzn_dist.zones.alignment import Alignment, align, alignment_loss, nearest_anchor
 from lzn_dist.zones.field import AnchorField, Field, FieldFactory, block_class
-from lzn_dist.zones.latents import compute_latents
+from lzn_dist.zones.latents import compute_latents, latents_beside
 from lzn_dist.zones.schedules import SIGMA_MIN
 
 __all__ = [
@@ -20,5 +20,6 @@ __all__ = [
     "alignment_loss",
     "block_class",
     "compute_latents",
+    "latents_beside",
     "nearest_anchor",
 ]

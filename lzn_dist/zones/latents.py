@@ -104,6 +104,40 @@ def compute_latents(
     return latents if absent is None else torch.where(absent, noise, latents)
 
 
+def latents_beside(
+    anchors: Tensor, noise: Tensor, reference: Tensor, *, solver: Solver = "euler", steps: int = 20,
+    backend: Backend = "auto",
+) -> Tensor:  # fmt: skip
+    """Latents [b, d] of samples that do not see each other: each over `reference` [n, d] and its own anchor alone.
+
+    Row i is `compute_latents(anchors[i:i+1], noise[i:i+1], torch.cat((reference, anchors[i:i+1])), index=[n])`, all of
+    them in one product with the reference: a sample's own anchor is the origin of its field, which no sum contains.
+    Raises ValueError as `compute_latents` does, and for an empty reference.
+    """
+    check_points("reference", reference, anchors.shape[1], anchors.dtype)
+    if not len(reference):
+        raise ValueError("reference is empty: alone, every sample has the whole space for its zone")
+    last = torch.full((len(anchors),), len(reference), device=anchors.device)
+    if solver == "dopri5" or backend == "plain":  # steps of their own for each sample, or the definition
+        rows = [
+            compute_latents(
+                anchors[i : i + 1], noise[i : i + 1], torch.cat((reference, anchors[i : i + 1])), index=last[i : i + 1],
+                solver=solver, steps=steps, backend=backend,
+            )
+            for i in range(len(anchors))
+        ]  # fmt: skip
+        return torch.cat(rows) if rows else noise + anchors
+
+    def field(keys: Tensor, log_weights: Tensor | None, groups: Tensor | None, backend: str) -> AnchorField:
+        return AnchorField(keys, log_weights, groups, backend, count=len(keys) + 1)
+
+    if not len(anchors):
+        return noise + anchors
+    return compute_latents(
+        anchors, noise, reference, index=last, solver=solver, steps=steps, backend=backend, field=field
+    )
+
+
 def _plain_latents(
     anchors: Tensor, noise: Tensor, keys: Tensor, solver: Solver, steps: int, log_weights: Tensor | None
 ) -> Tensor:

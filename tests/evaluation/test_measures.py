@@ -9,9 +9,10 @@ from lzn_dist.data import EvaluationBatch
 from lzn_dist.evaluation.accuracy import Proportion, classification_accuracy
 from lzn_dist.evaluation.data import Unmeasurable
 from lzn_dist.evaluation.frechet import DigitClassifier, frechet_distance
-from lzn_dist.evaluation.generation import balanced_labels, disagreement, image_errors, interpolate, recognised, slerp
+from lzn_dist.evaluation.generation import balanced_labels, disagreement, image_errors, recognised
 from lzn_dist.evaluation.probe import FeatureSet, effective_rank, few_label_probe, knn_accuracy, linear_probe
 from lzn_dist.inference import LZN
+from lzn_dist.inference.interpolation import slerp
 from tests.helpers.hand_made import CLASSES, class_images
 
 
@@ -178,7 +179,7 @@ def test_slerp_keeps_ends_and_norm() -> None:
 def test_interpolation_runs_between_the_two_images(joint: LZN) -> None:
     images = class_images(torch.tensor([0, 1, 2, 3, 0, 1, 2, 3]))
     joint.encode_noise = lambda images, latents, labels=None: images.clone()  # type: ignore[method-assign]
-    path = interpolate(joint, images, 1, 3, count=5)
+    path = joint.interpolate(images[1], images[3], 5)
     torch.testing.assert_close(path[0], images[1])
     torch.testing.assert_close(path[-1], images[3])
 

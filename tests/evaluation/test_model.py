@@ -3,10 +3,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from lzn_dist import inference
 from lzn_dist.config import load_config, override
 from lzn_dist.data import ShardedDataset, ShardIndex, whole_images
 from lzn_dist.inference import LZN, MissingCapability
+from lzn_dist.inference import model as inference
 from lzn_dist.objectives import build_networks
 from tests.helpers.hand_made import CLASSES, DIM, class_images, hand_made
 from tests.helpers.settings import decoder_with, encoder_with
@@ -28,28 +28,64 @@ def test_classify_finds_the_class_of_every_image(joint: LZN) -> None:
     assert joint.classify(images[:0]).shape == (0,)
 
 
-def test_rows_that_fill_up_a_batch_are_the_first_images(joint: LZN) -> None:
-    batches = list(joint._fixed_batches(11))
-    assert [counted for _, counted in batches] == [8, 3]
-    images = torch.arange(11.0)[:, None]
-    assert joint._filled(images, batches[1][0])[:, 0].tolist() == [8, 9, 10, 0, 1, 2, 3, 4]
-
-
-def test_a_single_image_is_seen_beside_training_images(joint: LZN, digits: Path, tmp_path: Path) -> None:
+def test_an_image_is_seen_beside_the_reference_and_itself(joint: LZN, digits: Path, tmp_path: Path) -> None:
     """By itself an image would have the whole space as its zone, and the same centre as any other."""
     images = class_images(torch.arange(CLASSES))
+    reference, joint.reference = joint.reference, {}
     joint.config = override(joint.config, [f"data.shards={digits}"])
     assert [int(joint.classify(image[None])) for image in images] == [0, 1, 2, 3]
     others = ShardIndex.load(digits)
     first = ShardedDataset(others, "train", 1, whole_images(8)).fixed_batches(8)[0].images
-    latents = joint.latents(torch.cat((images[:1], first[:7])), 0.0)
-    seen = []
-    joint.read_class = lambda latents, class_weights=None: seen.append(latents) or torch.zeros(len(latents))  # type: ignore[method-assign]
-    joint.classify(images[:1])
-    torch.testing.assert_close(seen[0], latents[:1])
+    torch.testing.assert_close(joint.reference["image"], joint.anchors(first))
+    together = joint.anchors_to_latents(joint.anchors(torch.cat((images[:1], first))), 0.0)
+    torch.testing.assert_close(joint.latents(images[:1], 0.0), together[:1])
+    whole = joint.latents(images, 1.0, seed=3)
+    parts = [joint.latents(images[i : i + 1], 1.0, seed=3, first=i) for i in range(CLASSES)]
+    torch.testing.assert_close(torch.cat(parts), whole)
     elsewhere = hand_made("joint", data={"num_classes": CLASSES, "shards": str(tmp_path)})
-    with pytest.raises(FileNotFoundError, match="no shards"):
+    elsewhere.reference = {}
+    with pytest.raises(FileNotFoundError, match=r"no shards.*`lzn_dist export` stores them"):
         elsewhere.classify(images)
+    elsewhere.reference = reference
+    assert torch.equal(elsewhere.classify(images), torch.arange(CLASSES))
+
+
+def test_class_probabilities_are_shares_of_draws(joint: LZN) -> None:
+    images = class_images(torch.arange(CLASSES))
+    sharp = joint.class_probabilities(images, 50, 0.3)
+    torch.testing.assert_close(sharp.sum(1), torch.ones(CLASSES))
+    assert torch.equal(sharp.argmax(1), torch.arange(CLASSES)) and sharp.diagonal().min() > 0.9
+    between = (images[:1] + images[1:2]) / 2
+    shares = joint.class_probabilities(between, 400, 1.0)[0]
+    assert (shares[:2] > 0.2).all() and shares.sum() == pytest.approx(1.0)
+    parts = [joint.class_probabilities(images[i : i + 2], 20, seed=1, first=i) for i in (0, 2)]
+    assert torch.equal(torch.cat(parts), joint.class_probabilities(images, 20, seed=1))
+    with pytest.raises(ValueError, match="draws must be 1 or more"):
+        joint.class_probabilities(images, 0)
+    assert joint.class_probabilities(images[:0]).shape == (0, CLASSES)
+
+
+def test_generation_from_images_and_by_another_sampler(joint: LZN) -> None:
+    images = class_images(torch.tensor([2, 1]))
+    torch.testing.assert_close(joint.generate(images=images), images)
+    torch.testing.assert_close(joint.generate(3, images=images[0]), images[:1].expand(3, -1, -1, -1))
+    with pytest.raises(ValueError, match="images must be one or 3, got 2"):
+        joint.generate(3, images=images)
+    with pytest.raises(ValueError, match="texts or images, not both"):
+        joint.generate(images=images, texts=["a two"])
+    assert joint.generate_with_latents(2, steps=3).nfe == 3 != joint.generate_with_latents(2).nfe
+
+
+def test_what_is_embedded(joint: LZN) -> None:
+    images = class_images(torch.arange(2))
+    assert torch.equal(joint.embed(images, "anchor"), joint.anchors(images))
+    assert torch.equal(joint.embed(images, "latent"), joint.latents(images, 0.0))
+    with pytest.raises(MissingCapability, match="Encoder gives no map of images"):
+        joint.embed(images, "map")
+    with pytest.raises(ValueError, match="features, anchor, latent or map"):
+        joint.embed(images, "vector")  # type: ignore[arg-type]
+    model = baseline("objective=simclr", "decode=[]")
+    assert model.embed(images, "map").shape[:1] == (2,) and model.embed(images, "map").dim() == 4
 
 
 def test_large_images_go_through_the_networks_in_parts(joint: LZN, monkeypatch: pytest.MonkeyPatch) -> None:

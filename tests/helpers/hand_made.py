@@ -102,7 +102,9 @@ def hand_made(task: str, **values: object) -> LZN:
             **({"label": {"encoder": Labels()}} if task == "joint" else {}),
         }
     )
-    return LZN(networks, make_config(task, **values))
+    with torch.no_grad():
+        anchors = networks["image"]["encoder"](class_images(torch.arange(8) % CLASSES))  # type: ignore[index, operator]
+    return LZN(networks, make_config(task, **values), reference={"image": anchors})
 
 
 def tiny(task: str, folder: Path, objective: str = "lzn", by_class: bool = False, **data: object) -> LZN:

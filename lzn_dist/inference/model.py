@@ -1,46 +1,55 @@
-"""A trained model as one object: embed, generate, classify, reconstruct (arXiv 2509.15591, section 3).
+"""A trained model as one object: embed, generate, classify, caption, reconstruct (arXiv 2509.15591, section 3).
 
 The capabilities are compositions of the networks with the zones' two operations, anchors → latents and latents →
-anchors. A latent depends on all anchors that it is computed with. Images are therefore taken in *fixed batches*:
-`evaluation.batch` of them in the order given; a last, smaller batch is filled up with images whose results are not
-counted: the first ones given, or where fewer than one batch are given, the first training images.
+anchors. **A latent depends on all anchors that it is computed with.** Each sample is therefore seen among the anchors
+of a *reference set*, the first training samples, and its own alone (`lzn_dist.zones.latents_beside`): what is found for
+it does not depend on what else is asked. An exported model brings its reference; for a run's the anchors are computed
+when they are first needed. Published evaluation computes latents over fixed batches instead (`anchors_to_latents`).
 
 Baselines are read the same way: a rectified flow is a decoder whose latents have no dimensions, a contrastive model an
 encoder that embeds, a supervised one an encoder whose output is logits.
 
-All randomness is keyed by (seed, name, sample number): results do not depend on how a set is split into calls.
+All randomness is keyed by (seed, name, sample number): results do not depend on how a set is split into calls, if each
+says by `first` with which sample it begins.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any, Literal, NamedTuple, TypeAlias
 
-import numpy as np
 import torch
 import torch.nn.functional as F
+from huggingface_hub import ModelHubMixin, snapshot_download
 from torch import Tensor, nn
 
 from lzn_dist.config import Config
 from lzn_dist.data import Tokenizer
-from lzn_dist.inputs import as_count, as_images, as_labels, as_texts
+from lzn_dist.exchange import Loaded, card, read_export, write_export
+from lzn_dist.inference.inputs import as_count, as_images, as_labels, as_texts
+from lzn_dist.inference.interpolation import slerp
 from lzn_dist.keyed_random import make_key, normal
 from lzn_dist.machine import has_float64
 from lzn_dist.modalities import Image, Label, Text, modality
 from lzn_dist.networks import Networks
-from lzn_dist.networks import trust as trust_packages
 from lzn_dist.objectives import needs
-from lzn_dist.zones import align, compute_latents, nearest_anchor
+from lzn_dist.zones import align, compute_latents, latents_beside, nearest_anchor
 
-# what methods take for images [b, c, h, w] and labels int64 [b]: tensors, or what lzn_dist.inputs makes into them
+# what methods take for images [b, c, h, w] and labels int64 [b]: tensors, or what lzn_dist.inference.inputs makes into
+# them
 Images: TypeAlias = Any
 Labels: TypeAlias = Any
 Texts: TypeAlias = "str | Sequence[str]"
 
 CHUNK = 512  # images that go through a network at once, at most,
 CHUNK_PIXELS = 1 << 21  # and pixels: a feature map of 128 channels is 1 GB then
+PAPER = "https://arxiv.org/abs/2509.15591"
+DRAWS = 1 << 14  # latents that are flowed at once for class probabilities
+What = Literal["features", "anchor", "latent", "map"]
+Sampler = Literal["euler", "dopri5"]
 
 
 class MissingCapability(RuntimeError):
@@ -58,27 +67,89 @@ class Generated:
     nfe: float
 
 
-class LZN:
-    """Networks with their configuration, ready to use. Puts the networks in evaluation mode.
+class _Walk(NamedTuple):
+    """How the decoder's flow is walked, where it is not as the configuration says."""
+
+    guidance: float = 1.0
+    sampler: Sampler | None = None
+    steps: int | None = None
+
+
+class LZN(
+    ModelHubMixin,
+    library_name="lzn_dist",
+    license="mit",
+    repo_url=PAPER,
+    paper_url=PAPER,
+    tags=["latent-zoning-networks"],
+):
+    """Networks with their configuration, ready to use. Puts the networks in evaluation mode. `save_pretrained`,
+    `from_pretrained` and `push_to_hub` are huggingface_hub's, for folders as `lzn_dist export` writes them.
 
     Where a task lacks a network (a representation model cannot classify), the method raises MissingCapability.
     """
 
     def __init__(
         self, networks: Networks, config: Config, step: int = 0, *, centres: Mapping[str, Tensor] | None = None,
-        tokenizer: Tokenizer | None = None,
+        tokenizer: Tokenizer | None = None, reference: Mapping[str, Tensor] | None = None, reference_size: int = 0,
+        classes: Sequence[str] = (),
     ) -> None:  # fmt: skip
         """centres: by data type, of the encoders' anchors [D], where the configuration centres them. tokenizer: where
-        there is text; default: the one of the run's shards."""
+        there is text; default: the one of the run's shards. reference: anchors [N, D] by data type, as `anchors` and
+        `embed_text` give them; what is missing is computed of the first reference_size training samples (default:
+        `evaluation.batch`) when it is needed. classes: names; default: the shards'."""
         self.networks = networks.eval()
         self.centres = dict(centres or {})
         self._tokenizer = tokenizer
         self.config = config
         self.needs = needs(config)
         self.step = step
-        self._others: Tensor | None = None
-        self._other_texts: list[str] | None = None
+        self.reference = dict(reference or {})
+        self.reference_size = reference_size or config.evaluation.batch
+        self._classes = tuple(classes)
+        self._show: Callable[[int, int], None] | None = None  # how far the reference is, for commands
         self._bfloat16 = False
+
+    def parts(self) -> Loaded:
+        """What the model consists of, with the reference as far as it is at hand."""
+        content = None if self._tokenizer is None else self._tokenizer.content
+        return Loaded(
+            self.networks, self.config, self.step, self.centres, content, self.reference,
+            self.classes if self.config.data.num_classes > 0 else (),
+        )  # fmt: skip
+
+    def gather_reference(self, anchors: int | None = None) -> None:
+        """Have the anchors of the first so many training samples at hand, of all data types that have some: a model
+        that is saved after it needs no data. None: as many as it says now. Raises FileNotFoundError."""
+        if anchors is not None:
+            self.reference, self.reference_size = {}, anchors
+        if self.has_latents:
+            for name in ("image", "text"):
+                if self.networks.find(name, "encoder") is not None:
+                    self.reference_anchors(name)
+        if self.has_text or self.has_captions:
+            _ = self.tokenizer
+
+    def _save_pretrained(self, save_directory: Path) -> None:
+        """As huggingface_hub's mixin calls it: the files of an exported folder. Raises FileNotFoundError where the
+        reference is missing and the data is not there."""
+        self.gather_reference()
+        parts = self.parts()
+        write_export(save_directory, parts)
+        (save_directory / "README.md").write_text(card(parts), encoding="utf-8")
+
+    @classmethod
+    def _from_pretrained(  # type: ignore[override]
+        cls, *, model_id: str, revision: str | None, cache_dir: str | None, force_download: bool,
+        local_files_only: bool, token: str | bool | None, **more: Any,
+    ) -> LZN:  # fmt: skip
+        if not Path(model_id).is_dir():
+            model_id = snapshot_download(
+                model_id, revision=revision, cache_dir=cache_dir, force_download=force_download,
+                local_files_only=local_files_only, token=token,
+                allow_patterns=["*.json", "*.safetensors", "SHA256SUMS"], ignore_patterns=["*/*"],
+            )  # fmt: skip
+        return model_of(read_export(Path(model_id)))
 
     def to(self, *args: Any, **more: Any) -> LZN:
         """Moves the model as torch's modules do: ``to("cuda")``, ``to(torch.bfloat16)``, ``to("cuda", torch.float64)``.
@@ -142,12 +213,25 @@ class LZN:
     # ── images → features, anchors, latents ─────────────────────────────────────────────────────────────────────
 
     @torch.no_grad()
-    def embed(self, images: Images) -> Tensor:
-        """Features [b, F] of images [b, c, h, w] in [−1, 1], before the encoder's head."""
+    def embed(self, images: Images, what: What = "features", *, seed: int = 0, first: int = 0) -> Tensor:
+        """Of images [b, c, h, w]: features [b, F] before the encoder's head; or their anchor [b, D], their latent
+        [b, D] at the centre of its zone (`latents`), or the encoder's last feature map [b, F', h', w'].
+
+        Raises MissingCapability where the model has no such thing.
+        """
+        if what == "anchor":
+            return self.anchors(images)
+        if what == "latent":
+            return self.latents(images, 0.0, seed, first)
         encoder, images = self._encoder(), self._images(images)
+        function = getattr(encoder, {"features": "features", "map": "feature_map"}.get(what, ""), None)
+        if what not in ("features", "map"):
+            raise ValueError(f"what must be features, anchor, latent or map, not {what!r}")
+        if function is None:
+            raise MissingCapability(f"{type(encoder).__name__} gives no {what} of images")
         with self._autocast():
-            features = torch.cat([encoder.features(self._ready(part)) for part in images.split(self.chunk)])  # type: ignore[operator]
-        return features if features.dtype == torch.float64 else features.float()
+            found = torch.cat([function(self._ready(part)) for part in images.split(self.chunk)])
+        return found if found.dtype == torch.float64 else found.float()
 
     @torch.no_grad()
     def anchors(self, images: Images) -> Tensor:
@@ -244,12 +328,49 @@ class LZN:
 
     # ── latents ─────────────────────────────────────────────────────────────────────────────────────────────────
 
-    def latents(self, images: Images, noise_scale: float | None = None, seed: int = 0) -> Tensor:
-        """Latents [b, D] of images [b, c, h, w] over these images' anchors alone: give a fixed batch.
+    def latents(
+        self, images: Images | None = None, noise_scale: float | None = None, seed: int = 0, first: int = 0, *,
+        texts: Texts | None = None,
+    ) -> Tensor:  # fmt: skip
+        """Latents [b, D] of images, or of texts, each seen among the reference's anchors and its own.
 
-        noise_scale: how far from the zone's centre (default: the configuration's). The solver is the configuration's.
+        noise_scale: how far from the zone's centre (default: the configuration's); samples are numbered from `first`.
+        The solver is the configuration's. Raises FileNotFoundError where the model has no reference and the run's data,
+        which it would be made of, is not there.
         """
-        return self.anchors_to_latents(self.anchors(images), noise_scale, seed)
+        if (images is None) == (texts is None):
+            raise ValueError("give images or texts")
+        if texts is not None:
+            return self._in_reference("text", self.embed_text(texts), noise_scale, seed, first)
+        return self._in_reference("image", self.anchors(images), noise_scale, seed, first)
+
+    @torch.no_grad()
+    def _in_reference(self, name: str, anchors: Tensor, noise_scale: float | None, seed: int, first: int) -> Tensor:
+        latent = self.config.latent
+        scale = latent.noise_scale if noise_scale is None else noise_scale
+        samples = torch.arange(first, first + len(anchors), device=anchors.device)
+        noise = self.latent_noise(anchors, seed, samples) * scale
+        reference = self.reference_anchors(name).to(anchors)
+        return latents_beside(
+            anchors, noise, reference, solver=latent.solver, steps=latent.steps, backend=self.config.backend
+        )
+
+    def reference_anchors(self, name: str) -> Tensor:
+        """Anchors [N, D] of the reference set of a data type, image or text, among which its samples are seen."""
+        if name not in self.reference:
+            from lzn_dist.training.centres import reference_anchors  # not needed where the reference is at hand
+
+            try:
+                found = reference_anchors(
+                    self.networks, self.config, [name], self.reference_size, self._tokenizer, self._show
+                )[name]
+            except FileNotFoundError as error:
+                raise FileNotFoundError(
+                    f"a latent depends on the anchors of other samples, and the training data to take them from is not "
+                    f"there ({error}): where it is, `lzn_dist export` stores them with the model"
+                ) from error
+            self.reference[name] = self._placed(name, found.to(self.device))
+        return self.reference[name]
 
     @torch.no_grad()
     def anchors_to_latents(
@@ -304,34 +425,61 @@ class LZN:
         return nearest_anchor(result.endpoint, anchors)
 
     def classify(
-        self, images: Images, noise_scale: float = 0.0, class_weights: Tensor | None = None, seed: int = 0
-    ) -> Tensor:
-        """Labels int64 [b] of images [b, c, h, w]: image → anchor → latent (over the fixed batch) → class.
+        self, images: Images, noise_scale: float = 0.0, class_weights: Tensor | None = None, seed: int = 0,
+        first: int = 0,
+    ) -> Tensor:  # fmt: skip
+        """Labels int64 [b] of images [b, c, h, w]: image → anchor → latent (`latents`) → class.
 
         noise_scale: 0 asks for the centre of the image's zone, 1 for a random point of it. A supervised model has no
-        zones: its largest logit counts. Raises FileNotFoundError for fewer images than a fixed batch where the run's
-        data, which fills it up, is not there.
+        zones: its largest logit counts. Raises FileNotFoundError as `latents` does.
         """
         if self.has_logits:
             return self.anchors(images).argmax(1)
         self.label_anchors()
-        images = self._images(images)
-        found = []
-        for rows, counted in self._fixed_batches(len(images)):
-            anchors = self.anchors(self._filled(images, rows))
-            latents = self.anchors_to_latents(anchors, noise_scale, seed, rows.to(self.device))
-            found.append(self.read_class(latents[:counted], class_weights))
-        return torch.cat(found) if found else torch.zeros(0, dtype=torch.int64, device=self.device)
+        return self.read_class(self.latents(images, noise_scale, seed, first), class_weights)
+
+    @torch.no_grad()
+    def class_probabilities(
+        self, images: Images, draws: int = 64, noise_scale: float = 1.0, class_weights: Tensor | None = None,
+        seed: int = 0, first: int = 0,
+    ) -> Tensor:  # fmt: skip
+        """[b, K]: of so many keyed draws of each image's latent, the share that ends at each class; a supervised
+        model's are the softmax of its logits.
+
+        noise_scale 1: all of the image's zone. Raises FileNotFoundError as `latents` does.
+        """
+        anchors = self.anchors(images)
+        if self.has_logits:
+            return anchors.softmax(1)
+        classes = len(self.label_anchors())
+        if as_count(draws) < 1:
+            raise ValueError("draws must be 1 or more")
+        found = [anchors.new_zeros(0, classes)]
+        step = max(1, DRAWS // draws)
+        for start in range(0, len(anchors), step):
+            part = anchors[start : start + step].repeat_interleave(draws, 0)
+            latents = self._in_reference("image", part, noise_scale, seed, (first + start) * draws)
+            ends = F.one_hot(self.read_class(latents, class_weights), classes)
+            found.append(ends.unflatten(0, (-1, draws)).to(anchors).mean(1))
+        return torch.cat(found)
+
+    @property
+    def classes(self) -> tuple[str, ...]:
+        """The classes' names, or their numbers where they have none."""
+        if not self._classes:
+            from lzn_dist.data import ShardIndex
+
+            data, names = self.config.data, list[str]()
+            with suppress(OSError, ValueError):  # the data is not there: numbers will do
+                names = list(ShardIndex.load(data.shards, data.cache, data.retry_seconds).classes)
+            count = max(data.num_classes, 0)
+            self._classes = tuple(names[:count]) + tuple(map(str, range(len(names), count)))
+        return self._classes
 
     def classify_text(self, texts: Sequence[str], seed: int = 0) -> Tensor:
-        """Labels int64 [b] of texts: text → anchor → latent at the centre of its zone (over a fixed batch) → class."""
-        found = [torch.zeros(0, dtype=torch.int64, device=self.device)]
-        words = as_texts(texts)
-        for rows, counted in self._fixed_batches(len(words)):
-            anchors = self.embed_text(self._filled_texts(words, rows))
-            latents = self.anchors_to_latents(anchors, 0.0, seed, rows.to(self.device))
-            found.append(self.read_class(latents[:counted]))
-        return torch.cat(found)
+        """Labels int64 [b] of texts: text → anchor → latent at the centre of its zone → class."""
+        self.label_anchors()
+        return self.read_class(self.latents(None, 0.0, seed, texts=texts))
 
     # ── latents → images ────────────────────────────────────────────────────────────────────────────────────────
 
@@ -361,37 +509,49 @@ class LZN:
 
     def generate(
         self, n: int | None = None, labels: Labels | None = None, seed: int = 0, *,
-        texts: Texts | None = None, zone: Labels | None = None, first: int = 0, guidance: float = 1.0,
+        texts: Texts | None = None, images: Images | None = None, zone: Labels | None = None, first: int = 0,
+        guidance: float = 1.0, sampler: Sampler | None = None, steps: int | None = None,
     ) -> Tensor:  # fmt: skip
         """n images [n, c, h, w] in [−1, 1]; `generate_with_latents` says what the arguments mean."""
         return self.generate_with_latents(
-            n, labels, seed, texts=texts, zone=zone, first=first, guidance=guidance
+            n, labels, seed, texts=texts, images=images, zone=zone, first=first, guidance=guidance, sampler=sampler,
+            steps=steps,
         ).images  # fmt: skip
 
     def generate_with_latents(
         self, n: int | None = None, labels: Labels | None = None, seed: int = 0, *,
-        texts: Texts | None = None, zone: Labels | None = None, first: int = 0, guidance: float = 1.0,
+        texts: Texts | None = None, images: Images | None = None, zone: Labels | None = None, first: int = 0,
+        guidance: float = 1.0, sampler: Sampler | None = None, steps: int | None = None,
     ) -> Generated:  # fmt: skip
         """n samples, numbered from ``first``: generate(4) is generate(2) followed by generate(2, first=2). n may be
-        left out where labels or texts say how many.
+        left out where labels, texts or images say how many.
 
         Without labels the latent is a prior draw; a joint model reads its class from the zone it lies in and gives the
         decoder that one-hot label. With labels (one for all, or int64 [n]) the latent is drawn from the label's zone,
         as published. ``zone`` draws it from the zone of another class than the one-hot label instead. A decoder that
         takes labels without zones gets prior latents, and where no labels are asked for, the classes in turn. With
-        texts (one for all, or n) the latent is the centre of the text's zone (`given`).
-        guidance: classifier-free, for decoders with `condition_dropout`; 1: none.
+        texts or images (one for all, or n) the latent is the centre of that one's zone (`given`).
+        guidance: classifier-free, for decoders with `condition_dropout`; 1: none. sampler and steps: instead of the
+        configuration's flow.sampler (euler or dopri5) and flow.sampler_steps.
         Raises MissingCapability for labels or texts where the model has none, ValueError for labels out of range.
         """
         self._decoder()
+        if texts is not None and images is not None:
+            raise ValueError("give texts or images, not both")
+        if images is not None:
+            images = self._images(images)
+        if texts is not None:
+            texts = as_texts(texts)
+        others = texts if texts is not None else images
         if n is None:
-            counted = labels if texts is None else texts
+            counted = labels if others is None or (len(others) == 1 and labels is not None) else others
             if counted is None or isinstance(counted, str) or not hasattr(counted, "__len__"):
-                raise ValueError("n: how many images? It may be left out where a list of labels or texts says so")
+                raise ValueError("n: how many images? It may be left out where labels, texts or images say so")
             n = len(counted)
         n = as_count(n)
-        if texts is not None:
-            return self._generate_from(as_texts(texts), n, labels, seed, first, guidance)
+        walk = _Walk(guidance, sampler, None if steps is None else max(1, as_count(steps)))
+        if others is not None:
+            return self._generate_from(texts, images, n, labels, seed, first, walk)
         if labels is None and zone is not None:
             raise ValueError("zone needs labels: which one-hot label should the decoder be given?")
         if not self.draws_prior and not (labels is not None and self.has_labels):
@@ -409,21 +569,21 @@ class LZN:
             if self.has_labels:
                 one_hot = self.read_class(latents)
         own = one_hot if self.takes_labels else None
-        images, nfe = self._walk(self.noise(n, seed, first), latents, own, to_noise=False, guidance=guidance)
-        return Generated(images.clamp(-1.0, 1.0), latents, one_hot, nfe)
+        made, nfe = self._walk(self.noise(n, seed, first), latents, own, to_noise=False, walk=walk)
+        return Generated(made.clamp(-1.0, 1.0), latents, one_hot, nfe)
 
     def _generate_from(
-        self, texts: list[str], n: int, labels: Labels | None, seed: int, first: int, guidance: float
-    ) -> Generated:
-        if len(texts) not in (1, n):
-            raise ValueError(f"texts must be one text or {n}, got {len(texts)}")
-        given = self.given("image", texts=texts, seed=seed)
-        given = given.expand(n, -1) if len(texts) == 1 else given
-        own = None
-        if self.takes_labels:
-            own = self.decoder_labels(given, labels, n)
-        images, nfe = self._walk(self.noise(n, seed, first), given, own, to_noise=False, guidance=guidance)
-        return Generated(images.clamp(-1.0, 1.0), given, own, nfe)
+        self, texts: list[str] | None, images: Tensor | None, n: int, labels: Labels | None, seed: int, first: int,
+        walk: _Walk,
+    ) -> Generated:  # fmt: skip
+        count = len(texts if texts is not None else images)  # type: ignore[arg-type]
+        if count not in (1, n):
+            raise ValueError(f"{'images' if texts is None else 'texts'} must be one or {n}, got {count}")
+        given = self.given("image", texts=texts, images=images, seed=seed)
+        given = given.expand(n, -1) if count == 1 else given
+        own = self.decoder_labels(given, labels, n) if self.takes_labels else None
+        made, nfe = self._walk(self.noise(n, seed, first), given, own, to_noise=False, walk=walk)
+        return Generated(made.clamp(-1.0, 1.0), given, own, nfe)
 
     def decoder_labels(self, given: Tensor, labels: Labels | None, n: int) -> Tensor:
         """The one-hot labels of a decoder that takes some: those given, else read from latents, else none."""
@@ -450,8 +610,8 @@ class LZN:
         """What the decoder of ``what`` (image or text) is given [n, D] for images, texts or labels (one of them): their
         latents, or anchors where it was trained on these.
 
-        Latents of images and texts are computed in fixed batches, filled up with the first training samples'; those of
-        labels over all labels. noise_scale: 0 for the centres of the zones.
+        Latents of images and texts are seen among the reference's anchors (`latents`), those of labels among all
+        labels'. noise_scale: 0 for the centres of the zones.
         """
         if sum(part is not None for part in (images, texts, labels)) != 1:
             raise ValueError("give one of images, texts and labels")
@@ -468,20 +628,9 @@ class LZN:
         if self._point(what) == "anchor":
             anchors = self.anchors(images) if images is not None else self.embed_text(texts or [])
             return anchors if self.has_latents else F.normalize(anchors, dim=1)
-        if images is not None:
-            images = self._images(images)
-            count = len(images)
-        else:
-            words = as_texts(texts)
-            count = len(words)
-        found = [torch.zeros(0, self.config.latent.dim, device=self.device)]
-        for rows, counted in self._fixed_batches(count):
-            if images is not None:
-                anchors = self.anchors(self._filled(images, rows))
-            else:
-                anchors = self.embed_text(self._filled_texts(words, rows))
-            found.append(self.anchors_to_latents(anchors, noise_scale, seed, rows.to(self.device))[:counted])
-        return torch.cat(found)
+        if not self.has_latents:
+            return torch.zeros(len(self._images(images)), 0, device=self.device, dtype=self._dtype)
+        return self.latents(images, noise_scale, seed, texts=texts)
 
     # ── latents → captions ──────────────────────────────────────────────────────────────────────────────────────
 
@@ -521,25 +670,52 @@ class LZN:
         return written
 
     @torch.no_grad()
-    def reconstruct(self, images: Images, seed: int = 0, labels: Labels | None = None) -> Tensor:
+    def reconstruct(self, images: Images, seed: int = 0, labels: Labels | None = None, first: int = 0) -> Tensor:
         """Images [b, c, h, w] inverted to noise under their own latents and decoded again (paper, section 3.1).
 
         A joint model's one-hot label is the class read from the latent: no label of the data is used. A decoder that
-        takes labels without zones needs them, int64 [b]. Raises FileNotFoundError as `classify` does.
+        takes labels without zones needs them, int64 [b]. Raises FileNotFoundError as `latents` does.
         """
         self._decoder()
         images = self._images(images)
-        if labels is not None and self.takes_labels and not self.has_labels:
-            labels = self._label_tensor(labels, len(images))
-        result = []
-        for rows, counted in self._fixed_batches(len(images)):
-            batch = self._filled(images, rows) if self.has_latents else images[rows[:counted]]
-            latents, own = self.code(
-                batch, seed, rows, None if labels is None else labels[rows[: len(batch)] % len(images)]
-            )
-            latents, own = latents[:counted], None if own is None else own[:counted]
-            result.append(self.decode(self.encode_noise(batch[:counted], latents, own), latents, own))
-        return torch.cat(result) if result else self._ready(images)
+        if not self.draws_prior or not self.has_latents:
+            latents = self.given("image", images=images)
+        else:
+            latents = self.latents(images, None, seed, first)
+        own = self._own_labels(latents, labels)
+        return self.decode(self.encode_noise(images, latents, own), latents, own)
+
+    @torch.no_grad()
+    def interpolate(self, start: Any, end: Any, n: int = 9, seed: int = 0) -> Tensor:
+        """n images [n, c, h, w] on the way from one image or text to another, along the great circle between what the
+        decoder is given for them (`given`).
+
+        A str is a text where the model has a text encoder, else a path, as a Path is. Between images, their own noise
+        is interpolated as well, so that the first and the last are these images again; with a text, all have one
+        noise. A joint model's one-hot labels are read on the way. Raises FileNotFoundError as `latents` does.
+        """
+        self._decoder()
+        ends = [end_ if isinstance(end_, str) and self.has_text else self._images(end_) for end_ in (start, end)]
+        if any(not isinstance(part, str) and len(part) != 1 for part in ends):
+            raise ValueError("start and end must be one image or one text each")
+        if as_count(n) < 2:
+            raise ValueError(f"n must be 2 or more, not {n}")
+        given = torch.cat(
+            [
+                self.given("image", texts=[part], seed=seed) if isinstance(part, str)
+                else self.given("image", images=part, noise_scale=self.config.latent.noise_scale, seed=seed)
+                for part in ends
+            ]
+        )  # fmt: skip
+        weights = torch.linspace(0, 1, n, device=given.device)
+        path = slerp(given[0], given[1], weights)
+        noise = self.noise(1, seed).expand(n, -1, -1, -1)
+        own = self.decoder_labels(path, None, n) if self.takes_labels else None
+        if all(isinstance(part, Tensor) for part in ends):
+            ends_labels = None if own is None else own[[0, -1]]
+            found = self.encode_noise(torch.cat(ends), given, ends_labels)  # type: ignore[arg-type]
+            noise = slerp(found[0], found[1], weights)
+        return self.decode(noise, path, own)
 
     @torch.no_grad()
     def code(
@@ -557,13 +733,17 @@ class LZN:
             latents = self.anchors_to_latents(self.anchors(images), None, seed, rows)
         else:
             latents = torch.zeros(len(images), 0, device=self.device, dtype=self._dtype)
+        return latents, self._own_labels(latents, labels)
+
+    def _own_labels(self, latents: Tensor, labels: Labels | None) -> Tensor | None:
+        """The one-hot labels of images with these latents: read from them, or those of the data; None: takes none."""
         if not self.takes_labels:
-            return latents, None
+            return None
         if self.has_labels and self.draws_prior:
-            return latents, self.read_class(latents)
+            return self.read_class(latents)
         if labels is None:
             raise ValueError("labels: this decoder takes labels and has no zones to read them from")
-        return latents, self._label_tensor(labels, len(images))
+        return self._label_tensor(labels, len(latents))
 
     # ── inside ──────────────────────────────────────────────────────────────────────────────────────────────────
 
@@ -579,52 +759,16 @@ class LZN:
 
     def _images(self, images: Images) -> Tensor:
         data = self.config.data
-        return as_images(images, data.image_channels, data.image_size)
+        return as_images(images, data.image_channels, data.image_size, data.resize)
 
     def _ready(self, images: Tensor) -> Tensor:
         return images.to(self.device, self._dtype)
 
-    def _fixed_batches(self, count: int) -> Iterator[tuple[Tensor, int]]:
-        """Row numbers [batch] (those past ``count`` are not counted) and how many of them count."""
-        size = self.config.evaluation.batch
-        for start in range(0, count, size):
-            yield torch.arange(start, start + size), min(size, count - start)
-
-    def _filled(self, images: Tensor, rows: Tensor) -> Tensor:
-        """The rows of images, filled up past the last: how large a zone is depends on the others of its batch."""
-        if len(images) >= len(rows):
-            return images[rows % len(images)]
-        if self._others is None:
-            from lzn_dist.data import ShardIndex  # not needed for whole batches
-            from lzn_dist.training.batches import fixed_batches
-
-            data = self.config.data
-            index = ShardIndex.load(data.shards, data.cache, data.retry_seconds)
-            self._others = fixed_batches(self.config, index, "train")[0].images
-        others = self._others.to(images)
-        return torch.cat((images, others[torch.arange(len(rows) - len(images)) % len(others)]))
-
-    def _filled_texts(self, texts: list[str], rows: Tensor) -> list[str]:
-        """As `_filled`, with captions of the first training samples."""
-        if len(texts) >= len(rows):
-            return [texts[row % len(texts)] for row in rows.tolist()]
-        if self._other_texts is None:
-            from lzn_dist.data import ShardIndex  # not needed for whole batches
-            from lzn_dist.training.batches import fixed_batches
-
-            data = self.config.data
-            index = ShardIndex.load(data.shards, data.cache, data.retry_seconds)
-            dataset = fixed_batches(self.config, index, "train").dataset
-            found = dataset.captions(np.arange(min(len(dataset), 2 * len(rows))))
-            self._other_texts = [captions[0] for captions in found if captions]
-        others = self._other_texts
-        return texts + [others[place % len(others)] for place in range(len(rows) - len(texts))]
-
     def _walk(
-        self, x: Tensor, latents: Tensor, labels: Tensor | None, *, to_noise: bool, guidance: float = 1.0
+        self, x: Tensor, latents: Tensor, labels: Tensor | None, *, to_noise: bool, walk: _Walk | None = None
     ) -> tuple[Tensor, float]:
         """The end points, and the mean number of evaluations of the decoder."""
-        network, image = self._decoder(), Image(self.config)
+        network, image, walk = self._decoder(), Image(self.config), walk or _Walk()
 
         def decoder(*inputs: Tensor, **more: Tensor | None) -> Tensor:
             with self._autocast():
@@ -635,9 +779,7 @@ class LZN:
         for start in range(0, len(x), self.chunk):
             part = slice(start, start + self.chunk)
             own = None if labels is None else labels[part]
-            found, evaluations = image.walk(
-                decoder, x[part], latents[part], own, to_noise=to_noise, guidance=guidance
-            )  # fmt: skip
+            found, evaluations = image.walk(decoder, x[part], latents[part], own, to_noise=to_noise, **walk._asdict())
             result.append(found)
             nfe += evaluations * len(found)
         return (torch.cat(result), nfe / len(x)) if result else (x, 0.0)
@@ -679,15 +821,10 @@ class LZN:
         return labels.to(self.device, torch.int64)
 
 
-def load(run_or_checkpoint: str | Path, trust: Iterable[str] = ()) -> LZN:
-    """The model of a run's newest checkpoint, or of one checkpoint, with averaged (EMA) weights.
-
-    trust: packages whose classes its configuration may name as networks, beside our own: importing them runs their
-    code, and the file may come from others. Raises ConfigError for a class of another package.
-    """
-    from lzn_dist.training.checkpoint import load_networks
-
-    trust_packages(trust)
-    found = load_networks(run_or_checkpoint)
-    tokenizer = None if found.tokenizer is None else Tokenizer(found.tokenizer, "the checkpoint's tokenizer")
-    return LZN(found.networks, found.config, found.step, centres=found.centres, tokenizer=tokenizer)
+def model_of(found: Loaded, reference_size: int = 0) -> LZN:
+    """The object that uses what a model consists of."""
+    tokenizer = None if found.tokenizer is None else Tokenizer(found.tokenizer, "the model's tokenizer")
+    return LZN(
+        found.networks, found.config, found.step, centres=found.centres, tokenizer=tokenizer,
+        reference=found.reference, reference_size=reference_size, classes=found.classes,
+    )  # fmt: skip

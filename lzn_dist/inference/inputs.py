@@ -2,45 +2,41 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 from torch import Tensor
+
+from lzn_dist.paths import expand_path
 
 SLACK = 0.01  # beyond [−1, 1], as resampling leaves it
 
 
-def as_images(images: Any, channels: int, size: int) -> Tensor:
-    """Floating [b, channels, size, size] in [−1, 1] of a tensor or array [b, c, h, w] (or [c, h, w]), or a list of
-    these or of PIL images.
+def as_images(images: Any, channels: int, size: int, shorter: int = 0) -> Tensor:
+    """Floating [b, channels, size, size] in [−1, 1] of images.
 
-    uint8 counts from 0 to 255 and becomes float32; floating values must be in [−1, 1]. PIL images are converted to grey
-    or RGB, as those of shards are. Raises TypeError and ValueError, saying what was given and what to give.
+    Tensors and arrays: [b, c, h, w] or [b, h, w, c], a single one without b, grey ones also without c; of the size that
+    the model takes. uint8 counts from 0 to 255 and becomes float32; floating values must be in [−1, 1].
+    PIL images and paths (str or Path; one, or a list): any size and mode. They are turned upright as their EXIF says,
+    converted to grey or RGB, their shorter side is brought to `shorter` pixels (0: size), and the central square
+    counts, as in the run's evaluation. Lists may also hold tensors or arrays of one shape.
+    Raises TypeError and ValueError, saying what was given and what to give; OSError for a path that is not there,
+    ValueError for a file that is no image.
     """
-    if isinstance(images, Image.Image):
+    if isinstance(images, str | os.PathLike | Image.Image):
         images = [images]
     if isinstance(images, Sequence):
-        images = _stacked([_as_tensor(image, channels) for image in images], channels, size)
-    images = _as_tensor(images, channels)
+        images = _stacked([_as_tensor(image, channels, size, shorter) for image in images], channels, size)
+    images = _batch(_as_tensor(images, channels, size, shorter), channels, size)
     if images.dtype == torch.uint8:
         images = images.to(torch.float32).div_(127.5).sub_(1.0)
     elif not images.is_floating_point():
         raise TypeError(f"images must be uint8 from 0 to 255 or floating from -1 to 1, not {_kind(images)}")
-    if images.dim() == 3:
-        images = images.unsqueeze(0)
-    if images.shape[1:] != (channels, size, size):
-        given = list(images.shape)
-        hint = ""
-        if images.dim() == 4 and given[1:] == [size, size, channels]:
-            hint = ": channels stand last, images.permute(0, 3, 1, 2) brings them to the front"
-        elif images.dim() == 4 and given[1] != channels and given[1] in (1, 3):
-            hint = f": this model takes {'grey' if channels == 1 else 'RGB'} images"
-        elif images.dim() == 4:
-            hint = f": bring them to {size}x{size} first"
-        raise ValueError(f"images must be [b, {channels}, {size}, {size}], got {given}{hint}")
     if images.numel():
         low, high = (float(value) for value in images.detach().aminmax())
         if not (np.isfinite(low) and np.isfinite(high)):
@@ -53,17 +49,57 @@ def as_images(images: Any, channels: int, size: int) -> Tensor:
     return images
 
 
-def _as_tensor(image: Any, channels: int) -> Tensor:
+def _batch(images: Tensor, channels: int, size: int) -> Tensor:
+    """[b, channels, size, size] of what can only be meant so."""
+    shape = tuple(images.shape)
+    first, last = (channels, size, size), (size, size, channels)
+    if shape[-3:] == first and len(shape) in (3, 4):
+        return images.reshape(-1, *first)
+    if shape[-3:] == last and len(shape) in (3, 4):
+        return images.reshape(-1, *last).permute(0, 3, 1, 2)
+    if channels == 1 and shape[-2:] == (size, size) and len(shape) in (2, 3):
+        return images.reshape(-1, *first)
+    hint = ""
+    if len(shape) in (3, 4):
+        own = {shape[-3], shape[-1]} & {1, 3, 4}
+        if channels not in own and own and size in shape[-3:]:
+            hint = f": this model takes {'grey' if channels == 1 else 'RGB'} images"
+        else:
+            hint = f": bring them to {size}x{size} first, or give PIL images or paths, which are resized and cropped"
+    raise ValueError(f"images must be [b, {channels}, {size}, {size}], got {list(shape)}{hint}")
+
+
+def _as_tensor(image: Any, channels: int, size: int, shorter: int) -> Tensor:
     if isinstance(image, Tensor):
         return image
+    if isinstance(image, str | os.PathLike):
+        return image_from(Path(expand_path(os.fspath(image))), channels, size, shorter)
     if isinstance(image, Image.Image):
-        from lzn_dist.data.pixels import convert  # decoders, which a model does not need
+        from lzn_dist.data.pixels import centre_crop, convert  # decoders, which tensors do not need
 
-        pixels = np.array(convert(image, channels == 1))
-        return torch.from_numpy(pixels.reshape(*pixels.shape[:2], channels)).permute(2, 0, 1)
+        upright = ImageOps.exif_transpose(image)
+        pixels = np.array(convert(upright, channels == 1))
+        return centre_crop(pixels.reshape(*pixels.shape[:2], channels), size, shorter or size)
     if isinstance(image, np.ndarray) and image.dtype.kind in "uifb":
         return torch.from_numpy(np.array(image))
-    raise TypeError(f"images must be tensors, arrays or PIL images, not {_kind(image)}")
+    raise TypeError(f"images must be tensors, arrays, PIL images or paths, not {_kind(image)}")
+
+
+def image_from(path: Path, channels: int, size: int, shorter: int = 0) -> Tensor:
+    """uint8 [channels, size, size] of an image file, as `as_images` takes it. Raises OSError and ValueError, naming
+    it."""
+    from lzn_dist.data.pixels import centre_crop, decode
+
+    try:
+        if path.stat().st_size > MAX_BYTES:
+            raise ValueError(f"it is larger than {MAX_BYTES >> 20} MiB")
+        pixels = decode(path.read_bytes(), channels)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
+    return centre_crop(pixels, size, shorter or size)
+
+
+MAX_BYTES = 256 << 20  # of an image file
 
 
 def _stacked(images: list[Tensor], channels: int, size: int) -> Tensor:
