@@ -2,6 +2,8 @@
 
 train      train a configuration; --launch NAME --processes N starts it under a launch configuration
 evaluate   measure a run and draw its figures
+infer      use a trained model on files: embed, classify, caption, reconstruct, generate, interpolate
+export     a folder that needs neither the run nor its data; for transformers, ONNX and torch.export
 verify     compare a launch with a single process
 compare    train and measure several configurations over seeds
 prepare    write a data set as shards: digits, imagenet, image_folder, image_text, …; check; tokenizer
@@ -26,10 +28,12 @@ from lzn_dist.terminal import command
 
 MODULES = {
     "train": "lzn_dist.train", "evaluate": "lzn_dist.evaluate", "verify": "lzn_dist.verify",
-    "compare": "lzn_dist.compare", "inspect": "lzn_dist.tools.inspect", "config": "lzn_dist.tools.show_config",
+    "infer": "lzn_dist.infer", "export": "lzn_dist.export", "report": "lzn_dist.report",
+    "playground": "lzn_dist.playground", "compare": "lzn_dist.compare",
+    "inspect": "lzn_dist.tools.inspect", "config": "lzn_dist.tools.show_config",
 }  # fmt: skip
 SCRIPTS = {"submit": "slurm/submit.py", "status": "slurm/status.py"}
-LAUNCHED = ("train", "evaluate", "verify")
+LAUNCHED = ("train", "evaluate", "verify", "infer")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

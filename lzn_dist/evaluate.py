@@ -14,7 +14,6 @@ import os
 import sys
 import tempfile
 import time
-from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -32,14 +31,14 @@ from lzn_dist.engines.start import check_world, meeting
 from lzn_dist.evaluation import EvaluationData, evaluate_model, write_figures
 from lzn_dist.evaluation.data import Unmeasurable
 from lzn_dist.evaluation.linear_probe import ProbeSettings, published_probe
+from lzn_dist.exchange import ExportError
 from lzn_dist.exit_status import REFUSED, status_of
-from lzn_dist.inference import LZN, MissingCapability, load
+from lzn_dist.inference import LZN, MissingCapability
+from lzn_dist.inference.loading import load_everywhere
 from lzn_dist.json_files import write_json
-from lzn_dist.machine import keep_freed_memory
 from lzn_dist.paths import path_argument
 from lzn_dist.terminal import TRUST, command
 from lzn_dist.training.checkpoint import CheckpointError
-from lzn_dist.training.setup import shared_checkpoint
 
 
 def table(values: dict[str, float], title: str) -> str:
@@ -111,26 +110,12 @@ def main(arguments: list[str] | None = None) -> int:
         main_process = Topology.current().is_main
         if (precision := os.environ.get("ACCELERATE_MIXED_PRECISION", "no")) != "no":
             raise ConfigError(f"mixed_precision {precision} of the launcher: measures are in float32, leave it out")
-        if not options.run.is_dir():
-            raise FileNotFoundError(f"no run in {options.run}: give the output_dir of a training run")
-        with ExitStack() as held:
-            path = shared_checkpoint(options.checkpoint or options.run, held if main_process else None)
-            assert path is not None
-            model = load(path, options.trust)
-            all_gather_object(None)  # until all have read it
+        model = load_everywhere(options.run, options.trust, checkpoint=options.checkpoint)
         model.config = override(model.config, options.overrides)
         output = options.output or options.run
         unwritable = once(lambda: why_unwritable(output))
         if unwritable and main_process:
             print(f"{unwritable}: measures are printed alone; --output DIR keeps them", file=sys.stderr)
-        if torch.cuda.is_available():
-            model.networks.to(f"cuda:{os.environ.get('LOCAL_RANK', '0')}")
-        else:
-            keep_freed_memory()
-            if "OMP_NUM_THREADS" not in os.environ:
-                # threads that wait for each other spin: with as many as cores, one busy core makes small layers 20 ×
-                # slower
-                torch.set_num_threads(max(1, (os.cpu_count() or 1) // 2))
         data = EvaluationData(model.config)
         values: dict[str, float] = {}
         left_out: dict[str, str] = {}
@@ -152,7 +137,7 @@ def main(arguments: list[str] | None = None) -> int:
             written = once(lambda: write_all(model, data, values, left_out, output, options))
             if main_process and written:
                 print(f"written: {', '.join(written)}")
-    except (CheckpointError, ConfigError, CorruptSampleError, MissingCapability, OSError) as error:
+    except (CheckpointError, ConfigError, CorruptSampleError, ExportError, MissingCapability, OSError) as error:
         if main_process:
             print(f"error: {error}", file=sys.stderr)
         return REFUSED if isinstance(error, FileNotFoundError) else status_of(error)

@@ -117,6 +117,13 @@ def make_network(config: NetworkConfig, role: str, given: Mapping[str, Any], whe
         raise ConfigError(f"{where}.arguments: {error}") from error
 
 
+def constructed_with(kind: type[nn.Module], given: Mapping[str, Any], arguments: Mapping[str, Any]) -> dict[str, Any]:
+    """What `make_network` calls a class with, for who makes it anew elsewhere."""
+    return {name: value for name, value in given.items() if name in inspect.signature(kind).parameters} | dict(
+        arguments
+    )
+
+
 def _checked(
     kind: type[nn.Module], wanted: Mapping[str, inspect.Parameter], config: NetworkConfig, where: str
 ) -> dict[str, Any]:

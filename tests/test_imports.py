@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1] / "lzn_dist"
-COMMANDS = {"train", "evaluate", "verify", "compare", "cli", "__main__"}
+COMMANDS = {"train", "evaluate", "verify", "compare", "infer", "export", "report", "playground", "cli", "__main__"}
 # files and words; they import one another
 SMALL = {"paths", "json_files", "yaml_core", "terminal", "exit_status", "shipped", "machine"}
 # what each room may import of the others, besides itself and SMALL
@@ -28,13 +28,14 @@ ROOMS: dict[str, set[str]] = {
     "engines": {"config", "networks", "distributed"},
     "modalities": {"config", "data", "flow", "keyed_random"},
     "objectives": {"config", "networks", "modalities", "zones", "keyed_random"},
-    "exchange": {"config", "networks", "objectives", "data"},
+    "exchange": {"config", "networks", "objectives", "data", "modalities", "models", "zones"},
     "training": {
         "config", "networks", "models", "data", "prepare", "distributed", "engines", "objectives", "modalities",
         "zones", "exchange",
     },
     "inference": {
         "config", "networks", "modalities", "objectives", "zones", "keyed_random", "training", "data", "exchange",
+        "prepare", "distributed",
     },
     "evaluation": {
         "inference", "config", "networks", "data", "prepare", "distributed", "zones", "keyed_random", "training",

@@ -108,7 +108,7 @@ def test_files_that_are_no_images(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     ]
     chunks = [struct.pack(">I", len(of)) + kind + of + struct.pack(">I", zlib.crc32(kind + of)) for kind, of in parts]
     (tmp_path / "bomb.png").write_bytes(b"\x89PNG\r\n\x1a\n" + b"".join(chunks))
-    with pytest.raises(ValueError, match="its header says 60000x60000 pixels"):
+    with pytest.raises(ValueError, match=r"bomb\.png: .*3600000000 pixels"):
         as_images(tmp_path / "bomb.png", 3, 8)
     Image.new("L", (100_000, 1)).save(tmp_path / "long.png")
     with pytest.raises(ValueError, match="too long a shape"):

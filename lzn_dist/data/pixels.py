@@ -33,6 +33,7 @@ Pixels = NDArray[np.uint8]  # [h, w, c]
 Box = tuple[int, int, int, int]  # top, left, height, width
 
 cv2.setNumThreads(0)  # the loader's processes are the parallelism
+cv2.utils.logging.setLogLevel(cv2.utils.logging.LOG_LEVEL_SILENT)  # who reads a file tells what is wrong
 _GREY = cv2.IMREAD_GRAYSCALE | cv2.IMREAD_IGNORE_ORIENTATION
 _COLOUR = cv2.IMREAD_COLOR_RGB | cv2.IMREAD_IGNORE_ORIENTATION
 _PNG = b"\x89PNG\r\n\x1a\n"

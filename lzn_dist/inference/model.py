@@ -605,7 +605,7 @@ class LZN(
     @torch.no_grad()
     def given(
         self, what: str, *, images: Images | None = None, texts: Sequence[str] | None = None,
-        labels: Labels | None = None, noise_scale: float = 0.0, seed: int = 0,
+        labels: Labels | None = None, noise_scale: float = 0.0, seed: int = 0, first: int = 0,
     ) -> Tensor:  # fmt: skip
         """What the decoder of ``what`` (image or text) is given [n, D] for images, texts or labels (one of them): their
         latents, or anchors where it was trained on these.
@@ -620,7 +620,7 @@ class LZN(
             table = self.label_anchors()
             if self._point(what) == "anchor":
                 return table[chosen]
-            samples = torch.arange(len(chosen), device=table.device)
+            samples = torch.arange(first, first + len(chosen), device=table.device)
             noise = normal(make_key(seed, "generate/latent", samples), table.shape[1:], table.dtype) * noise_scale
             return compute_latents(
                 table[chosen], noise, table, index=chosen, steps=self.config.evaluation.alignment_steps
@@ -630,7 +630,7 @@ class LZN(
             return anchors if self.has_latents else F.normalize(anchors, dim=1)
         if not self.has_latents:
             return torch.zeros(len(self._images(images)), 0, device=self.device, dtype=self._dtype)
-        return self.latents(images, noise_scale, seed, texts=texts)
+        return self.latents(images, noise_scale, seed, first, texts=texts)
 
     # ── latents → captions ──────────────────────────────────────────────────────────────────────────────────────
 
@@ -642,22 +642,23 @@ class LZN(
     @torch.no_grad()
     def caption(
         self, images: Images | None = None, *, texts: Sequence[str] | None = None, labels: Labels | None = None,
-        seed: int = 0, temperature: float = 0.0, top_p: float = 1.0, beams: int = 1,
+        seed: int = 0, first: int = 0, temperature: float = 0.0, top_p: float = 1.0, beams: int = 1,
     ) -> list[str]:  # fmt: skip
         """A caption of each image, text or label (one of them), from the centre of its zone.
 
         temperature 0: the likeliest word each time, or with beams > 1 the likeliest caption; above: drawn, of the words
-        that have top_p of the probability together. Deterministic by seed. Raises MissingCapability.
+        that have top_p of the probability together. Deterministic by seed; samples are numbered from `first`. Raises
+        MissingCapability.
         """
         decoder = self.networks.find("text", "decoder")
         if decoder is None:
             raise MissingCapability("this model has no text decoder: it cannot write captions")
-        given = self.given("text", images=images, texts=texts, labels=labels, seed=seed)
+        given = self.given("text", images=images, texts=texts, labels=labels, seed=seed, first=first)
         conditional = any(d.class_conditional for d in self.needs.decodes if d.what == "text")
         own = None
         if conditional:
             own = self.decoder_labels(given, labels, len(given))
-        keys = make_key(seed, "caption/token", torch.arange(len(given), device=given.device))
+        keys = make_key(seed, "caption/token", torch.arange(first, first + len(given), device=given.device))
         kind, written = Text(self.config), []
         for start in range(0, len(given), CHUNK):
             part = slice(start, start + CHUNK)

@@ -44,6 +44,19 @@ def needs(config: Config) -> Needs:
     return found
 
 
+def given_for(config: Config, name: str, role: str) -> dict[str, Any]:
+    """What follows from data and run for the constructor of a network: of it the class gets what it takes."""
+    wanted = needs(config)
+    given = modality(name, config).given() | {"latent_dim": config.latent.dim}
+    if role == "decoder":
+        conditional = any(decoding.class_conditional for decoding in wanted.decodes if decoding.what == name)
+        given["num_classes"] = config.data.num_classes if conditional else 0
+        given["latent_dim"] = config.latent.dim if wanted.latents else 0
+    elif wanted.logits:
+        given |= {"latent_dim": config.data.num_classes, "head": "linear"}
+    return given
+
+
 def build_networks(config: Config) -> Networks:
     """Fresh networks, those that the objective needs; the initial weights come from torch's global generator, which the
     caller seeds.
@@ -51,16 +64,9 @@ def build_networks(config: Config) -> Networks:
     Raises ConfigError, naming the argument, for arguments that a class does not take and sizes that do not fit
     together.
     """
-    wanted = needs(config)
     made: dict[str, dict[str, Any]] = {}
-    for name, role in wanted.networks:
-        given = modality(name, config).given() | {"latent_dim": config.latent.dim}
-        if role == "decoder":
-            conditional = any(decoding.class_conditional for decoding in wanted.decodes if decoding.what == name)
-            given["num_classes"] = config.data.num_classes if conditional else 0
-            given["latent_dim"] = config.latent.dim if wanted.latents else 0
-        elif wanted.logits:
-            given |= {"latent_dim": config.data.num_classes, "head": "linear"}
+    for name, role in needs(config).networks:
+        given = given_for(config, name, role)
         network = make_network(config.network(name, role), role, given, f"modalities.{name}.{role}")
         made.setdefault(name, {})[role] = network
     return Networks(made)

@@ -138,6 +138,16 @@ def _walk(folder: Path, exclude: Path | None) -> Iterator[tuple[str, str]]:
             yield from below(link, False)
 
 
+def images_below(folder: Path) -> tuple[list[Path], list[tuple[Path, str]]]:
+    """The images in a folder and below it, in an order that is always the same, and what else is there, with the reason
+    why it is none; what is hidden, and what systems add to folders, is passed over."""
+    found = [path for path, why in _walk(folder, None) if not why]
+    with ThreadPoolExecutor(_THREADS) as threads:
+        files = list(threads.map(lambda path: _look(folder, path), found))
+    taken = [folder / file.path for file in files if not file.why]
+    return taken, [(folder / file.path, file.why) for file in files if file.why]
+
+
 @dataclass
 class ImageFolder(Source):
     """Images in folders: FOLDER/CLASS/…, FOLDER/SPLIT/CLASS/…, or as a CSV file says.

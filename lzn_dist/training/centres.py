@@ -84,8 +84,9 @@ def reference_anchors(
     """Anchors [n, D] of data types with an encoder, as it gives them, of the first `count` training samples (of those
     that have data of it), in float32 at least, on the networks' device.
 
-    tokenizer: the model's, where it brings one. show: is told how many samples are done, of how many. Raises FileNotFoundError and ConfigError where the shards or
-    their tokenizer are not there, CorruptSampleError for damaged ones.
+    tokenizer: the model's, where it brings one. show: is told how many samples are done, of how many. Raises
+    FileNotFoundError and ConfigError where the shards or their tokenizer are not there, CorruptSampleError for damaged
+    ones.
     """
     data = config.data
     index = ShardIndex.load(data.shards, data.cache, data.retry_seconds)
