@@ -5,6 +5,8 @@ evaluate   measure a run and draw its figures
 infer      use a trained model on files: embed, classify, caption, reconstruct, generate, interpolate
 export     a folder that needs neither the run nor its data; for transformers, ONNX and torch.export
 verify     compare a launch with a single process
+report     a page that shows what runs have done; --watch: while they are going
+playground draw, upload or type into a trained model in the browser
 compare    train and measure several configurations over seeds
 prepare    write a data set as shards: digits, imagenet, image_folder, image_text, …; check; tokenizer
 inspect    look at a data set

@@ -102,6 +102,7 @@ class RunFolder:
         self.path = path
         self.incarnation = 0
         self.started = time.time()
+        self._told: tuple[str, int] | None = None
         self._own, self._depth = threading.RLock(), 0
 
     def take(self) -> RunFolder:
@@ -169,12 +170,14 @@ class RunFolder:
             file.write(json.dumps(row) + "\n")
 
     def status(self, state: str, step: int, why: str = "", **more: Any) -> None:
-        """status.json: running, finished, preempted or failed; the step, why, and who says so."""
+        """status.json: running, finished, preempted or failed; the step, why, and who says so. Each change is also a
+        line of events.jsonl, with the time, which later starts of the run add to."""
         with self.held():
-            write_json(
-                self.path / "status.json",
-                {"state": state, "step": step, "why": why, "incarnation": self.incarnation, **more, **self._job()},
-            )
+            now = {"state": state, "step": step, "why": why, "incarnation": self.incarnation, **more}
+            write_json(self.path / "status.json", {**now, **self._job()})
+            if self._told != (state, self.incarnation):
+                self._told = (state, self.incarnation)
+                self.append("events.jsonl", {"time": round(time.time(), 1), **now})
 
     def _job(self) -> dict[str, Any]:
         """Of a cluster's job, whose task tells it: its number, nodes, requeues, and seconds over all its starts."""

@@ -1,0 +1,5 @@
+"""Pages for people: what runs have done, in one self-contained HTML file."""
+
+from lzn_dist.pages.report import read_run, report
+
+__all__ = ["read_run", "report"]
