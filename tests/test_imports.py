@@ -41,7 +41,7 @@ ROOMS: dict[str, set[str]] = {
         "inference", "config", "networks", "data", "prepare", "distributed", "zones", "keyed_random", "training",
         "objectives", "modalities",
     },
-    "pages": {"config", "training"},
+    "pages": {"config", "training", "inference", "evaluation", "data"},
     "cluster": {"config", "training", "distributed", "data", "prepare"},
     "tools": {"config", "models", "data", "keyed_random", "training", "evaluation"},
 }  # fmt: skip

@@ -129,15 +129,11 @@ def zone_figure(
     if anchors.ndim != 2 or anchors.shape[1] < 2 or labels.shape != anchors.shape[:1]:
         raise ValueError(f"need anchors [n, D ≥ 2] and labels [n], got {[*anchors.shape]} and {[*labels.shape]}")
     anchors, labels = anchors.detach().float().cpu(), labels.cpu()
-    dimension = anchors.shape[1]
-    plane = torch.eye(2) if dimension == 2 else _principal_plane(anchors)
-    if extent is None:
-        extent = 3.4 if dimension == 2 else math.sqrt(dimension) + 1.0
+    plane, widest = zone_plane(anchors)
     shown = anchors @ plane.T
-    extent = max(extent, 1.1 * float(shown.norm(dim=1).max()))  # every anchor is in the picture
+    extent = widest if extent is None else max(extent, 1.1 * float(shown.norm(dim=1).max()))
     radius = extent * 0.99
-    zones = _zone_map(anchors, plane, extent, 2 * _PIXELS, steps)
-    canvas = _paint(zones, labels.numpy(), extent, radius)
+    canvas = zone_picture(anchors, labels, plane, extent, _PIXELS, steps)
 
     figure = Figure(figsize=(_PIXELS / 100, _PIXELS / 100))
     axes = figure.add_axes((0.0, 0.0, 1.0, 1.0))
@@ -160,10 +156,24 @@ def zone_figure(
     return save(figure, path)
 
 
-def _principal_plane(anchors: Tensor) -> Tensor:
-    """Orthonormal [2, D]: the plane through the origin that holds most of the anchors' squared norm."""
-    plane: Tensor = torch.linalg.svd(anchors.double(), full_matrices=False).Vh[:2]
-    return plane.float()
+def zone_plane(anchors: Tensor) -> tuple[Tensor, float]:
+    """Orthonormal [2, D], the plane through the origin that holds most of the squared norm of anchors [n, D ≥ 2] (with
+    two of them at least, or D = 2); and half the width to show of it: every anchor, and where prior draws lie."""
+    dimension = anchors.shape[1]
+    plane = torch.eye(2)
+    if dimension > 2:
+        plane = torch.linalg.svd(anchors.double(), full_matrices=len(anchors) < 2).Vh[:2].float()
+    extent = 3.4 if dimension == 2 else math.sqrt(dimension) + 1.0
+    return plane, max(extent, 1.1 * float((anchors @ plane.T).norm(dim=1).max()))
+
+
+def zone_picture(
+    anchors: Tensor, labels: Tensor, plane: Tensor, extent: float, pixels: int, steps: int = 60
+) -> np.ndarray:
+    """float32 [pixels, pixels, 3], row 0 at the bottom: a disc of the plane [2, D], each point in the colour of the
+    class labels [n] of the anchor [n, D] that it flows to. pixels: a multiple of 8."""
+    zones = _zone_map(anchors, plane, extent, 2 * pixels, steps)
+    return _paint(zones, labels.numpy(), extent, extent * 0.99)
 
 
 def _draw_trajectories(
