@@ -19,12 +19,12 @@ from pathlib import Path
 from typing import Any
 
 import lzn_dist  # noqa: F401  # isort: skip  (before torch: how threads wait)
-from safetensors.torch import save_file
 from tqdm import tqdm
 
 from lzn_dist.config import ConfigError
 from lzn_dist.data import CorruptSampleError
 from lzn_dist.exchange import ExportError, Loaded, card, write_export
+from lzn_dist.exchange.folder import save_tensors
 from lzn_dist.exchange.for_transformers import can_be_written, torchvision_weights, write_encoder
 from lzn_dist.exit_status import REFUSED, status_of, told
 from lzn_dist.inference import LZN, load
@@ -144,7 +144,7 @@ def write(model: LZN, folder: Path, options: argparse.Namespace) -> list[str]:
         write_encoder(folder / place, parts, name)
         weights = torchvision_weights(network)
         if weights is not None:
-            save_file(weights, folder / place / "torchvision.safetensors", metadata={"format": "pt"})
+            save_tensors(weights, folder / place / "torchvision.safetensors")
         lines.append(f"{place}: for transformers" + (", and under torchvision's and timm's names" if weights else ""))
     for kind, wanted in (("onnx", options.onnx), ("pt2", options.programs)):
         if wanted:

@@ -170,6 +170,7 @@ class Work:
     def __init__(self, model: LZN, options: argparse.Namespace) -> None:
         self.model, self.options = model, options
         self.asked: Asked | None = None
+        self.images: Asked | None = None
         if options.do != "generate":
             self.asked = asked_for(options.inputs, options.split)
             self.count = len(self.asked)
@@ -221,20 +222,21 @@ class Work:
 
     def part(self, rows: range) -> tuple[dict[str, Any], list[tuple[str, str]]]:
         """Results of these samples, an array or list each of one row a sample, and what was left out."""
-        if self.asked is None:
-            return self._generate(rows), []
         data, kept, damaged = self.model.config.data, list(rows), list[tuple[str, str]]()
-        given: Any
-        if self.asked.kind == "image":
-            given, kept, damaged = self.asked.images(rows, data.image_channels, data.image_size, data.resize)
-        else:
+        given: Any = None
+        images = self.images if self.asked is None else self.asked
+        if images is not None and images.kind == "image":
+            given, kept, damaged = images.images(rows, data.image_channels, data.image_size, data.resize)
+        elif self.asked is not None:
             given = [self.asked.texts[row] for row in rows]
         # noise is addressed by the sample's number, whatever is damaged before it: a gap makes calls of their own
         found: list[dict[str, Any]] = []
         for start, stop in _runs(kept):
-            own = given[start:stop]
+            own = range(kept[start], kept[start] + stop - start) if given is None else given[start:stop]
             found.append(getattr(self, f"_{self.options.do}")(own, kept[start]))
         result = {key: _joined([each[key] for each in found]) for key in (found[0] if found else {})}
+        if self.asked is None:
+            return result, damaged
         result["name"] = [self.asked.names[row] for row in kept]
         if self.asked.labels is not None:
             result["label"] = [self.asked.labels[row] for row in kept]
@@ -290,22 +292,17 @@ class Work:
         empty = np.zeros((0, 2, *given.shape[1:]), np.float32)
         return {"picture": files, "shown": torch.stack(shown).numpy() if shown else empty}
 
-    def _generate(self, rows: range) -> dict[str, Any]:
-        model, options, n = self.model, self.options, len(rows)
-        more: dict[str, Any] = {}
+    def _generate(self, given: Any, first: int) -> dict[str, Any]:
+        model, options = self.model, self.options
+        rows, more = range(first, first + len(given)), dict[str, Any]()
         if self.labels:
             more["labels"] = torch.tensor([self.labels[row % len(self.labels)] for row in rows])
         if self.texts:
             more["texts"] = [self.texts[row % len(self.texts)] for row in rows]
         if self.images is not None:
-            data = model.config.data
-            given = [
-                self.images.image(row % len(self.images), data.image_channels, data.image_size, data.resize)
-                for row in rows
-            ]
-            more["images"] = torch.stack(given)
+            more["images"] = given
         made = model.generate_with_latents(
-            n, seed=options.seed, first=rows[0], guidance=options.guidance, sampler=options.sampler,
+            len(rows), seed=options.seed, first=first, guidance=options.guidance, sampler=options.sampler,
             steps=options.steps, **more,
         )  # fmt: skip
         images = made.images.float().cpu()
@@ -318,7 +315,9 @@ class Work:
             found["class_name"] = [model.classes[k] if k >= 0 else "" for k in made.labels.tolist()]
         if self.texts:
             found["text"] = more["texts"]
-        found["shown"] = images[: max(0, SHOWN - rows[0])].numpy()[:, None]
+        if self.images is not None:
+            found["of"] = [self.images.names[row % len(self.images)] for row in rows]
+        found["shown"] = images[: max(0, SHOWN - first)].numpy()[:, None]
         return found
 
 
@@ -374,7 +373,8 @@ def _needs_reference(model: LZN, options: argparse.Namespace) -> list[bool]:
 def _finish(work: Work, parts: Parts, count: int) -> None:
     """From the parts to what was asked for; says what was left out."""
     options, output = work.options, work.options.output
-    left_out = list(work.asked.left_out) if work.asked else []
+    asked = work.asked or work.images
+    left_out = list(asked.left_out) if asked else []
     own = ("left_out", "left_out_why", "shown", "probabilities")
     found = [parts.read(number) for number in range(count)]
     for part in found:

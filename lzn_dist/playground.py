@@ -167,9 +167,7 @@ def build(playground: Playground) -> Any:
                     outputs.append(gr.Textbox(label="caption", interactive=False, elem_id="caption"))
                 if rebuilds:
                     outputs.append(gr.Image(label="reconstruction", height=180, interactive=False, elem_id="rebuilt"))
-                outputs.append(
-                    gr.Gallery(label="nearest training images", columns=4, height=330, preview=False)
-                )
+                outputs.append(gr.Gallery(label="nearest training images", columns=4, height=330, preview=False))
         with gr.Row():
             if playground.plane is not None:
                 with gr.Column():

@@ -62,5 +62,23 @@ def digits(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
+def three(digits: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of images, labels and text; not to be changed."""
+    from tests.helpers.trained import train_three
+
+    return train_three(tmp_path_factory.mktemp("runs") / "three", digits)
+
+
+@pytest.fixture(scope="session")
+def exported(three: Path) -> Path:
+    """The same as an exported folder, with all of its training samples' anchors; not to be changed."""
+    from lzn_dist.export import main
+
+    folder = three.with_name("exported")
+    assert main([str(three), str(folder), "--anchors", "all"]) == 0
+    return folder
+
+
+@pytest.fixture(scope="session")
 def index(digits: Path) -> ShardIndex:
     return ShardIndex.load(digits)

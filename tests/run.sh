@@ -1,18 +1,23 @@
 #!/usr/bin/env bash
 # Installs what the tests need into .venv and runs everything: ruff, mypy, pytest. Arguments go to pytest.
 # --fast: what starts no process and takes less than four seconds, for the inner loop.
-# LZN_DIST_INSTALL_SLURM=1 also installs Debian's SLURM (as root, with apt-get) where it is missing; without it, and
-# without a SLURM on this machine, tests/slurm is skipped.
+# LZN_DIST_INSTALL_SLURM=1 also installs Debian's SLURM and Chromium (as root, with apt-get) where they are missing;
+# without it, and without a SLURM or a browser on this machine, what needs them is skipped.
 . "$(dirname "$0")/../launch/setup.sh" "[test]"
-# by itself, and beside the environment: the torchvision that it asks for does not fit torch's CPU build
-if [ ! -d .venv/measures/torch_fidelity ]; then
-    pip install --quiet --disable-pip-version-check --no-deps --target .venv/measures torch-fidelity==0.4.0
+# by themselves, and beside the environment: the torchvision that they ask for does not fit torch's CPU build
+if [ ! -d .venv/measures/timm ]; then
+    pip install --quiet --disable-pip-version-check --no-deps --target .venv/measures \
+        torch-fidelity==0.4.0 torchvision==0.28.0 timm==1.0.31
 fi
-if [ -n "${LZN_DIST_INSTALL_SLURM:-}" ] && ! PATH="$PATH:/usr/sbin" command -v slurmctld >/dev/null; then
-    echo "installing SLURM (slurmctld, slurmd, slurm-client, munge)"
+missing=()
+if [ -n "${LZN_DIST_INSTALL_SLURM:-}" ]; then
+    PATH="$PATH:/usr/sbin" command -v slurmctld >/dev/null || missing+=(slurmctld slurmd slurm-client munge)
+    command -v chromium >/dev/null || missing+=(chromium)
+fi
+if [ ${#missing[@]} -gt 0 ]; then
+    echo "installing ${missing[*]}"
     apt-get update -qq
-    DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends \
-        slurmctld slurmd slurm-client munge >/dev/null
+    DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends "${missing[@]}" >/dev/null
 fi
 ruff check .
 ruff format --check .

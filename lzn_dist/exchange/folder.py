@@ -12,6 +12,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -91,13 +92,11 @@ def write_export(folder: Path, model: Loaded) -> None:
         "config": values,
     }  # fmt: skip
     (folder / CONFIG).write_text(json.dumps(about, indent=1) + "\n", encoding="utf-8")
-    tensors = {name: _plain(value) for name, value in model.networks.state_dict().items()}
-    tensors |= {_CENTRE + name: _plain(value) for name, value in model.centres.items()}
-    save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
+    tensors = model.networks.state_dict() | {_CENTRE + name: value for name, value in model.centres.items()}
+    save_tensors(tensors, folder / WEIGHTS)
     names = [CONFIG, WEIGHTS]
     if model.reference:
-        anchors = {name: _plain(value) for name, value in model.reference.items()}
-        save_file(anchors, folder / ANCHORS, metadata={"format": "pt"})
+        save_tensors(model.reference, folder / ANCHORS)
         names.append(ANCHORS)
     if model.tokenizer is not None:
         (folder / TOKENIZER).write_text(model.tokenizer, encoding="utf-8")
@@ -110,9 +109,14 @@ def _name_alone(path: str) -> str:
     return Path(path).name if path.startswith(("/", "~")) else path
 
 
-def _plain(value: Tensor) -> Tensor:
-    # a copy: tensors that share memory cannot be saved
-    return value.detach().cpu().contiguous().clone()
+def save_tensors(tensors: Mapping[str, Tensor], path: Path) -> None:
+    """Tensors as safetensors, in a file that others may read as they may read new files here."""
+    # copies: tensors that share memory cannot be saved
+    plain = {name: value.detach().cpu().contiguous().clone() for name, value in tensors.items()}
+    path.touch()
+    mode = path.stat().st_mode
+    save_file(plain, path, metadata={"format": "pt"})  # of its own, it lets the owner alone read
+    path.chmod(mode)
 
 
 def _digest(path: Path) -> str:
@@ -153,7 +157,7 @@ def read_export(folder: Path) -> Loaded:
             )
     if sum(map(math.prod, shapes.values())) * 2 > (folder / WEIGHTS).stat().st_size:
         raise ExportError(f"{folder} is damaged: {WEIGHTS} is too small for its networks")
-    for name, anchors in {**reference, **{name: centre[None] for name, centre in centres.items()}}.items():
+    for name, anchors in [*reference.items(), *((name, centre[None]) for name, centre in centres.items())]:
         if anchors.dim() != 2 or anchors.shape[1] != config.latent.dim:
             raise ExportError(f"{folder}: anchors of {name} have shape {tuple(anchors.shape)}, latent.dim is "
                               f"{config.latent.dim}")  # fmt: skip

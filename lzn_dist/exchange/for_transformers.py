@@ -7,11 +7,10 @@ import re
 from pathlib import Path
 
 import torch
-from safetensors.torch import save_file
 from torch import nn
 
 from lzn_dist import __version__
-from lzn_dist.exchange.folder import Loaded
+from lzn_dist.exchange.folder import Loaded, save_tensors
 from lzn_dist.modalities import modality
 from lzn_dist.models import ImageEncoder, ResNetEncoder, TextEncoder
 from lzn_dist.networks import constructed_with
@@ -48,9 +47,9 @@ def write_encoder(folder: Path, model: Loaded, name: str) -> None:
         (folder / f"{source.rpartition('/')[2]}.py").write_text(origin + text, encoding="utf-8")
     of_type = modality(name, model.config)
     centre = model.centres.get(name)
-    tensors = {f"network.{key}": value.detach().cpu().clone() for key, value in network.state_dict().items()}
-    tensors["centre"] = torch.zeros(model.config.latent.dim) if centre is None else centre.cpu().clone()
-    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    tensors = {f"network.{key}": value for key, value in network.state_dict().items()}
+    tensors["centre"] = torch.zeros(model.config.latent.dim) if centre is None else centre
+    save_tensors(tensors, folder / "model.safetensors")
     lzn, arguments = model.config.objective == "lzn", model.config.network(name, "encoder").arguments
     values = {
         "model_type": "lzn_encoder", "architectures": ["LZNEncoder"],
@@ -92,4 +91,4 @@ def torchvision_weights(network: nn.Module) -> dict[str, torch.Tensor] | None:
                 break
         else:
             return None
-    return {name: value.detach().cpu().clone() for name, value in found.items()}
+    return found

@@ -7,6 +7,7 @@ anchors, which are inside. decoder_step: (x_t, t, latents[, labels]) → the vel
 
 from __future__ import annotations
 
+import logging
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -19,6 +20,7 @@ from torch import Tensor, nn
 from lzn_dist.exchange.folder import ExportError, Loaded
 from lzn_dist.modalities import modality
 from lzn_dist.objectives import needs
+from lzn_dist.terminal import one_line
 from lzn_dist.zones.schedules import Schedule, alignment_schedule, dpm_solver_schedule, euler_schedule
 
 
@@ -193,6 +195,7 @@ def write_programs(folder: Path, model: Loaded, kind: str) -> Iterator[str]:
         try:
             with warnings.catch_warnings(), torch.no_grad():
                 warnings.simplefilter("ignore")  # of the exporters' own making
+                logging.getLogger("torch.onnx").setLevel(logging.ERROR)  # that torchvision is not there
                 exported = torch.export.export(program.module.eval(), arguments, dynamic_shapes=dynamic)
                 if kind == "pt2":
                     torch.export.save(exported, path)
@@ -207,6 +210,6 @@ def write_programs(folder: Path, model: Loaded, kind: str) -> Iterator[str]:
             raise ExportError(f"ONNX needs {error.name}: pip install 'lzn_dist[export]'") from error
         except Exception as error:  # the exporters raise what they like, of networks that may be anybody's
             raise ExportError(
-                f"{program.name} cannot be exported: {type(error).__name__}: {str(error)[:300]}"
+                f"{program.name} cannot be exported: {type(error).__name__}: {one_line(error)}"
             ) from error
         yield path.name

@@ -65,16 +65,16 @@ class Asked:
     def images(
         self, rows: range, channels: int, size: int, shorter: int
     ) -> tuple[Tensor, list[int], list[tuple[str, str]]]:
-        """uint8 [b, channels, size, size] of those of these samples that can be read, which they are, and the others
-        with the reasons."""
+        """uint8 [b, channels, size, size] of those of these samples that can be read (past the last they begin anew),
+        which they are, and the others with the reasons."""
         found, kept, damaged = [], [], []
         for row in rows:
+            name = self.names[row % len(self)]
             try:
-                found.append(self.image(row, channels, size, shorter))
+                found.append(self.image(row % len(self), channels, size, shorter))
                 kept.append(row)
             except (OSError, ValueError) as error:
-                why = " ".join(str(error).split()).removeprefix(f"{self.names[row]}: ")
-                damaged.append((self.names[row], why))
+                damaged.append((name, " ".join(str(error).split()).removeprefix(f"{name}: ")))
         images = torch.stack(found) if found else torch.zeros(0, channels, size, size, dtype=torch.uint8)
         return images, kept, damaged
 
