@@ -43,7 +43,7 @@ def main(arguments: list[str] | None = None) -> int:
             return serve(options.runs, options.host, options.port)
         out: Path = options.out or options.runs[0] / "report.html"
         if out.is_dir():
-            raise IsADirectoryError(21, "is a folder: --out names a file", str(out))
+            raise ValueError(f"{out} is a folder: --out names a file")
         out.parent.mkdir(parents=True, exist_ok=True)
         temporary = out.with_name(f".{out.name}.tmp")
         temporary.write_text(page, encoding="utf-8", errors="replace")

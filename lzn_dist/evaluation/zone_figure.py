@@ -159,7 +159,7 @@ def zone_figure(
 def zone_plane(anchors: Tensor) -> tuple[Tensor, float]:
     """Orthonormal [2, D], the plane through the origin that holds most of the squared norm of anchors [n, D ≥ 2] (with
     two of them at least, or D = 2); and half the width to show of it: every anchor, and where prior draws lie."""
-    dimension = anchors.shape[1]
+    anchors, dimension = anchors.detach(), anchors.shape[1]
     plane = torch.eye(2)
     if dimension > 2:
         plane = torch.linalg.svd(anchors.double(), full_matrices=len(anchors) < 2).Vh[:2].float()
