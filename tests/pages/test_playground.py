@@ -49,7 +49,7 @@ def test_an_image_is_looked_at(joint: Playground) -> None:
 def test_what_is_generated_at_a_place_is_of_its_zone(joint: Playground) -> None:
     """The map's colour, the words and the images agree."""
     found = set()
-    for column, row in ((100, 320), (540, 320), (320, 100), (320, 540)):
+    for column, row in ((100, 330), (540, 330), (330, 100), (330, 540)):
         images, (x, _), words = joint.at(column, row, 2, 0)
         zone = int(words.rsplit(" ", 1)[1])
         expected = pages.pixels(class_images(torch.tensor([zone]))[0])
