@@ -1,4 +1,5 @@
-"""The quickstart's last page: one table from the runs' evaluations, summary.json, and all figures in one folder."""
+"""The quickstart's last page: one table from the runs' evaluations, summary.json, all figures in one folder, and the
+report of both runs."""
 
 from __future__ import annotations
 
@@ -8,6 +9,7 @@ import sys
 from pathlib import Path
 
 from lzn_dist.evaluation.zone_figure import toy_zone_figure
+from lzn_dist.pages import report
 
 ROWS = {
     "joint.accuracy_centre": "test accuracy at the zones' centres",
@@ -49,6 +51,9 @@ def main(folder: Path) -> None:
     print(f"\n  table: {folder / 'summary.json'}\n  figures:")
     for picture in sorted(figures.glob("*.png")):
         print(f"    {picture}")
+    page = folder / "report.html"
+    page.write_text(report([folder / "joint", folder / "representation"]), encoding="utf-8")
+    print(f"  report, for a browser: {page}")
 
 
 if __name__ == "__main__":

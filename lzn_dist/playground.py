@@ -156,6 +156,11 @@ def build(playground: Playground) -> Any:
                     with gr.Tab("Type"):
                         text = gr.Textbox(label="text", max_length=2000, elem_id="text")
                         look_text = gr.Button("Read", variant="primary", elem_id="read")
+                if playground.plane is not None:
+                    plane = gr.Image(
+                        playground.map([]), label="latent space: click into it", interactive=False, elem_id="map",
+                        buttons=[],
+                    )  # fmt: skip
             with gr.Column():
                 outputs.append(gr.Textbox(label="what it is", interactive=False, elem_id="words"))
                 if classes:
@@ -166,20 +171,13 @@ def build(playground: Playground) -> Any:
                 if model.has_captions:
                     outputs.append(gr.Textbox(label="caption", interactive=False, elem_id="caption"))
                 if rebuilds:
-                    outputs.append(gr.Image(label="reconstruction", height=180, interactive=False, elem_id="rebuilt"))
-                outputs.append(gr.Gallery(label="nearest training images", columns=4, height=330, preview=False))
-        with gr.Row():
-            if playground.plane is not None:
-                with gr.Column():
-                    plane = gr.Image(
-                        playground.map([]), label="latent space: click into it", interactive=False, elem_id="map",
-                        buttons=[],
-                    )  # fmt: skip
+                    outputs.append(gr.Image(label="reconstruction", height=150, interactive=False, elem_id="rebuilt"))
+                outputs.append(gr.Gallery(label="nearest training images", columns=4, height=290, preview=False))
+                if playground.plane is not None:
                     outputs.append(plane)
-            if model.has_decoder:
-                with gr.Column():
+                if model.has_decoder:
                     place = gr.Textbox(label="generated", value="", interactive=False, elem_id="place")
-                    made = gr.Gallery(label="images", columns=4, height=330, elem_id="made")
+                    made = gr.Gallery(label="images", columns=4, height=290, elem_id="made")
                     seed = gr.Number(0, label="seed", precision=0, elem_id="seed")
                     if model.takes_labels or model.has_labels:
                         label = gr.Dropdown([*model.classes], label="class", elem_id="class")

@@ -21,6 +21,7 @@ def test_the_last_page(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: 
         (tmp_path / task / "figures").mkdir(parents=True)
         (tmp_path / task / "figures" / "training.png").write_bytes(task.encode())
         (tmp_path / task / "evaluation.json").write_text(json.dumps({"step": 1, **values}))
+        (tmp_path / task / "metrics.jsonl").write_text('{"step": 1, "loss": 2.5, "images_per_second": 3}\n')
     monkeypatch.setattr(sys, "argv", ["summary.py", str(tmp_path)])
     runpy.run_path(str(ROOT / "launch" / "summary.py"), run_name="__main__")
     assert json.loads((tmp_path / "summary.json").read_text()) == {
@@ -34,3 +35,5 @@ def test_the_last_page(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: 
     printed = capsys.readouterr().out
     assert "98.0%   (95 % interval 96.0% to 99.0%)" in printed and "0.750" in printed
     assert all(str(tmp_path / "figures" / name) in printed for name in figures)
+    assert printed.endswith(f"report, for a browser: {tmp_path / 'report.html'}\n")
+    assert "linear_probe" in (tmp_path / "report.html").read_text()

@@ -54,6 +54,10 @@ RUN = {
     "python slurm/submit.py configs/digits_joint.yaml output_dir=runs/cluster --nodes 2 --time 30m --preflight -": [],
     "python slurm/submit.py configs/digits_joint.yaml output_dir=runs/local --local": TINY,
     "python -m lzn_dist.evaluate runs/digits_joint": ["--quick", "evaluation.samples_per_class=1"],
+    "lzn_dist report runs/digits_joint runs/two": [],
+    "lzn_dist infer classify runs/digits_joint photos": [],
+    "lzn_dist infer generate runs/digits_joint": [],
+    "lzn_dist export runs/digits_joint runs/model": [],
 }  # fmt: skip
 ELSEWHERE = {
     "bash launch/quickstart.sh": "installs; the first command that a fresh machine runs",
@@ -62,6 +66,7 @@ ELSEWHERE = {
         "needs a cluster: tests/slurm submits so",
     "python slurm/status.py runs/cluster": "needs a cluster: tests/slurm looks so",
     "python -m lzn_dist.tools.import_published FILE": "needs the authors' file: tests/models makes one",
+    "lzn_dist playground runs/digits_joint": "serves until Ctrl-C: tests/pages/test_playground.py clicks through it",
     "lzn_dist compare digits": "an hour; tests/test_compare.py compares two rows",
 }  # fmt: skip
 
@@ -146,6 +151,8 @@ def test_the_commands_run_in_their_order(checkout: Path) -> None:
             assert "measured on split test: 360 held-out images" in said
         if "image_text" in command:
             assert "24 files seen" not in said and "12 files seen, 12 taken, 0 left out" in said
+        if "infer classify" in command:
+            assert "16 rows" in said
         if "image_folder" in command:
             assert "16 files seen, 16 taken, 0 left out" in said
     assert (checkout / "runs" / "photos" / "status.json").read_text().count("finished") == 1
