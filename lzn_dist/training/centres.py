@@ -43,13 +43,15 @@ def _anchors(
     networks: Networks, kinds: Mapping[str, Modality], dataset: ShardedDataset, start: int, stop: int
 ) -> dict[str, Tensor]:
     """Anchors [b, D] of each data type as its encoder gives them, of those of these samples that have data of it."""
-    device = next(networks.parameters()).device
+    first = next(networks.parameters())
+    device = first.device
     read = dataset.read_or_replace(torch.arange(start, stop).numpy())
     rows = torch.from_numpy(read.rows).to(device)
     batch = Batch(torch.from_numpy(read.rows), read.pixels, read.labels, 0, members=read.members)
     found = {}
     for name, kind in kinds.items():
         (view, *_) = kind.views(batch, rows, 1, False)
+        view = view.to(first.dtype) if view.is_floating_point() else view
         encoder: Network = networks.find(name, "encoder")  # type: ignore[assignment]
         anchors, present = kind.encode(encoder, view, rows), kind.present(view)
         found[name] = anchors if present is None else anchors[present]

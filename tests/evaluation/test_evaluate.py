@@ -28,8 +28,7 @@ def test_overrides_are_of_what_evaluation_may_change(tmp_path: Path, capsys: pyt
 def test_table_and_json_tell_the_same(
     tmp_path: Path, digits: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(evaluate, "shared_checkpoint", lambda named, held: named)
-    monkeypatch.setattr(evaluate, "load", lambda path, trust: tiny("joint", digits))
+    monkeypatch.setattr(evaluate, "load_everywhere", lambda *_, **__: tiny("joint", digits))
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     assert (
         evaluate.main(
@@ -68,8 +67,7 @@ def test_a_probe_that_cannot_be_is_refused_before_anything_is_measured(
     task: str, objective: str, batch: int, says: str, tmp_path: Path, digits: Path,
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],
 ) -> None:  # fmt: skip
-    monkeypatch.setattr(evaluate, "shared_checkpoint", lambda named, held: named)
-    monkeypatch.setattr(evaluate, "load", lambda path, trust: tiny(task, digits, objective))
+    monkeypatch.setattr(evaluate, "load_everywhere", lambda *_, **__: tiny(task, digits, objective))
     monkeypatch.setattr(evaluate, "evaluate_model", lambda *args, **more: pytest.fail("measured"))
     assert evaluate.main([str(tmp_path), "--probe-epochs", "1", "--probe-batch", str(batch)]) == 2
     error = capsys.readouterr().err
@@ -91,8 +89,7 @@ def test_data_that_fails_is_one_line(
     def fail(*args: object, **more: object) -> None:
         raise error
 
-    monkeypatch.setattr(evaluate, "shared_checkpoint", lambda named, held: named)
-    monkeypatch.setattr(evaluate, "load", lambda path, trust: tiny("joint", digits))
+    monkeypatch.setattr(evaluate, "load_everywhere", lambda *_, **__: tiny("joint", digits))
     monkeypatch.setattr(evaluate, "evaluate_model", fail)
     assert evaluate.main([str(tmp_path)]) == status
     assert capsys.readouterr().err == f"error: {error}\n" and not (tmp_path / "evaluation.json").exists()

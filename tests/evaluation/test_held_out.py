@@ -85,8 +85,7 @@ def test_what_cannot_be_computed_says_why() -> None:
 def test_results_are_printed_where_they_cannot_be_written(
     digits: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(evaluate, "shared_checkpoint", lambda named, held: named)
-    monkeypatch.setattr(evaluate, "load", lambda path, trust: tiny("joint", digits))
+    monkeypatch.setattr(evaluate, "load_everywhere", lambda *_, **__: tiny("joint", digits))
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     (tmp_path / "file").touch()
     arguments = [str(tmp_path), "--quick", "--no-figures", "evaluation.samples_per_class=1", "--output"]
@@ -102,8 +101,7 @@ def test_results_are_printed_where_they_cannot_be_written(
     told = capsys.readouterr()
     assert "accuracy_centre" in told.out and f"No space left on device: {tmp_path}/out/evaluation.json" in told.err
     monkeypatch.undo()
-    monkeypatch.setattr(evaluate, "shared_checkpoint", lambda named, held: named)
-    monkeypatch.setattr(evaluate, "load", lambda path, trust: tiny("joint", digits))
+    monkeypatch.setattr(evaluate, "load_everywhere", lambda *_, **__: tiny("joint", digits))
     monkeypatch.setattr(evaluate, "write_figures", full)
     del arguments[2]
     assert evaluate.main([*arguments, str(tmp_path / "out")]) == 0
@@ -115,8 +113,7 @@ def test_the_published_probe_needs_held_out_images_too(
     digits: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     model = of_split("representation", digits, tmp_path / "data", "")
-    monkeypatch.setattr(evaluate, "shared_checkpoint", lambda named, held: named)
-    monkeypatch.setattr(evaluate, "load", lambda path, trust: model)
+    monkeypatch.setattr(evaluate, "load_everywhere", lambda *_, **__: model)
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     assert evaluate.main([str(tmp_path), "--probe-epochs", "1"]) == 2
     told = capsys.readouterr()
