@@ -28,6 +28,7 @@ from torch import Tensor, nn
 
 from lzn_dist.config import Config
 from lzn_dist.data import Tokenizer
+from lzn_dist.data.captions import MOST_CHARACTERS
 from lzn_dist.exchange import Loaded, card, read_export, write_export
 from lzn_dist.inference.inputs import as_count, as_images, as_labels, as_texts
 from lzn_dist.inference.interpolation import slerp
@@ -273,7 +274,8 @@ class LZN(
         if encoder is None:
             raise MissingCapability("this model was trained without text: it has no text encoder")
         kind = Text(self.config)
-        tokens = self.tokenizer.encode(as_texts(texts), self.config.data.text_length)
+        cut = [text[:MOST_CHARACTERS] for text in as_texts(texts)]  # as captions are when they are read
+        tokens = self.tokenizer.encode(cut, self.config.data.text_length)
         if len(tokens) and not bool((tokens[:, 0] >= 0).all()):
             raise ValueError("texts: one of them is empty")
         found = [torch.zeros(0, self.config.latent.dim, device=self.device)]
