@@ -58,6 +58,7 @@ def test_classes_of_a_messy_folder(
     rows = table(tmp_path / "c.csv")
     names = [Path(row["name"]) for row in rows]
     assert len(rows) == 23 and set(names) == {p for p in photos.rglob("é*")}
+    assert [str(name) for name in names] == [n for n in asked_for([str(photos)]).names if "broken" not in n]
     model = load(exported)
     expected = model.classify([str(name) for name in names])
     assert [int(row["class"]) for row in rows] == expected.tolist()

@@ -50,7 +50,7 @@ def test_an_image_is_seen_beside_the_reference_and_itself(joint: LZN, digits: Pa
     assert torch.equal(elsewhere.classify(images), torch.arange(CLASSES))
 
 
-def test_class_probabilities_are_shares_of_draws(joint: LZN) -> None:
+def test_class_probabilities_are_shares_of_draws(joint: LZN, monkeypatch: pytest.MonkeyPatch) -> None:
     images = class_images(torch.arange(CLASSES))
     sharp = joint.class_probabilities(images, 50, 0.3)
     torch.testing.assert_close(sharp.sum(1), torch.ones(CLASSES))
@@ -59,6 +59,8 @@ def test_class_probabilities_are_shares_of_draws(joint: LZN) -> None:
     shares = joint.class_probabilities(between, 400, 1.0)[0]
     assert (shares[:2] > 0.2).all() and shares.sum() == pytest.approx(1.0)
     parts = [joint.class_probabilities(images[i : i + 2], 20, seed=1, first=i) for i in (0, 2)]
+    assert torch.equal(torch.cat(parts), joint.class_probabilities(images, 20, seed=1))
+    monkeypatch.setattr(inference, "DRAWS", 20)  # one image at a time
     assert torch.equal(torch.cat(parts), joint.class_probabilities(images, 20, seed=1))
     with pytest.raises(ValueError, match="draws must be 1 or more"):
         joint.class_probabilities(images, 0)
