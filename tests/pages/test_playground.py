@@ -49,6 +49,8 @@ def test_an_image_is_looked_at(joint: Playground) -> None:
 
 def test_what_is_generated_at_a_place_is_of_its_zone(joint: Playground) -> None:
     """The map's colour, the words and the images agree."""
+    anchors = torch.randn(4, 6, generator=torch.Generator().manual_seed(2)) * 2  # zones without symmetry
+    joint.model.networks["label"]["encoder"].anchors.data.copy_(anchors)  # type: ignore[index, union-attr, operator]
     found: dict[int, Counter[tuple[int, ...]]] = {}
     steps = range(27, 640, 50)
     for column, row in ((c, r) for c in steps for r in steps if (c - 320) ** 2 + (r - 320) ** 2 < 300**2):
@@ -61,7 +63,7 @@ def test_what_is_generated_at_a_place_is_of_its_zone(joint: Playground) -> None:
     most = [colours.most_common(1)[0] for colours in found.values()]
     assert len({colour for colour, _ in most}) == len(found) > 1
     # but for the borders and the names
-    assert sum(count for _, count in most) > 0.8 * sum(colours.total() for colours in found.values())
+    assert sum(count for _, count in most) > 0.9 * sum(colours.total() for colours in found.values())
 
 
 def test_text(all_three: Playground) -> None:
