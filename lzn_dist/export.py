@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import shutil
 import sys
 from collections.abc import Sequence
@@ -70,7 +71,7 @@ def main(arguments: list[str] | None = None) -> int:
     line."""
     options = parse(arguments)
     folder: Path = options.folder
-    beside = folder.with_name(f".{folder.name}.tmp")
+    beside = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
     try:
         if folder.exists() and (not folder.is_dir() or next(folder.iterdir(), None)):
             raise ExportError(f"{folder} is there already: name another folder, or remove it")
