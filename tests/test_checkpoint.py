@@ -327,6 +327,7 @@ def test_loading_beside_a_writer_that_keeps_one(tmp_path: Path) -> None:
     def write() -> None:
         config = small_config("keep_last=1")
         state, saver = small_state(config), writer(tmp_path, config)
+        state.counters.step = 1  # is there: written anew it would wait for those who read it
         while not ended.is_set():
             state.counters.step += 1
             saver.save(state)
