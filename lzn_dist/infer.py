@@ -150,6 +150,8 @@ def _check(options: argparse.Namespace) -> None:
     wanted = {"embed": VECTORS, "classify": TABLES, "caption": TABLES, "interpolate": (".png",)}.get(do)
     if wanted is not None and suffix not in wanted:
         raise InferError(f"--output {options.output}: {do} writes {' or '.join(wanted)}")
+    if suffix == ".parquet" and options.what == "map":
+        raise InferError("feature maps have more dimensions than a column of parquet: name an .npz")
     if suffix == ".parquet":
         try:
             import pyarrow  # type: ignore[import-not-found, import-untyped, unused-ignore]  # noqa: F401

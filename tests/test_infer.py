@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from pyarrow import parquet
 
 from lzn_dist import infer, load
 from lzn_dist.inference.files import InferError, Parts, asked_for
@@ -98,6 +99,17 @@ def test_vectors_of_shards_and_of_texts(exported: Path, digits: Path, tmp_path: 
         assert found["name"].tolist() == ["a thin three", "a bold two"]
         expected = load(exported).embed_text(["a thin three", "a bold two"])
         np.testing.assert_allclose(found["embedding"], expected.numpy(), atol=1e-6)
+
+
+def test_vectors_as_parquet_part_by_part(exported: Path, digits: Path, tmp_path: Path) -> None:
+    run("embed", exported, digits, "--split", "test", "--output", tmp_path / "v.npz", "--batch", 100)
+    run("embed", exported, digits, "--split", "test", "--output", tmp_path / "v.parquet", "--batch", 100)
+    found = parquet.read_table(tmp_path / "v.parquet")
+    assert parquet.ParquetFile(tmp_path / "v.parquet").num_row_groups == 4
+    with np.load(tmp_path / "v.npz") as expected:
+        assert found["name"].to_pylist() == expected["name"].tolist()
+        assert found["label"].to_pylist() == expected["label"].tolist()
+        np.testing.assert_array_equal(np.stack(found["embedding"].to_numpy()), expected["embedding"])
 
 
 def test_captions_and_zero_shot(exported: Path, photos: Path, tmp_path: Path) -> None:
@@ -199,6 +211,7 @@ REFUSED: dict[str, tuple[list[str], str]] = {
     "no input": (["embed", "{model}", "gone", "--output", "a.npz"], r"gone cannot be read \(No such file"),
     "empty folder": (["embed", "{model}", "{empty}", "--output", "a.npz"], "empty: no image in it"),
     "wrong name": (["embed", "{model}", "{photos}", "--output", "a.csv"], r"embed writes \.npz or \.parquet"),
+    "map": (["embed", "{model}", "{photos}", "--what", "map", "--output", "a.parquet"], "feature maps have more"),
     "no class": (["generate", "{model}", "--labels", "cat", "--output", "g"], "there is no class 'cat'"),
     "how many": (["generate", "{model}", "--output", "g"], "-n: how many images"),
     "mixed": (["embed", "{model}", "{photos}", "{texts}", "--output", "a.npz"], "images and texts together"),

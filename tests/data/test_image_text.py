@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 
 import numpy as np
+import pyarrow
 import pytest
 from PIL import Image
+from pyarrow import parquet
 
 from lzn_dist.data import ShardedDataset, ShardIndex
 from lzn_dist.data.pixels import Exact
@@ -101,12 +104,25 @@ def test_tables_that_do_not_fit(photos: Path, tmp_path: Path) -> None:
     lines.write_text('{"image": "a"\n')
     with pytest.raises(PrepareError, match="line 1: not a line of JSON"):
         list(read_pairs(lines))
-    with pytest.raises(PrepareError, match=r"pip install pyarrow|no parquet file"):
-        (tmp_path / "t.parquet").write_bytes(b"x")
+    (tmp_path / "t.parquet").write_bytes(b"x")
+    with pytest.raises(PrepareError, match="is no parquet file that can be read"):
         list(read_pairs(tmp_path / "t.parquet"))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(sys.modules, "pyarrow.parquet", None)
+        with pytest.raises(PrepareError, match="pip install pyarrow"):
+            list(read_pairs(tmp_path / "t.parquet"))
     (photos / "sub.d").rename(tmp_path / "away")
     with pytest.raises(PrepareError, match="no image with a caption"):
         ImageText(photos).splits()
+
+
+def test_a_table_of_parquet_is_read_as_one_of_csv(tmp_path: Path) -> None:
+    rows = {"file_name": ["a.jpg", "b/c.png"], "text": [["a cat", " two\ncats "], None], "split": ["train", "val"]}
+    parquet.write_table(pyarrow.table(rows), tmp_path / "t.parquet")
+    pairs = list(read_pairs(tmp_path / "t.parquet"))
+    assert [(p.image, p.captions, p.split) for p in pairs] == [
+        ("a.jpg", ["a cat", "two cats"], "train"), ("b/c.png", [], "val")
+    ]  # fmt: skip
 
 
 def test_shards_of_img2dataset_stay_as_they_are(photos: Path, tmp_path: Path) -> None:
