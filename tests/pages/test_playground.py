@@ -25,8 +25,8 @@ WHITE = Image.new("RGBA", (64, 64), "white")
 
 
 @pytest.fixture
-def joint() -> Playground:
-    return Playground(hand_made("joint"))
+def joint(tmp_path: Path) -> Playground:
+    return Playground(hand_made("joint", data={"num_classes": 4, "shards": str(tmp_path)}))  # no training data
 
 
 @pytest.fixture(scope="module")
@@ -40,7 +40,7 @@ def test_an_image_is_looked_at(joint: Playground) -> None:
     assert torch.equal(seen.probabilities[0], torch.tensor([0.0, 0.0, 1.0, 0.0]))
     torch.testing.assert_close(seen.probabilities.sum(1), torch.ones(len(pages.SCALES)))
     assert seen.reconstruction is not None and seen.reconstruction.shape == (128, 128, 3)
-    assert seen.neighbours == []  # no training data
+    assert seen.neighbours == []
     assert seen.place is not None
     marked = joint.map([seen.place])
     assert marked is not None and marked.shape == (SHOWN, SHOWN, 3) and (marked != joint.ground).any()
