@@ -19,6 +19,8 @@ from lzn_dist.inference.files import InferError, Parts, asked_for
 from lzn_dist.inference.inputs import as_images
 from tests.helpers.launching import ranks
 
+pytestmark = pytest.mark.slow  # a run is trained and exported for them, once a worker
+
 SCRIPT = Path(infer.__file__)
 
 

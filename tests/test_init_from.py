@@ -15,6 +15,8 @@ from lzn_dist.training.setup import fresh_networks
 from tests.helpers.small_run import rows, small_config
 from tests.helpers.trained import train_three
 
+pytestmark = pytest.mark.slow  # a run is trained and exported for them, once a worker
+
 CPU = torch.device("cpu")
 
 

@@ -24,6 +24,8 @@ from lzn_dist.objectives import build_networks
 from tests.helpers.settings import OWN
 from tests.helpers.small_run import small_config
 
+pytestmark = pytest.mark.slow  # a run is trained and exported for them, once a worker
+
 IMAGES = torch.rand(5, 1, 8, 8, generator=torch.Generator().manual_seed(0)) * 2 - 1
 TEXTS = ["a thin three", "a bold seven, leaning right"]
 

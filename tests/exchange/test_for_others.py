@@ -99,6 +99,7 @@ def test_a_resnet_is_torchvisions_and_timms(vision: tuple[ModuleType, ModuleType
     assert torchvision_weights(OwnEncoder(1, 8, 8)) is None
 
 
+@pytest.mark.slow
 def test_the_classifier_program_is_the_models(exported: Path) -> None:
     """Dense and in float64, against `inference`'s field of zones."""
     model = load(exported)

@@ -66,6 +66,7 @@ def test_what_is_generated_at_a_place_is_of_its_zone(joint: Playground) -> None:
     assert sum(count for _, count in most) > 0.9 * sum(colours.total() for colours in found.values())
 
 
+@pytest.mark.slow
 def test_text(all_three: Playground) -> None:
     seen = all_three.read("a thin three")
     assert seen.words.startswith("class ") and isinstance(seen.caption, str) and len(seen.neighbours) in (0, 8)
