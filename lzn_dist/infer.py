@@ -240,9 +240,8 @@ class Work:
         if self.asked is None:
             return result, damaged
         result["name"] = [self.asked.names[row] for row in kept]
-        if self.asked.labels is not None:
-            result["label"] = [self.asked.labels[row] for row in kept]
-        return result, damaged
+        labels = self.asked.labels(kept)
+        return result if labels is None else result | {"label": labels}, damaged
 
     def _embed(self, given: Any, first: int) -> dict[str, Any]:
         model, what, seed = self.model, self.options.what, self.options.seed
@@ -332,10 +331,8 @@ def _in_parts(model: LZN, options: argparse.Namespace) -> None:
     pictures = options.do in ("generate", "reconstruct")
     main_process = Topology.current().is_main
     with ExitStack() as held:
-        parts = once(lambda: Parts(options.output, work.request(), options.overwrite))
-        if main_process:
-            held.enter_context(parts.held())
-        all_gather_object(None)
+        parts = Parts(options.output, work.request(), options.overwrite)
+        once(lambda: held.enter_context(parts.held()))
         if pictures:
             once(lambda: options.output.mkdir(parents=True, exist_ok=True))
         count = -(-work.count // options.batch)
@@ -378,21 +375,24 @@ def _finish(work: Work, parts: Parts, count: int) -> None:
     asked = work.asked or work.images
     left_out = list(asked.left_out) if asked else []
     own = ("left_out", "left_out_why", "shown", "probabilities")
-    found = [parts.read(number) for number in range(count)]
-    for part in found:
+    kept = []  # the parts with something in them: vectors may be many, and are read one part at a time
+    done = 0
+    for number in range(count):
+        part = parts.read(number, ("name", "left_out", "left_out_why"))
         left_out += zip(part["left_out"].tolist(), part["left_out_why"].tolist(), strict=True)
-    done = sum(len(part.get("name", ())) for part in found)
+        done += len(part.get("name", ()))
+        kept += [number] if len(part.get("name", ())) else []
     if not done:
         for name, why in left_out[:NAMED]:
             print(f"left out: {printable(name)}: {printable(why)}", file=sys.stderr)
         parts.done()
         raise InferError("none of them can be read")
-    found = [part for part in found if len(part.get("name", ()))]
     if options.do == "embed":
-        vectors = ({k: v for k, v in part.items() if k not in own} for part in found)
-        write_vectors(output, vectors, len(found))
-        wrote = f"{output}: {done:,} vectors of {'×'.join(map(str, found[0]['embedding'].shape[1:]))} numbers"
+        write_vectors(output, (parts.read(number, but=own) for number in kept))
+        shape = parts.read(kept[0], ("embedding",))["embedding"].shape[1:]
+        wrote = f"{output}: {done:,} vectors of {'×'.join(map(str, shape))} numbers"
     else:
+        found = [parts.read(number) for number in kept]
         rows = [
             {key: part[key][row].item() if hasattr(part[key][row], "item") else part[key][row]
              for key in ("name", *(key for key in part if key not in (*own, "name")))}

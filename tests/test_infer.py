@@ -261,3 +261,23 @@ def simple(tmp_path_factory: pytest.TempPathFactory) -> Path:
     )
     model.save_pretrained(tmp_path_factory.mktemp("simple") / "model")
     return next(tmp_path_factory.getbasetemp().glob("simple*/model"))
+
+
+def test_overwrite_removes_nothing_of_a_persons_and_nothing_of_another_command(
+    exported: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "pictures"
+    run("generate", exported, "-n", 3, "--labels", 1, "--output", out)
+    (out / "holiday.jpg").write_text("mine")
+    run("generate", exported, "-n", 2, "--labels", 1, "--output", out, "--overwrite", status=2)
+    assert "holds more than such a command writes" in capsys.readouterr().err and len(list(out.iterdir())) == 6
+    (out / "holiday.jpg").unlink()
+    run("generate", exported, "-n", 2, "--labels", 1, "--output", out, "--overwrite")
+    assert len(list(out.glob("0*.png"))) == 2
+    parts = Parts(tmp_path / "v.npz", {"a": 1}, False)
+    with parts.held():
+        parts.keep(0, {"x": [1]})
+        other = Parts(tmp_path / "v.npz", {"a": 2}, True)
+        with pytest.raises(InferError, match="another command is writing"), other.held():
+            pass
+        assert parts.missing(1) == []

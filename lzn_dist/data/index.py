@@ -314,6 +314,12 @@ class ShardIndex:
             raise ValueError(f"{self.folder} has no split {name!r}; it has {sorted(self.splits)}")
         return self.splits[name]
 
+    def label(self, split: Split, row: int) -> int:
+        """A sample's label, −1 without one. ValueError where it is no number."""
+        if split.labels is None or split.labels[row, 0] == ABSENT:
+            return -1
+        return int(self.storage.read(split.shard_of(row).name, *split.labels[row].tolist()))
+
     def samples(self, split: str) -> int:
         """How many samples a split has."""
         return len(self.split(split))

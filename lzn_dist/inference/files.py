@@ -6,6 +6,7 @@ from __future__ import annotations
 import csv
 import fcntl
 import json
+import re
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -26,6 +27,7 @@ from lzn_dist.json_files import write_json
 from lzn_dist.paths import expand_path
 from lzn_dist.prepare.image_folder import image_kind, images_below
 
+_PICTURE = re.compile(r"\d{6}.*\.png|grid\.png|list\.csv")  # what is written into a folder of pictures
 MOST_TEXT = 256 << 20  # bytes of a file of texts
 
 
@@ -35,19 +37,29 @@ class InferError(ValueError):
 
 @dataclass
 class Asked:
-    """Samples by number. names: of files, keys or lines. kind: image or text. labels: of shards, −1 without one.
-    left_out: what is no sample, and why."""
+    """Samples by number. names: of files, keys or lines. kind: image or text. left_out: what is no sample, and why."""
 
     kind: str
     names: list[str]
     paths: Sequence[Path] = ()
     texts: Sequence[str] = ()
     shards: tuple[ShardIndex, str] | None = None
-    labels: list[int] | None = None
     left_out: list[tuple[str, str]] = field(default_factory=list)
 
     def __len__(self) -> int:
         return len(self.names)
+
+    def labels(self, rows: Sequence[int]) -> list[int] | None:
+        """Those of shards, −1 for a sample without one; None where there are none."""
+        if self.shards is None or self.shards[0].split(self.shards[1]).labels is None:
+            return None
+        index, found = self.shards[0], []
+        for row in rows:
+            try:
+                found.append(index.label(index.split(self.shards[1]), row))
+            except ValueError:  # damaged
+                found.append(-1)
+        return found
 
     def image(self, row: int, channels: int, size: int, shorter: int) -> Tensor:
         """uint8 [channels, size, size]. Raises OSError and ValueError, naming it."""
@@ -136,56 +148,25 @@ def _of_shards(folder: str, split: str) -> Asked:
     if name not in index.splits:
         raise InferError(f"--split {name}: {folder} has {', '.join(sorted(index.splits))}")
     own = index.split(name)
-    return Asked("image", [own.key(row) for row in range(len(own))], shards=(index, name), labels=_labels(index, name))
-
-
-def _labels(index: ShardIndex, name: str) -> list[int] | None:
-    split = index.split(name)
-    if split.labels is None:
-        return None
-    found = []
-    for row in range(len(split)):
-        try:
-            absent = split.labels[row, 0] == ABSENT
-            found.append(
-                -1 if absent else int(index.storage.read(split.shard_of(row).name, *split.labels[row].tolist()))
-            )
-        except ValueError:
-            found.append(-1)
-    return found
+    return Asked("image", [own.key(row) for row in range(len(own))], shards=(index, name))
 
 
 class Parts:
     """Where results are kept until all are there: OUTPUT.parts, with what was asked for, and a file a part."""
 
     def __init__(self, output: Path, request: Mapping[str, Any], overwrite: bool) -> None:
-        """request: what makes another command another one. Raises InferError where the output is there already, or
-        parts of another request are."""
+        """request: what makes another command another one. overwrite: what another one has written is replaced."""
         self.output, self.folder = output, output.with_name(output.name + ".parts")
-        self.request = json.loads(json.dumps(request))
-        if self.folder.is_dir():
-            try:
-                there = json.loads((self.folder / "request.json").read_text())
-            except (OSError, ValueError):
-                there = None
-            changed = [key for key in self.request if there is not None and there.get(key) != self.request[key]]
-            if there is not None and changed and not overwrite:
-                raise InferError(
-                    f"{self.folder} holds the beginning of another request ({', '.join(changed)} differ): finish that "
-                    "one, name another --output, or say --overwrite"
-                )
-            if there is None or changed:
-                shutil.rmtree(self.folder)
-        elif output.exists():
-            if not overwrite:
-                raise InferError(f"{output} is there already: name another --output, or say --overwrite")
-            shutil.rmtree(output) if output.is_dir() else output.unlink()
-        self.folder.mkdir(parents=True, exist_ok=True)
-        write_json(self.folder / "request.json", self.request)
+        self.request, self.overwrite = json.loads(json.dumps(request)), overwrite
 
     @contextmanager
     def held(self) -> Iterator[None]:
-        """Within, no other command writes there. Raises InferError where one does."""
+        """Within, no other command writes there, and the parts are of this request. Raises InferError where one does,
+        where the output is there already, or parts of another request are; nothing is removed then."""
+        begun = self.folder.is_dir()
+        if not begun:
+            self._check_output()
+        self.folder.mkdir(parents=True, exist_ok=True)
         with (self.folder / "lock").open("w") as lock:
             try:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -193,7 +174,37 @@ class Parts:
                 raise InferError(f"another command is writing {self.output}") from error
             except OSError:  # no locks here
                 pass
+            if begun:
+                self._check_parts()
+            elif self.output.is_dir():
+                for path in self.output.iterdir():
+                    if _PICTURE.fullmatch(path.name):
+                        path.unlink()
+            write_json(self.folder / "request.json", self.request)
             yield
+
+    def _check_output(self) -> None:
+        if not self.output.exists():
+            return
+        if not self.overwrite:
+            raise InferError(f"{self.output} is there already: name another --output, or say --overwrite")
+        if self.output.is_dir() and any(not _PICTURE.fullmatch(path.name) for path in self.output.iterdir()):
+            raise InferError(f"{self.output} holds more than such a command writes: name another --output")
+
+    def _check_parts(self) -> None:
+        try:
+            there = json.loads((self.folder / "request.json").read_text())
+            changed = [key for key in self.request if there.get(key) != self.request[key]]
+        except (OSError, ValueError, AttributeError):  # begun, and no more
+            changed = []
+        if changed and not self.overwrite:
+            raise InferError(
+                f"{self.folder} holds the beginning of another request ({', '.join(changed)} differ): finish that "
+                "one, name another --output, or say --overwrite"
+            )
+        if changed:
+            for path in self.folder.glob("part-*.npz"):
+                path.unlink()
 
     def path(self, number: int) -> Path:
         return self.folder / f"part-{number:06d}.npz"
@@ -208,9 +219,10 @@ class Parts:
         np.savez(temporary, **whole)
         temporary.replace(self.path(number))
 
-    def read(self, number: int) -> dict[str, Any]:
+    def read(self, number: int, only: Sequence[str] = (), but: Sequence[str] = ()) -> dict[str, Any]:
+        """A part's arrays: those named alone, or all but some."""
         with np.load(self.path(number), allow_pickle=False) as found:
-            return {name: found[name] for name in found.files}
+            return {name: found[name] for name in found.files if (not only or name in only) and name not in but}
 
     def done(self) -> None:
         shutil.rmtree(self.folder)
@@ -229,11 +241,11 @@ def write_table(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
     temporary.replace(path)
 
 
-def write_vectors(path: Path, parts: Iterator[dict[str, Any]], count: int) -> None:
+def write_vectors(path: Path, parts: Iterator[dict[str, Any]]) -> None:
     """Arrays of all parts side by side: npz (in memory), or parquet, part by part (needs pyarrow)."""
     temporary = path.with_name(path.stem + ".tmp" + path.suffix)
     if path.suffix == ".npz":
-        found = [part for _, part in zip(range(count), parts, strict=False)]
+        found = list(parts)
         whole: dict[str, Any] = {name: np.concatenate([part[name] for part in found]) for name in found[0]}
         np.savez(temporary, **whole)
     else:

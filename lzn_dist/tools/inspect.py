@@ -47,19 +47,12 @@ def pictures(index: ShardIndex, split: Split, count: int, seed: int = 0) -> list
         if split.images[row, 0] == ABSENT:
             continue
         try:
-            label = read_label(index, split, row)
+            label = index.label(split, row)
             pixels = decode(index.storage.read(split.shard_of(row).name, *split.images[row].tolist()), 3)
         except ValueError:
             continue
         found.append(Picture(row, split.key(row), label, pixels))
     return found
-
-
-def read_label(index: ShardIndex, split: Split, row: int) -> int:
-    """A sample's label, -1 without one. ValueError where it is no number."""
-    if split.labels is None or split.labels[row, 0] == ABSENT:
-        return -1
-    return int(index.storage.read(split.shard_of(row).name, *split.labels[row].tolist()))
 
 
 def count_labels(index: ShardIndex, name: str, split: Split) -> dict[int, int]:
@@ -69,7 +62,7 @@ def count_labels(index: ShardIndex, name: str, split: Split) -> dict[int, int]:
     found: Counter[int] = Counter()
     for row in range(len(split)) if not index.identity else ():
         with contextlib.suppress(ValueError):
-            found[read_label(index, split, row)] += 1
+            found[index.label(split, row)] += 1
     del found[-1]
     return dict(sorted(found.items()))
 
