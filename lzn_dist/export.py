@@ -30,21 +30,10 @@ from lzn_dist.exchange.for_transformers import can_be_written, torchvision_weigh
 from lzn_dist.exit_status import REFUSED, status_of, told
 from lzn_dist.inference import LZN, load
 from lzn_dist.inference.loading import ALL
+from lzn_dist.pages.report import PICTURES, numbers
 from lzn_dist.paths import path_argument
 from lzn_dist.terminal import TRUST, command
 from lzn_dist.training.checkpoint import CheckpointError
-
-PICTURES = (
-    "samples",
-    "samples_prior",
-    "from_captions",
-    "captions",
-    "reconstructions",
-    "interpolation",
-    "zones",
-    "training",
-)
-_ABOUT = ("step", "seed", "task", "measured_on", "left_out", "settings")
 
 
 def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
@@ -150,7 +139,9 @@ def write(model: LZN, folder: Path, options: argparse.Namespace) -> list[str]:
     for kind, wanted in (("onnx", options.onnx), ("pt2", options.programs)):
         if wanted:
             lines.append(f"{kind}: {', '.join(_programs(parts, folder / kind, kind))}")
-    run = options.run if (options.run / "checkpoints").is_dir() else options.run.parent.parent
+    source: Path = (options.checkpoint or options.run).resolve()
+    # of a checkpoint, the run that it stands in; a copy elsewhere has none
+    run = source.parent.parent if source.parent.name == "checkpoints" else source
     measures, measured_on = _measures(run, parts.step)
     if not measures:
         lines.append(f"no measures on the card: lzn_dist evaluate {run} takes those of step {parts.step}")
@@ -186,7 +177,7 @@ def _measures(run: Path, step: int) -> tuple[dict[str, float], str]:
     on = found.get("measured_on", {})
     kind = "held-out" if on.get("held_out") else "training"
     said = f"On split {on.get('split')}: {on.get('images', 0):,} {kind} images."
-    return {k: v for k, v in found.items() if k not in _ABOUT and isinstance(v, int | float)}, said if on else ""
+    return numbers(found), said if on else ""
 
 
 if __name__ == "__main__":

@@ -339,7 +339,9 @@ def write_figures(
         rebuilt = model.reconstruct(batch, seed, own)[:shown]
         written.append(reconstruction_grid(batch[:shown], rebuilt, folder / "reconstructions.png"))
         pairs = [(2 * i, 2 * i + 1) for i in range(min(6, len(batch) // 2))] if model.has_latents else []
-        paths = [model.interpolate(batch[first], batch[second], 12, seed) for first, second in pairs]
+        paths = [
+            model.interpolate(batch[first], batch[second], 12, seed, own[[first, second]]) for first, second in pairs
+        ]
         if paths:
             written.append(interpolation_grid(paths, folder / "interpolation.png"))
     if model.has_text or model.has_captions:

@@ -134,10 +134,10 @@ def read_export(folder: Path) -> Loaded:
                 f"{folder} has format {about.format} (written by lzn_dist {about.lzn_dist or 'unknown'}), this version "
                 f"reads {FORMAT}: export it anew with the version here"
             )
-        _check_sums(folder)
+        checked = _check_sums(folder)
         tensors = load_file(folder / WEIGHTS)
-        reference = load_file(folder / ANCHORS) if (folder / ANCHORS).is_file() else {}
-        tokenizer = (folder / TOKENIZER).read_text(encoding="utf-8") if (folder / TOKENIZER).is_file() else None
+        reference = load_file(folder / ANCHORS) if ANCHORS in checked else {}
+        tokenizer = (folder / TOKENIZER).read_text(encoding="utf-8") if TOKENIZER in checked else None
     except FileNotFoundError as error:
         raise ExportError(f"{folder} is not whole: {Path(str(error.filename)).name} is missing") from error
     except ExportError:
@@ -166,7 +166,8 @@ def read_export(folder: Path) -> Loaded:
     return Loaded(networks.eval(), config, about.step, centres, tokenizer, reference, tuple(about.classes))
 
 
-def _check_sums(folder: Path) -> None:
+def _check_sums(folder: Path) -> set[str]:
+    """The names of the files that are what was written: a folder may hold others, of a model that was here before."""
     lines = (folder / SUMS).read_text(encoding="utf-8").splitlines()
     sums = {name: digest for digest, _, name in (line.partition("  ") for line in lines)}
     if not {CONFIG, WEIGHTS} <= set(sums) <= {CONFIG, WEIGHTS, ANCHORS, TOKENIZER}:
@@ -174,3 +175,4 @@ def _check_sums(folder: Path) -> None:
     for name, digest in sums.items():
         if _digest(folder / name) != digest:
             raise ExportError(f"{folder} is damaged: {name} is not what was written (see {SUMS})")
+    return set(sums)

@@ -29,6 +29,7 @@ def load(path: str | Path, trust: Iterable[str] = (), *, anchors: int | Literal[
     ValueError for more anchors than an export has.
     """
     trust_packages(trust)
+    size = ALL if anchors == "all" else anchors or 0
     folder = Path(expand_path(str(path)))
     if anchors != "all" and anchors is not None and (not isinstance(anchors, int) or anchors < 1):
         raise ValueError(f"anchors must be a whole number from 1 on, or 'all', not {anchors!r}")
@@ -39,10 +40,10 @@ def load(path: str | Path, trust: Iterable[str] = (), *, anchors: int | Literal[
                 if anchors > len(own):
                     raise ValueError(f"{folder} has {len(own)} anchors of {name}: give anchors={len(own)} at most")
                 found.reference[name] = own[:anchors]
-        return model_of(found)
+        return model_of(found, size)
     from lzn_dist.training.checkpoint import load_networks  # an export is loaded without what training needs
 
-    return model_of(load_networks(folder), ALL if anchors == "all" else anchors or 0)
+    return model_of(load_networks(folder), size)
 
 
 def load_everywhere(

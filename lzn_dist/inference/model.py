@@ -224,10 +224,10 @@ class LZN(
             return self.anchors(images)
         if what == "latent":
             return self.latents(images, 0.0, seed, first)
-        encoder, images = self._encoder(), self._images(images)
-        function = getattr(encoder, {"features": "features", "map": "feature_map"}.get(what, ""), None)
         if what not in ("features", "map"):
             raise ValueError(f"what must be features, anchor, latent or map, not {what!r}")
+        encoder, images = self._encoder(), self._images(images)
+        function = getattr(encoder, "features" if what == "features" else "feature_map", None)
         if function is None:
             raise MissingCapability(f"{type(encoder).__name__} gives no {what} of images")
         with self._autocast():
@@ -551,7 +551,7 @@ class LZN(
                 raise ValueError("n: how many images? It may be left out where labels, texts or images say so")
             n = len(counted)
         n = as_count(n)
-        walk = _Walk(guidance, sampler, None if steps is None else max(1, as_count(steps)))
+        walk = _Walk(guidance, sampler, None if steps is None else as_count(steps))
         if others is not None:
             return self._generate_from(texts, images, n, labels, seed, first, walk)
         if labels is None and zone is not None:
@@ -689,13 +689,16 @@ class LZN(
         return self.decode(self.encode_noise(images, latents, own), latents, own)
 
     @torch.no_grad()
-    def interpolate(self, start: Any, end: Any, n: int = 9, seed: int = 0) -> Tensor:
+    def interpolate(
+        self, start: Any, end: Any, n: int = 9, seed: int = 0, labels: Labels | None = None
+    ) -> Tensor:  # fmt: skip
         """n images [n, c, h, w] on the way from one image or text to another, along the great circle between what the
         decoder is given for them (`given`).
 
         A str is a text where the model has a text encoder, else a path, as a Path is. Between images, their own noise
         is interpolated as well, so that the first and the last are these images again; with a text, all have one
-        noise. A joint model's one-hot labels are read on the way. Raises FileNotFoundError as `latents` does.
+        noise. A joint model's one-hot labels are read on the way; a decoder that takes labels without zones gets the
+        nearer end's, of labels int64 [2]. Raises FileNotFoundError as `latents` does.
         """
         self._decoder()
         ends = [end_ if isinstance(end_, str) and self.has_text else self._images(end_) for end_ in (start, end)]
@@ -713,7 +716,10 @@ class LZN(
         weights = torch.linspace(0, 1, n, device=given.device)
         path = slerp(given[0], given[1], weights)
         noise = self.noise(1, seed).expand(n, -1, -1, -1)
-        own = self.decoder_labels(path, None, n) if self.takes_labels else None
+        nearer = None
+        if labels is not None and not self.has_labels:
+            nearer = as_labels(labels, 2)[(weights > 0.5).long().cpu()]
+        own = self.decoder_labels(path, nearer, n) if self.takes_labels else None
         if all(isinstance(part, Tensor) for part in ends):
             ends_labels = None if own is None else own[[0, -1]]
             found = self.encode_noise(torch.cat(ends), given, ends_labels)  # type: ignore[arg-type]

@@ -70,5 +70,11 @@ class Image(Modality):
             return free + guidance * (given - free)
 
         solve = invert if to_noise else sample
-        walked = solve(velocity, x, method=sampler or flow.sampler, steps=steps or flow.sampler_steps, t_min=flow.t_min)
+        walked = solve(
+            velocity,
+            x,
+            method=sampler or flow.sampler,
+            steps=flow.sampler_steps if steps is None else steps,
+            t_min=flow.t_min,
+        )
         return walked.x, float(walked.nfe) * (1 if guidance == 1.0 else 2)

@@ -96,7 +96,7 @@ def read_run(path: Path, name: str = "") -> RunFacts:
     evaluations = read_lines(path / "eval.jsonl")
     last = evaluation or (evaluations[-1] if evaluations else {})
     return RunFacts(
-        path, name or path.name, read_lines(path / "metrics.jsonl"), evaluations, _numbers(last),
+        path, name or path.name, read_lines(path / "metrics.jsonl"), evaluations, numbers(last),
         last.get("measured_on") or {}, last.get("left_out") or {}, int(last.get("step", 0)),
         _json(path / "status.json", problems), _events(path),
         read_lines(path / "bad_samples.jsonl"), config, problems,
@@ -108,7 +108,8 @@ def _events(path: Path) -> list[dict[str, Any]]:
     return [row for row in rows if isinstance(row.get("state"), str)]
 
 
-def _numbers(row: dict[str, Any]) -> dict[str, float]:
+def numbers(row: dict[str, Any]) -> dict[str, float]:
+    """The measures of an evaluation, without what it says about them."""
     return {
         key: float(value) for key, value in row.items()
         if key not in ABOUT and isinstance(value, int | float) and not isinstance(value, bool)

@@ -76,6 +76,8 @@ def test_generation_from_images_and_by_another_sampler(joint: LZN) -> None:
     with pytest.raises(ValueError, match="texts or images, not both"):
         joint.generate(images=images, texts=["a two"])
     assert joint.generate_with_latents(2, steps=3).nfe == 3 != joint.generate_with_latents(2).nfe
+    with pytest.raises(ValueError, match="steps must be at least 1"):
+        joint.generate(2, steps=0)
 
 
 def test_what_is_embedded(joint: LZN) -> None:

@@ -234,3 +234,23 @@ def test_without_the_data_anchors_may_be_left_out(
     assert model.embed(IMAGES).shape[0] == 5
     with pytest.raises(FileNotFoundError, match="a latent depends on the anchors of other samples"):
         model.classify(IMAGES)
+
+
+def test_what_an_earlier_model_left_in_a_folder_is_not_read(exported: Path, tmp_path: Path, digits: Path) -> None:
+    folder = tmp_path / "model"
+    shutil.copytree(exported, folder)
+    other = load(exported)
+    other.reference = {}
+    write_export(folder, other.parts())
+    assert (folder / "anchors.safetensors").is_file() and read_export(folder).reference == {}
+    model = load(folder, anchors=70)  # as many as are asked for, where the data is
+    assert model.reference_size == 70
+
+
+def test_a_copied_checkpoint_has_no_measures_of_its_neighbours(three: Path, tmp_path: Path) -> None:
+    copy = tmp_path / "a" / "b" / "copy"
+    shutil.copytree(three / "checkpoints" / "step_00000002", copy)
+    for place in (tmp_path, tmp_path / "a"):
+        (place / "evaluation.json").write_text('{"step": 2, "knn": 0.123}')
+    assert main([str(copy), str(tmp_path / "out"), "--anchors", "3"]) == 0
+    assert "0.123" not in (tmp_path / "out" / "README.md").read_text()
