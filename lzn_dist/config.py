@@ -469,19 +469,20 @@ def _explain(path: str | Path, error: Any) -> str:
     return f"{path}: {key + ': ' if key else ''}{message}" + (f" (got {error['input']!r})" if key else "")
 
 
+def flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Sections' values by their whole keys: optimizer.clip_norm."""
+    found: dict[str, Any] = {}
+    for key, value in values.items():
+        found |= flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
+    return found
+
+
 def changed_keys(before: Config, now: Config) -> list[str]:
     """Keys of a checkpoint's configuration that the present one has changed, as "key: before → now"."""
     ignored = {
         "output_dir", "max_steps", "resume", "init_from", "init_networks", "tracking", "log_every", "checkpoint_every",
         "keep_last", "cpu_threads", "profile_steps",
     }  # fmt: skip
-
-    def flat(values: dict[str, object], prefix: str = "") -> dict[str, object]:
-        found: dict[str, object] = {}
-        for key, value in values.items():
-            found |= flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
-        return found
-
     old, new = (flat(config.model_dump(exclude=ignored)) for config in (before, now))
     return [f"{key}: {old.get(key)} → {value}" for key, value in new.items() if old.get(key) != value]
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import json
+import statistics
 import time
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
@@ -15,7 +16,7 @@ from typing import Any
 from jinja2 import Environment, PackageLoader
 
 from lzn_dist import __version__
-from lzn_dist.config import Config, ConfigError, load_config
+from lzn_dist.config import Config, ConfigError, flat, load_config
 from lzn_dist.pages.charts import COLOURS, Line, chart
 from lzn_dist.training.run_folder import read_lines
 
@@ -264,13 +265,6 @@ def skipped(run: RunFacts) -> list[tuple[int, int]]:
 
 def differences(runs: Sequence[RunFacts]) -> list[tuple[str, list[str]]]:
     """Keys that the runs' configurations do not agree on, with each run's value."""
-
-    def flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-        found: dict[str, Any] = {}
-        for key, value in values.items():
-            found |= flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
-        return found
-
     tables = [{} if run.config is None else flat(run.config.model_dump(mode="json")) for run in runs]
     keys = dict.fromkeys(key for table in tables for key in table)
     rows = [(key, [_shown(table.get(key)) for table in tables]) for key in keys if key != "output_dir"]
@@ -313,9 +307,8 @@ def read_comparison(path: Path) -> ComparisonFacts:
 def _over_seeds(values: Sequence[float]) -> str:
     if not values:
         return "–"
-    mean = sum(values) / len(values)
-    deviation = (sum((value - mean) ** 2 for value in values) / max(1, len(values) - 1)) ** 0.5
-    return f"{mean:.3f} ± {deviation:.3f}" if len(values) > 1 else f"{mean:.3f}"
+    mean = statistics.mean(values)
+    return f"{mean:.3f} ± {statistics.stdev(values):.3f}" if len(values) > 1 else f"{mean:.3f}"
 
 
 def names_of(paths: Sequence[Path]) -> list[str]:
