@@ -18,16 +18,13 @@ from pathlib import Path
 from typing import Any
 
 import lzn_dist  # noqa: F401  # isort: skip  (before torch: how threads wait)
-import torch
-from accelerate import PartialState
 from tabulate import tabulate
 
 from lzn_dist.config import ConfigError, override
 from lzn_dist.data import CorruptSampleError
 from lzn_dist.distributed import Topology
-from lzn_dist.distributed.collectives import all_gather_object
 from lzn_dist.distributed.spread import once
-from lzn_dist.engines.start import check_world, meeting
+from lzn_dist.engines.start import join_world, leave_world
 from lzn_dist.evaluation import EvaluationData, evaluate_model, write_figures
 from lzn_dist.evaluation.data import Unmeasurable
 from lzn_dist.evaluation.linear_probe import ProbeSettings, published_probe
@@ -104,9 +101,7 @@ def main(arguments: list[str] | None = None) -> int:
     start = time.perf_counter()
     main_process = True
     try:
-        if check_world() > 1:
-            with meeting():
-                PartialState(cpu=not torch.cuda.is_available())
+        join_world()
         main_process = Topology.current().is_main
         if (precision := os.environ.get("ACCELERATE_MIXED_PRECISION", "no")) != "no":
             raise ConfigError(f"mixed_precision {precision} of the launcher: measures are in float32, leave it out")
@@ -141,9 +136,7 @@ def main(arguments: list[str] | None = None) -> int:
         if main_process:
             print(f"error: {error}", file=sys.stderr)
         return REFUSED if isinstance(error, FileNotFoundError) else status_of(error)
-    if Topology.current().world_size > 1:
-        all_gather_object(None)
-        PartialState().destroy_process_group()
+    leave_world()
     return 0
 
 

@@ -31,7 +31,6 @@ from typing import Any
 import lzn_dist  # noqa: F401  # isort: skip  (before torch: how threads wait)
 import numpy as np
 import torch
-from accelerate import PartialState
 from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
@@ -40,9 +39,8 @@ from lzn_dist.config import ConfigError
 from lzn_dist.data import CorruptSampleError
 from lzn_dist.data.captions import captions_of
 from lzn_dist.distributed import Topology
-from lzn_dist.distributed.collectives import all_gather_object
 from lzn_dist.distributed.spread import once, spread
-from lzn_dist.engines.start import check_world, meeting
+from lzn_dist.engines.start import join_world, leave_world
 from lzn_dist.evaluation.figures import mosaic
 from lzn_dist.exchange import ExportError
 from lzn_dist.exit_status import REFUSED, status_of, told
@@ -112,9 +110,7 @@ def main(arguments: list[str] | None = None) -> int:
     options = parse(arguments)
     main_process = True
     try:
-        if check_world() > 1:
-            with meeting():
-                PartialState(cpu=not torch.cuda.is_available())
+        join_world()
         main_process = Topology.current().is_main
         _check(options)
         model = load_everywhere(options.run, options.trust, anchors=_anchors(options.anchors))
@@ -130,9 +126,7 @@ def main(arguments: list[str] | None = None) -> int:
             said = told(error, options.output) if isinstance(error, OSError) else str(error)
             print(f"error: {' '.join(said.split())}", file=sys.stderr)
         return REFUSED if isinstance(error, FileNotFoundError) else status_of(error)
-    if Topology.current().world_size > 1:
-        all_gather_object(None)
-        PartialState().destroy_process_group()
+    leave_world()
     return 0
 
 

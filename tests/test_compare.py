@@ -15,7 +15,6 @@ from PIL import Image
 from lzn_dist import compare
 from lzn_dist.config import ConfigError, load_config
 from lzn_dist.evaluation.figures import comparison_figure
-from lzn_dist.prepare.digits import write_digits
 from tests.helpers.settings import encoder_with
 
 ROOT = Path(__file__).parents[1]
@@ -86,10 +85,11 @@ def test_mean_and_deviation_are_over_seeds() -> None:
 
 
 @pytest.mark.process
-def test_a_comparison_from_training_to_table_and_figure(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_comparison_from_training_to_table_and_figure(
+    digits: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     """Two rows, one of them for as long as the other took; a second call finds everything done. The file's overrides
     and evaluate's options reach all rows."""
-    shards = write_digits(tmp_path / "digits")
     rows = [
         {"name": "pixels", "from": "SimCLR", "prefix": "pixels."},
         {
@@ -100,7 +100,7 @@ def test_a_comparison_from_training_to_table_and_figure(tmp_path: Path, capsys: 
         {"name": "again", "like": "SimCLR", "time_of": "SimCLR"},
     ]
     more = {"overrides": {"log_every": 2}, "evaluate": ["--no-figures"], "jobs": 2}
-    arguments = [str(written(tmp_path / "c.yaml", rows, **more)), "max_steps=6", f"data.shards={shards}"]
+    arguments = [str(written(tmp_path / "c.yaml", rows, **more)), "max_steps=6", f"data.shards={digits}"]
     arguments += [*encoder_with(channels=8), "data.global_batch=16", "tracking.wandb=disabled"]
     assert compare.main(arguments) == 0
     printed = capsys.readouterr().out

@@ -6,8 +6,6 @@ import errno
 import json
 import os
 import shutil
-import subprocess
-import sys
 import tarfile
 import threading
 import time
@@ -27,7 +25,7 @@ from lzn_dist.training.checkpoint import find_checkpoint
 from lzn_dist.training.run import Run
 from lzn_dist.training.run_folder import RunFolder
 from lzn_dist.training.step import StepResult, TrainState
-from tests.helpers.launching import ROOT, ranks
+from tests.helpers.launching import ROOT, forked, launcher, ranks
 from tests.helpers.messy import damage
 from tests.helpers.range_server import free_port, serve, start_server
 from tests.helpers.small_run import SMALL_RUN, rows, small_config
@@ -43,10 +41,9 @@ def values(folder: Path) -> list[dict[str, float]]:
 
 @pytest.mark.slow
 def test_damaged_samples_are_replaced_told_and_in_the_end_too_many(
-    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+    digits: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    shards = write_digits(tmp_path / "digits")
-    whole = Path(shutil.copytree(shards, tmp_path / "whole"))
+    whole, shards = digits, Path(shutil.copytree(digits, tmp_path / "damaged"))
     run, strict = tmp_path / "run", tmp_path / "strict"
     arguments = [*SMALL_RUN, "checkpoint_every=30", "precision=float32", "evaluate_every=0", "data.embedded=none"]
     arguments += ["max_steps=9", "data.global_batch=144"]  # an epoch
@@ -104,10 +101,10 @@ def test_labels_that_do_not_fit_the_task_are_refused_at_the_start(
 
 
 @pytest.fixture(scope="module")
-def two_data_sets(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def two_data_sets(digits: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """digits, and the same unlabelled."""
     folder = tmp_path_factory.mktemp("shards")
-    shards = ShardIndex.load(write_digits(folder / "digits"))
+    shards = ShardIndex.load(shutil.copytree(digits, folder / "digits"))
     (folder / "unlabelled").mkdir()
     for split in shards.splits.values():
         for shard in split.shards:
@@ -137,17 +134,15 @@ def test_a_lost_server_stops_all_ranks_with_a_checkpoint_and_the_run_goes_on_exa
     remote = [*common, f"data.shards=http://127.0.0.1:{port}", f"data.cache={tmp_path / 'cache'}",
               f"output_dir={run}", "data.retry_seconds=2"]  # fmt: skip
     server = start_server(shards, port, log)
-    command = [sys.executable, "-m", "accelerate.commands.launch", "--main_process_port", "0", "--config_file",
-               ROOT / "launch" / "ddp.yaml", TRAIN, *remote]  # fmt: skip
-    with (tmp_path / "run.log").open("w") as said:
-        process = subprocess.Popen([str(part) for part in command], stdout=said, stderr=said, cwd=tmp_path)
+    process = forked(launcher("ddp", TRAIN, *remote), cwd=tmp_path, said=tmp_path / "run.log")
     end = time.monotonic() + 120
     while not (run / "metrics.jsonl").exists() or len(rows(run)) < 5:
-        assert process.poll() is None and time.monotonic() < end
+        assert process.exitcode is None and time.monotonic() < end
         time.sleep(0.01)
     server.kill()
     server.wait()
-    assert process.wait(timeout=120) != 0
+    process.join(timeout=120)
+    assert process.exitcode not in (None, 0)
     output = (tmp_path / "run.log").read_text()
     status = json.loads((run / "status.json").read_text())
     assert status["state"] == "failed" and 5 <= status["step"] < 55
@@ -169,13 +164,19 @@ def errors(said: str) -> list[str]:
     return [line for line in said.splitlines() if line.startswith("error: ")]
 
 
+@pytest.fixture(scope="module")
+def small_shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """So small that a run goes on asking for more."""
+    return write_digits(tmp_path_factory.mktemp("small") / "digits", samples_per_shard=10)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("full", ["cache", "cache and checkpoints", "run"])
 def test_a_full_disk_stops_the_run_in_one_line_that_names_the_folder(
-    tmp_path: Path, full: str, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+    small_shards: Path, tmp_path: Path, full: str, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
     """Once there is space again, it goes on."""
-    shards = serve(write_digits(tmp_path / "digits", samples_per_shard=10), 0, None)
+    shards = serve(small_shards, 0, None)
     threading.Thread(target=shards.serve_forever, daemon=True).start()
     run, cache = tmp_path / "run", tmp_path / "cache"
     arguments = [*remote_arguments(shards.server_port, run, cache), "max_steps=7", "checkpoint_every=3"]
@@ -219,11 +220,11 @@ def test_a_full_disk_stops_the_run_in_one_line_that_names_the_folder(
 
 @pytest.mark.process
 def test_a_server_lost_in_the_evaluation_ends_the_run_as_in_training(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+    digits: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
     """With a checkpoint of that step, from which it goes on with the evaluation that is missing."""
-    folder, port, log = write_digits(tmp_path / "digits"), free_port(), tmp_path / "requests.log"
-    server = start_server(folder, port, log)
+    port, log = free_port(), tmp_path / "requests.log"
+    server = start_server(digits, port, log)
     run = tmp_path / "run"
     arguments = remote_arguments(port, run, tmp_path / "cache")
     arguments += ["max_steps=2", "evaluate_every=1", "checkpoint_every=100", "data.retry_seconds=0.6"]
@@ -243,7 +244,7 @@ def test_a_server_lost_in_the_evaluation_ends_the_run_as_in_training(
         newest = run / "checkpoints" / f"step_{lost_at:08d}"
         assert f"stopped in the evaluation at step {lost_at}, the newest checkpoint is {newest}: rank 0: http" in said
         assert "could not be read" in said and json.loads((run / "status.json").read_text())["state"] == "failed"
-        server = start_server(folder, port, log)
+        server = start_server(digits, port, log)
     lost_at = 0
     assert train.main(arguments) == 0
     assert [row["step"] for row in rows(run)] == [row["step"] for row in rows(run, "eval.jsonl")] == [1, 2]

@@ -14,11 +14,13 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.helpers.launching import ROOT, accelerate, untimed_rows
+from tests.helpers.launching import ROOT, untimed_rows
+from tests.helpers.launching import ranks as start_ranks
 from tests.soak.kills import (
     SETTINGS,
     STEPS,
     Outcome,
+    command,
     compare,
     complete,
     differences,
@@ -38,11 +40,17 @@ def wait_for(condition: Callable[[], bool], process: subprocess.Popen[bytes]) ->
         time.sleep(0.02)
 
 
+def plain(folder: Path) -> subprocess.CompletedProcess[str]:
+    """The run as `start` starts it, without the launcher."""
+    script, *rest = command(folder, "ddp", 2)[-len(SETTINGS) - 4 :]
+    return start_ranks("ddp", ROOT / script, *rest, cwd=ROOT, timeout=200)
+
+
 @pytest.mark.process
 def test_killed_and_told_to_end_a_run_goes_on_as_if_nothing_had_been(tmp_path: Path) -> None:
     """All ranks killed, then SIGTERM to a single one: in the end bit for bit what the undisturbed run is."""
     reference, run = tmp_path / "reference", tmp_path / "run"
-    assert start(reference, "ddp", 2).wait(timeout=200) == 0
+    assert plain(reference).returncode == 0
     process = start(run, "ddp", 2)
     wait_for(lambda: len(untimed_rows(run)) >= 10, process)
     for pid in ranks(process.pid):
@@ -65,7 +73,7 @@ def test_killed_and_told_to_end_a_run_goes_on_as_if_nothing_had_been(tmp_path: P
 
     assert start(run, "ddp", 2).wait(timeout=200) == 0
     assert f"at step {status['step']}\n" in log_of(run).read_text()
-    assert start(run, "ddp", 2).wait(timeout=100) == 0  # once more, with nothing left to do
+    assert plain(run).returncode == 0  # once more, with nothing left to do
     outcome = Outcome("killed")
     compare(run, reference, outcome)
     assert outcome.problems == []
@@ -78,13 +86,13 @@ def test_killed_and_told_to_end_a_run_goes_on_as_if_nothing_had_been(tmp_path: P
      pytest.param("fsdp", 7, marks=pytest.mark.soak)],
 )  # fmt: skip
 def test_what_is_not_finite_is_skipped_and_a_group_that_stops_stays(
-    engine: str, micro_batch: int, tmp_path: Path
+    engine: str, micro_batch: int, digits: Path, tmp_path: Path
 ) -> None:
     """A NaN in one rank's loss is skipped on all; the decoder stops after 3 steps; neither is forgotten on resuming."""
     run, again = tmp_path / "run", tmp_path / "again"
-    arguments = [ROOT / "configs" / "digits_joint.yaml", f"data.shards={tmp_path / 'digits'}", *SETTINGS]
+    arguments = [ROOT / "configs" / "digits_joint.yaml", f"data.shards={digits}", *SETTINGS]
     arguments += ["modalities.image.decoder.stop=3", f"micro_batch={micro_batch}", "checkpoint_every=1", "keep_last=9"]
-    done = accelerate(engine, FAULTY, 2, 2, *arguments, "max_steps=5", f"output_dir={run}", cwd=tmp_path)
+    done = start_ranks(engine, FAULTY, 2, 2, *arguments, "max_steps=5", f"output_dir={run}", cwd=tmp_path)
     assert done.returncode == 0, done.stdout[-3000:]
     assert done.stdout.count("skipped global batch 2") == 1
     found = untimed_rows(run)
@@ -111,7 +119,7 @@ def test_what_is_not_finite_is_skipped_and_a_group_that_stops_stays(
     for name in names[3:]:
         shutil.rmtree(again / "checkpoints" / name)
     arguments += ["max_nonfinite=2", "max_steps=9"]
-    done = accelerate(engine, FAULTY, 7, 99, *arguments, f"output_dir={again}", cwd=tmp_path)
+    done = start_ranks(engine, FAULTY, 7, 99, *arguments, f"output_dir={again}", cwd=tmp_path)
     assert done.returncode != 0 and f"{names[2]} at step 3\n" in done.stdout
     assert [line for line in done.stdout.splitlines() if "error: 2 steps in a row had gradients" in line]
     assert "Traceback" not in done.stdout.partition("error: 2 steps")[0]

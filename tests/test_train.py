@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -19,23 +16,8 @@ from lzn_dist.exit_status import REFUSED, UNREADABLE
 from lzn_dist.objectives import build_networks
 from lzn_dist.training.checkpoint import find_checkpoint, load_weights
 from lzn_dist.training.tracking import wandb_mode
+from tests.helpers.launching import python, ranks
 from tests.helpers.small_run import ROOT, SMALL_RUN, rows
-
-
-def launch(
-    engine: str, config: str, folder: Path, *overrides: str, check: bool = True, processes: int = 0, **environment: str
-) -> str:
-    command = [sys.executable, "-m", "accelerate.commands.launch", "--main_process_port", "0"]
-    command += ["--config_file", str(ROOT / "launch" / f"{engine}.yaml")] if engine else ["--cpu", "--num_processes=2"]
-    command += [f"--num_processes={processes}"] if processes else []
-    command += [str(ROOT / "lzn_dist" / "train.py"), str(ROOT / "configs" / f"{config}.yaml")]
-    command += [f"output_dir={folder}", f"data.shards={folder.parent / 'digits'}", *SMALL_RUN, *overrides]
-    done = subprocess.run(
-        command, env={**os.environ, **environment}, capture_output=True, text=True, timeout=500, cwd=folder.parent
-    )
-    if check:
-        assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
-    return done.stdout + done.stderr
 
 
 def weights(folder: Path) -> dict[str, torch.Tensor]:
@@ -46,7 +28,9 @@ def weights(folder: Path) -> dict[str, torch.Tensor]:
 
 @pytest.mark.process
 @pytest.mark.parametrize("precision,steps,tolerance", [("float64", 30, 1e-9), ("float32", 12, 1e-4)])
-def test_one_two_and_four_ranks_are_one_run(precision: str, steps: int, tolerance: float, tmp_path: Path) -> None:
+def test_one_two_and_four_ranks_are_one_run(
+    precision: str, steps: int, tolerance: float, digits: Path, tmp_path: Path
+) -> None:
     """The same samples, noise, times and dropout masks: losses differ by rounding, over many steps."""
     config = "digits_joint" if precision == "float64" else "digits_representation"
     settings = [f"max_steps={steps}", f"precision={precision}", "checkpoint_every=1000"]
@@ -54,9 +38,12 @@ def test_one_two_and_four_ranks_are_one_run(precision: str, steps: int, toleranc
         # The configuration's own warm-up: at full rate from the start, training itself (one process, its weights
         # changed in the last digit) multiplies a difference by 1e5 in 50 steps.
         settings.append("optimizer.warmup_steps=50")
-    launch("cpu", config, tmp_path / "1", *settings)
+    arguments = [str(ROOT / "configs" / f"{config}.yaml"), f"data.shards={digits}", *SMALL_RUN, *settings]
+    assert train.main([*arguments, f"output_dir={tmp_path / '1'}"]) == 0
     for world in (2, 4) if precision == "float64" else (4,):
-        launch("ddp", config, tmp_path / str(world), *settings, processes=world)
+        script, folder = ROOT / "lzn_dist" / "train.py", tmp_path / str(world)
+        done = ranks("ddp", script, *arguments, f"output_dir={folder}", processes=world, cwd=tmp_path)
+        assert done.returncode == 0, done.stdout[-4000:]
         assert len(rows(tmp_path / str(world))) == steps
         for one, several in zip(rows(tmp_path / "1"), rows(tmp_path / str(world)), strict=True):
             assert one["step"] == several["step"]
@@ -97,11 +84,13 @@ def test_a_resumed_run_logs_what_the_undisturbed_run_logs(
 
 
 @pytest.mark.process
-def test_what_a_run_tells(tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_a_run_tells(
+    digits: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Metrics, progress, wandb, and evaluations of the averaged weights, the last one also after a kill before it."""
     monkeypatch.delenv("WANDB_MODE", raising=False)
     run = tmp_path / "run"
-    arguments = [str(ROOT / "configs" / "digits_joint.yaml"), f"output_dir={run}", f"data.shards={tmp_path / 'digits'}"]
+    arguments = [str(ROOT / "configs" / "digits_joint.yaml"), f"output_dir={run}", f"data.shards={digits}"]
     arguments += [*SMALL_RUN, "precision=float32", "max_steps=3", "evaluate_every=2", "optimizer.warmup_steps=0"]
     assert train.main([*arguments, "tracking.wandb=offline"]) == 0
     bar = capfd.readouterr().err
@@ -171,12 +160,14 @@ def refused(said: str) -> str:
 
 
 @pytest.mark.process
-def test_what_a_launcher_does_wrong_is_refused_in_one_line(tmp_path: Path) -> None:
-    folder = tmp_path / "run"
-    said = launch("", "digits_joint", folder, "max_steps=1", check=False)
-    assert "asked for several processes but started one" in refused(said)
-    said = launch("ddp", "digits_joint", folder, "max_steps=1", "data.global_batch=25", check=False)
-    assert "data.global_batch=25 does not divide among 2 processes" in refused(said)
+def test_what_a_launcher_does_wrong_is_refused_in_one_line(digits: Path, tmp_path: Path) -> None:
+    folder, script = tmp_path / "run", ROOT / "lzn_dist" / "train.py"
+    arguments = [ROOT / "configs" / "digits_joint.yaml", f"output_dir={folder}", f"data.shards={digits}", *SMALL_RUN]
+    alone = ["--main_process_port", 0, "--cpu", "--num_processes=2"]
+    done = python("-m", "accelerate.commands.launch", *alone, script, *arguments, cwd=tmp_path)
+    assert "asked for several processes but started one" in refused(done.stdout) and done.returncode
+    done = ranks("ddp", script, *arguments, "data.global_batch=25", cwd=tmp_path)
+    assert "data.global_batch=25 does not divide among 2 processes" in refused(done.stdout) and done.returncode
     assert not folder.exists()
 
 

@@ -13,9 +13,13 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from datetime import timedelta
 
+import torch
 import torch.distributed as dist
+from accelerate import PartialState
 
 from lzn_dist.config import ConfigError
+from lzn_dist.distributed import Topology
+from lzn_dist.distributed.collectives import all_gather_object
 
 SILENCE = 30.0  # seconds after which a wait says what it waits for, and again
 _WORLD = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
@@ -116,3 +120,17 @@ def meeting() -> Iterator[None]:
             signal.signal(signal.SIGINT, handler)
         ended.set()
         thread.join()
+
+
+def join_world() -> None:
+    """Meet the other processes of a command that does not train, where there are any. Raises ConfigError."""
+    if check_world() > 1:
+        with meeting():
+            PartialState(cpu=not torch.cuda.is_available())
+
+
+def leave_world() -> None:
+    """Wait for them, and part."""
+    if Topology.current().world_size > 1:
+        all_gather_object(None)
+        PartialState().destroy_process_group()

@@ -148,8 +148,28 @@ def images_below(folder: Path) -> tuple[list[Path], list[tuple[Path, str]]]:
     return taken, [(folder / file.path, file.why) for file in files if file.why]
 
 
+class InFolder(Source):
+    """Files of a folder, as a table says or as they lie there."""
+
+    folder: Path
+    table: Path | None
+    _account: Account
+
+    def archives(self) -> list[Path]:
+        return [] if self.table is None else [self.table]
+
+    def account(self) -> Account:
+        return self._account
+
+    def named(self, item: Item) -> str:
+        return str(self.folder / item.where)
+
+    def read(self, item: Item) -> bytes:
+        return (self.folder / item.where).read_bytes()
+
+
 @dataclass
-class ImageFolder(Source):
+class ImageFolder(InFolder):
     """Images in folders: FOLDER/CLASS/…, FOLDER/SPLIT/CLASS/…, or as a CSV file says.
 
     labelled: whether folders are classes; else there are none. table: CSV with a header and the columns path (relative
@@ -175,20 +195,8 @@ class ImageFolder(Source):
         if not self.folder.is_dir():
             raise PrepareError(f"{self.folder} is no folder")
 
-    def archives(self) -> list[Path]:
-        return [] if self.table is None else [self.table]
-
     def classes(self) -> list[str]:
         return self._classes
-
-    def account(self) -> Account:
-        return self._account
-
-    def named(self, item: Item) -> str:
-        return str(self.folder / item.where)
-
-    def read(self, item: Item) -> bytes:
-        return (self.folder / item.where).read_bytes()
 
     def splits(self) -> dict[str, list[Item]]:
         self._account = Account()

@@ -18,9 +18,9 @@ from lzn_dist import __version__
 from lzn_dist.data.captions import TOKENIZER, captions_of
 from lzn_dist.data.index import MANIFEST, Shard, hash_file, make_split, scan_tar, split_name, write_manifest
 from lzn_dist.keyed_random import make_key, permutation
-from lzn_dist.prepare.image_folder import ImageFolder, make_keys, table_text
+from lzn_dist.prepare.image_folder import ImageFolder, InFolder, make_keys, table_text
 from lzn_dist.prepare.tokenizer import write_tokenizer
-from lzn_dist.prepare.writer import Account, Item, PrepareError, Source
+from lzn_dist.prepare.writer import Account, Item, PrepareError
 
 IMAGE_COLUMNS = ("image", "path", "filepath", "file_path", "filename", "file_name", "image_path", "file")
 CAPTION_COLUMNS = ("caption", "captions", "text", "title", "description", "sentence")
@@ -104,7 +104,7 @@ def read_pairs(path: Path, image_column: str = "", caption_column: str = "") -> 
 
 
 @dataclass
-class ImageText(Source):
+class ImageText(InFolder):
     """Images of a folder with captions: KEY.txt beside KEY.jpg (one caption a line), or as a table says, whose paths
     are relative to the folder. held_out: share of the images that become the split ``test``, where the folder or the
     table names none; images with a caption in common are in one split. Without a caption an image is left out, or
@@ -127,20 +127,8 @@ class ImageText(Source):
         if not 0.0 <= self.held_out < 1.0:
             raise PrepareError(f"--held-out: a share from 0 to 1 is needed, not {self.held_out}")
 
-    def archives(self) -> list[Path]:
-        return [] if self.table is None else [self.table]
-
     def classes(self) -> list[str]:
         return []
-
-    def account(self) -> Account:
-        return self._account
-
-    def named(self, item: Item) -> str:
-        return str(self.folder / item.where)
-
-    def read(self, item: Item) -> bytes:
-        return (self.folder / item.where).read_bytes()
 
     def splits(self) -> dict[str, list[Item]]:
         images = ImageFolder(self.folder, labelled=False, exclude=self.exclude, max_left_out=1.0)

@@ -20,6 +20,7 @@ from lzn_dist.cluster.profile import Profile, ProfileError, load_profile
 from lzn_dist.cluster.submission import SubmissionError, parse_minutes
 from lzn_dist.cluster.task import has_trained, launch_environment
 from lzn_dist.cluster.watch import MARKER, last_error
+from tests.helpers.launching import python
 from tests.helpers.settings import decoder_with, encoder_with
 
 ROOT = Path(__file__).parents[2]
@@ -32,10 +33,8 @@ SMALL = [
 
 
 def submit(folder: Path, *arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, str(ROOT / "slurm" / "submit.py"), str(ROOT / "configs" / "digits_joint.yaml")]
-    return subprocess.run(
-        [*command, *arguments], capture_output=True, text=True, cwd=folder, env={**os.environ, **environment}
-    )
+    command = [ROOT / "slurm" / "submit.py", ROOT / "configs" / "digits_joint.yaml"]
+    return python(*command, *arguments, cwd=folder, environment={**os.environ, **environment})
 
 
 @pytest.mark.process
@@ -51,7 +50,7 @@ def test_dry_run_prints_the_script_and_needs_no_slurm(tmp_path: Path) -> None:
         tmp_path, "output_dir=runs/big", "--nodes", "4", "--gpus-per-node", "8", "--engine", "zero2", "--time",
         "1-12:00:00", "--profile", str(profile), "--verify", "--dry-run", "data.global_batch=64", PATH="/usr/bin:/bin",
     )  # fmt: skip
-    assert done.returncode == 0, done.stderr
+    assert done.returncode == 0, done.stdout
     lines = done.stdout.splitlines()
     for line in (
         "--nodes=4", "--ntasks-per-node=8", "--gpus-per-node=8", "--time=2160", "--partition=gpu", "--account=me",
@@ -70,7 +69,7 @@ def test_dry_run_prints_the_script_and_needs_no_slurm(tmp_path: Path) -> None:
 def test_local_runs_the_same_on_this_machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path / "compiled"))
     done = submit(tmp_path, "output_dir=run", *SMALL, "--local", "--ranks-per-node", "2", "--engine", "zero2")
-    assert done.returncode == 0, done.stdout + done.stderr
+    assert done.returncode == 0, done.stdout
     assert "2 ranks on 1 node(s), engine zero2" in done.stdout and "watch: python slurm/status.py run" in done.stdout
     status = tmp_path / "run" / "status.json"
     end = time.monotonic() + 200
@@ -113,18 +112,17 @@ def test_profiles(tmp_path: Path) -> None:
 
 
 @pytest.mark.process
-def test_launch_environments_are_those_of_accelerate() -> None:
+def test_launch_environments_are_those_of_accelerate(tmp_path: Path) -> None:
     """What `accelerate launch` sets for the same file, as far as training reads it."""
     names = ("ACCELERATE_USE_DEEPSPEED", "ACCELERATE_DEEPSPEED_CONFIG_FILE", "ACCELERATE_USE_FSDP", "FSDP_VERSION")
     for engine in ("ddp", "zero2", "zero3_offload", "fsdp"):
         path = ROOT / "launch" / f"{engine}.yaml"
         script = "import os, json; print(json.dumps(dict(os.environ)))"
-        done = subprocess.run(
-            [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(path), "--num_processes", "1",
-             "--main_process_port", "0", "--no_python", sys.executable, "-c", script],
-            capture_output=True, text=True,
+        done = python(
+            "-m", "accelerate.commands.launch", "--config_file", path, "--num_processes", 1, "--main_process_port", 0,
+            "--no_python", sys.executable, "-c", script, cwd=tmp_path,
         )  # fmt: skip
-        theirs = json.loads(done.stdout.strip().splitlines()[-1])
+        theirs = json.loads(next(line for line in done.stdout.splitlines() if line.startswith("{")))
         ours = launch_environment(ROOT / "launch", engine)
         for name in names:
             assert ours.get(name, "false").lower() == theirs.get(name, "false").lower(), (engine, name)

@@ -4,8 +4,6 @@ import hashlib
 import io
 import json
 import multiprocessing
-import subprocess
-import sys
 import tarfile
 from pathlib import Path
 
@@ -18,6 +16,7 @@ from sklearn.datasets import load_digits
 from lzn_dist.data import ShardIndex
 from lzn_dist.prepare.digits import HELD_OUT, digits_splits, ensure_digits, write_digits
 from lzn_dist.prepare.writer import check
+from tests.helpers.launching import data_prep
 
 Samples = dict[str, tuple[np.ndarray, int]]
 
@@ -120,12 +119,8 @@ def test_processes_that_race_do_no_harm(digits: Path, tmp_path: Path) -> None:
     assert check(folder, quiet=True) == []
 
 
-@pytest.mark.process
 def test_script(digits: Path, tmp_path: Path) -> None:
-    root = Path(__file__).parents[2]
-    command = [sys.executable, str(root / "data_prep" / "digits.py"), "--output", str(tmp_path / "digits")]
-    result = subprocess.run(command, capture_output=True, text=True, check=True, env={"PYTHONPATH": str(root)})
-    assert "train: 1,437 images" in result.stdout and "10 classes" in result.stdout
-    again = subprocess.run(command, capture_output=True, text=True, check=True, env={"PYTHONPATH": str(root)})
-    assert "complete already" in again.stdout
+    said = data_prep("digits", "--output", tmp_path / "digits")
+    assert "train: 1,437 images" in said and "10 classes" in said
+    assert "complete already" in data_prep("digits", "--output", tmp_path / "digits")
     assert (tmp_path / "digits" / "manifest.json").read_bytes() == (digits / "manifest.json").read_bytes()

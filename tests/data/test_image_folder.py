@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -14,6 +12,7 @@ from lzn_dist.data import ShardIndex
 from lzn_dist.data.index import split_name
 from lzn_dist.prepare.image_folder import ImageFolder, image_kind, make_keys, read_table, sort_classes
 from lzn_dist.prepare.writer import Options, PrepareError, prepare
+from tests.helpers.launching import python
 from tests.helpers.messy import PICTURES, check_folder, check_tar
 
 ROOT = Path(__file__).parents[2]
@@ -240,15 +239,15 @@ def test_the_account_is_printed_and_kept_and_survives_a_restart(tmp_path: Path) 
     (folder / "x" / "cat" / "broken.png").write_bytes(PNG[:-30])
     (folder / "x" / "README.txt").write_text("mine")
     command = [
-        sys.executable, str(ROOT / "data_prep" / "image_folder.py"), "--folder", str(folder / "x"), "--output",
-        str(folder / "x" / "shards"), "--processes", "1",
+        ROOT / "data_prep" / "image_folder.py", "--folder", folder / "x", "--output", folder / "x" / "shards",
+        "--processes", "1",
     ]  # fmt: skip
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "PYTHONIOENCODING": "ascii"}
-    refused = subprocess.run(command, capture_output=True, text=True, env=environment)
-    assert refused.returncode == 2 and f"{folder}/x/cat/broken.png cannot be decoded" in refused.stderr
-    assert "BytesIO" not in refused.stderr and "Traceback" not in refused.stderr
-    done = subprocess.run([*command, "--skip-corrupt"], capture_output=True, text=True, env=environment)
-    assert done.returncode == 0, done.stderr
+    refused = python(*command, cwd=tmp_path, environment=environment)
+    assert refused.returncode == 2 and f"{folder}/x/cat/broken.png cannot be decoded" in refused.stdout
+    assert "BytesIO" not in refused.stdout and "Traceback" not in refused.stdout
+    done = python(*command, "--skip-corrupt", cwd=tmp_path, environment=environment)
+    assert done.returncode == 0, done.stdout
     assert "13 files seen, 11 taken, 2 left out" in done.stdout
     assert f"1 damaged: cannot be decoded, as {folder}/x/cat/broken.png" in done.stdout
     assert "1 no image (.txt), as README.txt" in done.stdout

@@ -10,7 +10,6 @@ import io
 import os
 import re
 import shlex
-import subprocess
 import sys
 import textwrap
 from pathlib import Path
@@ -19,6 +18,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from tests.helpers.launching import python
 from tests.helpers.published import imagenet
 from tests.helpers.settings import decoder_with, encoder_with
 
@@ -125,15 +125,16 @@ def checkout(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def shell(command: list[str], folder: Path) -> str:
+def shell(words: list[str], folder: Path) -> str:
+    """What a shell would start, in a process in which everything is imported already."""
+    entries = {"accelerate": "accelerate.commands.accelerate_cli", "lzn_dist": "lzn_dist"}
+    command = words[1:] if words[0] == "python" else ["-m", entries[words[0]], *words[1:]]
     environment = {
         **os.environ, "PYTHONPATH": str(ROOT), "OMP_WAIT_POLICY": "passive", "WANDB_MODE": "disabled",
         "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
     }  # fmt: skip
-    done = subprocess.run(
-        command, cwd=folder, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=300
-    )
-    assert done.returncode == 0, f"{shlex.join(command)}\n{done.stdout[-4000:]}"
+    done = python(*command, cwd=folder, environment=environment, timeout=300)
+    assert done.returncode == 0, f"{shlex.join(words)}\n{done.stdout[-4000:]}"
     return done.stdout
 
 
@@ -159,7 +160,7 @@ def test_the_commands_run_in_their_order(checkout: Path) -> None:
     # and what is said to follow: the model of the first command, used
     script = next(block for block in blocks() if block.startswith("import lzn_dist"))
     images = "import torch\nimages = torch.randint(0, 256, (3, 1, 8, 8)).to(torch.uint8)\n"
-    shell([sys.executable, "-c", images + script], checkout)
-    shell([sys.executable, "-c", next(block for block in blocks() if "lzn_dist.zones" in block)], checkout)
+    shell(["python", "-c", images + script], checkout)
+    shell(["python", "-c", next(block for block in blocks() if "lzn_dist.zones" in block)], checkout)
     script = next(block for block in blocks() if "runs/digits_text" in block and "zero_shot" in block)
-    shell([sys.executable, "-c", f"import lzn_dist\n{images}{script}"], checkout)
+    shell(["python", "-c", f"import lzn_dist\n{images}{script}"], checkout)

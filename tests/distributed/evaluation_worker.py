@@ -1,4 +1,4 @@
-"""Started by accelerate launch in the tests: evaluates small untrained models, writes the values as JSON.
+"""One rank, started by the tests: evaluates small untrained models, writes the values as JSON.
 
 evaluation_worker.py OUTPUT SHARDS
 """

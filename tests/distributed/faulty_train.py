@@ -1,4 +1,4 @@
-"""Started by accelerate launch in the tests: train.py with one rank's loss made NaN.
+"""One rank, started by the tests: train.py with one rank's loss made NaN.
 
     faulty_train.py FIRST LAST CONFIG [key=value ...]
 

@@ -1,4 +1,4 @@
-"""Run by torchrun in the tests of the ring: each case on this rank's share, results written to a folder."""
+"""One rank, started by the tests of the ring: each case on this rank's share, results written to a folder."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ class Case:
     scale: float = 1.0
     spread: float | None = 0.5
     solver: str = "euler"
-    steps: int = 20
+    steps: int = 12
     dense: bool = False
     dtype: torch.dtype = torch.float64
     store_every: int = 1
@@ -69,7 +69,7 @@ CASES = {
     "dpm_solver_pp unaligned": Case(solver="dpm_solver_pp", spread=None, scale=0.1),
     "cotangents everywhere": Case(steps=10, spread=None, dense=True),
     "cotangents everywhere, dpm_solver_pp": Case(steps=9, solver="dpm_solver_pp", dense=True),
-    "settled": Case(n=220),
+    "settled": Case(n=220, steps=20),
     "settled unaligned": Case(n=220, spread=None, scale=2.0),
     "settled, cotangents everywhere": Case(n=220, steps=10, dense=True),
     "settled unaligned, cotangents everywhere": Case(n=220, spread=None, scale=2.0, steps=10, dense=True),

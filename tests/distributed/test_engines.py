@@ -90,7 +90,9 @@ FEW = [PAIRS[3], PAIRS[6], PAIRS[8]]
 SOME = [PAIRS[0], PAIRS[4], PAIRS[5], PAIRS[7]]
 
 
-def verify(engine: str, cells: list[Cell], folder: Path, processes: int = 2) -> list[list[dict[str, Any]]]:
+def verify(
+    engine: str, cells: list[Cell], shards: Path, folder: Path, processes: int = 2
+) -> list[list[dict[str, Any]]]:
     """The rows of each cell."""
     output = folder / "rows.json"
     if any("data.shards=PARTIAL" in described["overrides"] for described in cells):
@@ -99,7 +101,7 @@ def verify(engine: str, cells: list[Cell], folder: Path, processes: int = 2) -> 
             {**own, "overrides": [word.replace("=PARTIAL", f"={partial}") for word in own["overrides"]]}
             for own in cells
         ]
-    done = ranks(engine, WORKER, output, json.dumps(cells), processes=processes, cwd=folder)
+    done = ranks(engine, WORKER, output, shards, json.dumps(cells), processes=processes, cwd=folder)
     assert done.returncode == 0, done.stdout[-6000:]
     assert f"engine {engine} on {processes} process(es)" in done.stdout
     found: list[list[dict[str, Any]]] = json.loads(output.read_text())
@@ -123,9 +125,9 @@ def verify(engine: str, cells: list[Cell], folder: Path, processes: int = 2) -> 
     ],
 )
 def test_equals_one_process_and_a_fault_does_not(
-    engine: str, cells: list[Cell], processes: int, tmp_path: Path
+    engine: str, cells: list[Cell], processes: int, digits: Path, tmp_path: Path
 ) -> None:
-    for described, rows in zip(cells, verify(engine, cells, tmp_path, processes), strict=True):
+    for described, rows in zip(cells, verify(engine, cells, digits, tmp_path, processes), strict=True):
         kinds = {row["what"].split(" ")[0] for row in rows}
         assert kinds == {"loss", "gradient", "change"}
         if described["fault"]:
@@ -134,10 +136,10 @@ def test_equals_one_process_and_a_fault_does_not(
             assert all(row["passed"] for row in rows), (described, [row for row in rows if not row["passed"]])
 
 
-def test_the_command_line(tmp_path: Path) -> None:
-    arguments = [ROOT / "configs" / "digits_joint.yaml", *SMALL, f"data.shards={tmp_path / 'digits'}"]
+def test_the_command_line(digits: Path, tmp_path: Path) -> None:
+    arguments = [ROOT / "configs" / "digits_joint.yaml", *SMALL, f"data.shards={digits}"]
     done = accelerate("ddp", ROOT / "lzn_dist" / "verify.py", *arguments, cwd=tmp_path)
     assert done.returncode == 0, done.stdout[-3000:]
     assert "verify: everything agrees" in done.stdout and "gradient of image.decoder Conv2d" in done.stdout
-    done = accelerate("zero2", ROOT / "lzn_dist" / "verify.py", *arguments, "precision=float64", cwd=tmp_path)
+    done = ranks("zero2", ROOT / "lzn_dist" / "verify.py", *arguments, "precision=float64", cwd=tmp_path)
     assert done.returncode != 0 and "error: precision=float64 is for DDP and FSDP" in done.stdout

@@ -8,7 +8,6 @@ from pathlib import Path
 import pytest
 
 from lzn_dist.distributed.spread import once, spread
-from lzn_dist.prepare.digits import write_digits
 from tests.helpers.launching import ranks
 
 WORKER = Path(__file__).with_name("evaluation_worker.py")
@@ -22,12 +21,11 @@ def test_spread_keeps_the_order_and_raises_what_is_raised() -> None:
 
 
 @pytest.mark.process
-def test_one_two_and_four_ranks_measure_the_same(tmp_path: Path) -> None:
-    shards = write_digits(tmp_path / "digits")
+def test_one_two_and_four_ranks_measure_the_same(digits: Path, tmp_path: Path) -> None:
     found = []
     for processes in (1, 2, 4):
         output = tmp_path / f"{processes}.json"
-        done = ranks("ddp", WORKER, output, shards, processes=processes, cwd=tmp_path)
+        done = ranks("ddp", WORKER, output, digits, processes=processes, cwd=tmp_path)
         assert done.returncode == 0, done.stdout[-4000:]
         found.append(json.loads(output.read_text()))
     one, *others = found

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 
 from tests.distributed.worker import shared_objective
+from tests.helpers.launching import ranks
 
 WORKER = Path(__file__).with_name("worker.py")
 
@@ -17,10 +16,8 @@ WORKER = Path(__file__).with_name("worker.py")
 @pytest.mark.process
 @pytest.mark.parametrize("world", [2, 4])
 def test_shares_give_the_gradients_of_one_process(world: int, tmp_path: Path) -> None:
-    subprocess.run(
-        [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={world}", WORKER, tmp_path],
-        check=True, timeout=300, capture_output=True,
-    )  # fmt: skip
+    done = ranks("ddp", WORKER, tmp_path, processes=world, cwd=tmp_path)
+    assert done.returncode == 0, done.stdout[-3000:]
     result = torch.load(tmp_path / "gather.pt")
     generator = torch.Generator().manual_seed(0)
     everyone = torch.randn(24, 8, dtype=torch.float64, generator=generator)

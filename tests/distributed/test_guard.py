@@ -15,6 +15,7 @@ import pytest
 from lzn_dist.training.signals import SIGNALS, Signals
 from lzn_dist.training.stopwatch import Stopwatch
 from lzn_dist.training.watchdog import Watchdog
+from tests.helpers.launching import ranks
 
 WORKER = Path(__file__).with_name("watchdog_worker.py")
 
@@ -120,10 +121,9 @@ def test_a_long_step_is_reported_once_and_time_between_steps_is_not(capfd: pytes
 
 @pytest.mark.process
 def test_the_rank_that_is_behind_is_named(tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=3", str(WORKER)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=200)
-    assert done.returncode == 0, done.stderr[-3000:]
-    said = [line for line in done.stderr.splitlines() if "watchdog:" in line]
+    done = ranks("ddp", WORKER, processes=3, cwd=tmp_path, timeout=200)
+    assert done.returncode == 0, done.stdout[-3000:]
+    said = [line for line in done.stdout.splitlines() if "watchdog:" in line]
     assert len(said) == 1
     assert "behind: rank 1 on " in said[0] and "'data'" in said[0] and "rank 2" not in said[0]
 

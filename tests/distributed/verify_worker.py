@@ -1,6 +1,8 @@
-"""Started by accelerate launch in the tests: verifies one launch on several configurations, writes the rows as JSON.
+"""One rank, started by the tests: verifies one launch on several configurations, writes the rows as JSON.
 
-    verify_worker.py OUTPUT CELLS, CELLS being JSON: [{"config": NAME, "overrides": [...], "fault": null | NAME}, ...]
+    verify_worker.py OUTPUT SHARDS CELLS
+
+CELLS is JSON: [{"config": NAME, "overrides": [...], "fault": null | NAME}, ...]
 
 A fault breaks the code on purpose: `gather` scales the backward of the anchors' gather by 1/world, `stale` leaves the
 previous step's gradients in ZeRO-3's buffers.
@@ -56,11 +58,11 @@ def fault(name: str | None) -> Iterator[None]:
 
 
 def main() -> int:
-    output, cells = Path(sys.argv[1]), json.loads(sys.argv[2])
+    output, shards, cells = Path(sys.argv[1]), sys.argv[2], json.loads(sys.argv[3])
     launch, accelerator, results = Launch.asked(), None, []
     trust(["tests"])
     for cell in cells:
-        overrides = [*SMALL, f"data.shards={output.parent / 'digits'}", "output_dir=unused", *cell["overrides"]]
+        overrides = [*SMALL, f"data.shards={shards}", "output_dir=unused", *cell["overrides"]]
         config = resolve(load_config(ROOT / "configs" / f"digits_{cell['config']}.yaml", overrides))
         accelerator = accelerator or build_accelerator(config, launch)
         torch.set_num_threads(1)

@@ -1,4 +1,4 @@
-"""Run by torchrun in the tests: rank 1 takes long over its data while the others wait for it in a collective."""
+"""One rank, started by the tests: rank 1 takes long over its data while the others wait for it in a collective."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Run by torchrun in the tests: gradients of the gather, then a few training steps, written to a folder."""
+"""One rank, started by the tests: gradients of the gather, then a few training steps, written to a folder."""
 
 from __future__ import annotations
 

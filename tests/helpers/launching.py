@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import io
 import json
+import multiprocessing
 import os
 import re
 import runpy
-import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Mapping, Sequence
 from contextlib import redirect_stderr, redirect_stdout
+from multiprocessing.process import BaseProcess
 from pathlib import Path
+from subprocess import CompletedProcess
 from typing import Any
 from unittest.mock import patch
 
@@ -39,57 +42,107 @@ def untimed_rows(folder: Path) -> list[dict[str, Any]]:
     return [{key: value for key, value in row.items() if not _TIMES.fullmatch(key)} for row in found]
 
 
-def accelerate(
-    engine: str, script: Path, *arguments: object, processes: int = 0, cwd: Path, timeout: float = 500
-) -> subprocess.CompletedProcess[str]:
-    """Run a script under launch/ENGINE.yaml; its standard output and error are joined in stdout."""
-    command = [sys.executable, "-m", "accelerate.commands.launch", "--main_process_port", "0"]
+# Processes that are forked from one that has imported everything: seconds less for each than a Python of its own
+_WARM = multiprocessing.get_context("forkserver")
+_WARM.set_forkserver_preload(["tests.helpers.warm"])
+
+
+def _path() -> str:
+    return os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
+
+
+def forked(
+    command: Sequence[object], *, cwd: Path, said: Path, environment: Mapping[str, str] | None = None
+) -> BaseProcess:
+    """Start what `python COMMAND …` would, with everything imported already. command: a script's path, -m and a
+    module's name, or -c and a text, and arguments. Standard output and error are added to a file."""
+    given = dict(os.environ if environment is None else environment)
+    process = _WARM.Process(target=_main, args=([str(word) for word in command], given, str(cwd), str(said)))
+    process.start()
+    return process
+
+
+def _main(command: list[str], environment: dict[str, str], cwd: str, said: str) -> None:
+    os.environ.clear()
+    os.environ.update(environment)
+    os.chdir(cwd)
+    output = os.open(said, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o600)
+    for descriptor in (1, 2):
+        os.dup2(output, descriptor)
+    if command[0] == "-m":
+        sys.argv = command[1:]
+        sys.path.insert(0, cwd)
+        runpy.run_module(command[1], run_name="__main__", alter_sys=True)
+    elif command[0] == "-c":
+        sys.argv = ["-c", *command[2:]]
+        exec(compile(command[1], "<string>", "exec"), {"__name__": "__main__"})
+    else:
+        sys.argv = command
+        sys.path.insert(0, str(Path(cwd, command[0]).parent))
+        runpy.run_path(command[0], run_name="__main__")
+
+
+def _wait(started: list[BaseProcess], command: list[str], said: Path, timeout: float) -> CompletedProcess[str]:
+    """Until all have ended; when one fails, the others, which would wait for it, are ended."""
+    end = time.monotonic() + timeout
+    while any(process.exitcode is None for process in started):
+        late = time.monotonic() > end
+        if late or any(process.exitcode for process in started):
+            for process in started:
+                process.kill()
+        time.sleep(0.02)
+    status = next((process.exitcode for process in started if process.exitcode), 0)
+    return CompletedProcess(command, status, said.read_text())
+
+
+def python(
+    *command: object, cwd: Path, timeout: float = 500, environment: Mapping[str, str] | None = None
+) -> CompletedProcess[str]:
+    """`python COMMAND …` (see `forked`) to its end; its standard output and error are joined in stdout."""
+    with tempfile.NamedTemporaryFile() as file:
+        said = Path(file.name)
+        started = forked(command, cwd=cwd, said=said, environment=environment)
+        return _wait([started], [str(word) for word in command], said, timeout)
+
+
+def launcher(engine: str, script: Path, *arguments: object, processes: int = 0) -> list[str]:
+    """The words after `python` that start a script under launch/ENGINE.yaml, as a user does."""
+    command = ["-m", "accelerate.commands.launch", "--main_process_port", "0"]
     command += ["--config_file", str(ROOT / "launch" / f"{engine}.yaml")]
     command += [f"--num_processes={processes}"] if processes else []
-    command += [str(script), *map(str, arguments)]
-    path = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
-    environment = {**os.environ, "PYTHONPATH": path, "OMP_WAIT_POLICY": "passive"}
-    return subprocess.run(
-        command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=timeout, cwd=cwd
-    )
+    return [*command, str(script), *map(str, arguments)]
+
+
+def accelerate(
+    engine: str, script: Path, *arguments: object, processes: int = 0, cwd: Path, timeout: float = 500
+) -> CompletedProcess[str]:
+    """Run a script under launch/ENGINE.yaml; its standard output and error are joined in stdout."""
+    command = launcher(engine, script, *arguments, processes=processes)
+    environment = {**os.environ, "PYTHONPATH": _path(), "OMP_WAIT_POLICY": "passive"}
+    return python(*command, cwd=cwd, timeout=timeout, environment=environment)
 
 
 def ranks(
     engine: str, script: Path, *arguments: object, processes: int = 2, cwd: Path, timeout: float = 500
-) -> subprocess.CompletedProcess[str]:
-    """The same ranks without the launcher, whose own start costs as much as half a rank's: each in the environment that
-    it would set (tests/cluster compares the two), as the tasks of a job are started."""
-    command = [sys.executable, str(script), *map(str, arguments)]
-    path = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
+) -> CompletedProcess[str]:
+    """The same ranks without the launcher: each in the environment that it would set (tests/cluster compares the two),
+    as the tasks of a job are started."""
     world = {
         "WORLD_SIZE": processes,
         "LOCAL_WORLD_SIZE": processes,
         "MASTER_ADDR": "127.0.0.1",
         "MASTER_PORT": free_port(),
     }
-    environment = {**os.environ, **launch_environment(ROOT / "launch", engine), "PYTHONPATH": path}
+    environment = {**os.environ, **launch_environment(ROOT / "launch", engine), "PYTHONPATH": _path()}
     environment |= {name: str(value) for name, value in world.items()}
-    with tempfile.TemporaryFile("w+") as said:
+    command = [str(script), *map(str, arguments)]
+    with tempfile.NamedTemporaryFile() as file:
+        said = Path(file.name)
         started = [
-            subprocess.Popen(
-                command,
-                env=environment | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
-                stdout=said,
-                stderr=said,
-                cwd=cwd,
-            )
+            forked(command, cwd=cwd, said=said, environment=environment | {"RANK": str(rank), "LOCAL_RANK": str(rank)})
             for rank in range(processes)
         ]
-        end = time.monotonic() + timeout
-        while any(process.poll() is None for process in started):
-            late = time.monotonic() > end
-            if late or any(process.returncode for process in started):  # the others would wait for it
-                for process in started:
-                    process.kill()
-            time.sleep(0.05)
-        said.seek(0)
-        status = next((process.returncode for process in started if process.returncode), 0)
-        return subprocess.CompletedProcess(command, status, said.read())
+        return _wait(started, command, said, timeout)
 
 
 def data_prep(name: str, *arguments: object, status: int = 0) -> str:

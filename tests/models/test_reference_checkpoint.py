@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +14,7 @@ from lzn_dist.objectives import build_networks
 from lzn_dist.tools.published_checkpoint import PREFIX, build_case, load_reference_checkpoint
 from lzn_dist.training.checkpoint import find_checkpoint, load_weights, resume_state
 from lzn_dist.training.setup import single_state
+from tests.helpers.launching import python
 from tests.helpers.reference import assert_same_output, fill, read, wave
 
 pytestmark = pytest.mark.slow
@@ -49,9 +48,9 @@ def test_case_2_gives_the_reference_outputs_and_becomes_a_run(tmp_path: Path) ->
     for ours, theirs in zip(trained.encoder.parameters(), averaged.encoder.parameters(), strict=True):
         assert torch.equal(ours, 0.5 * theirs)
 
-    command = [sys.executable, "-m", "lzn_dist.tools.import_published", str(path), "--case", "case_study_2"]
-    done = subprocess.run([*command, "--out", str(tmp_path / "run")], capture_output=True, text=True)
-    assert done.returncode == 0 and "evaluate it with" in done.stdout, done.stderr
+    command = ["-m", "lzn_dist.tools.import_published", path, "--case", "case_study_2", "--out", tmp_path / "run"]
+    done = python(*command, cwd=tmp_path)
+    assert done.returncode == 0 and "evaluate it with" in done.stdout, done.stdout
     model = lzn_dist.load(tmp_path / "run")
     assert model.step == 1234 and model.config.task == "representation"
     assert torch.equal(model.networks["image"]["encoder"](images), averaged.encoder(images))
@@ -63,8 +62,8 @@ def test_case_2_gives_the_reference_outputs_and_becomes_a_run(tmp_path: Path) ->
     resume_state(state, find_checkpoint(tmp_path / "run"))
     assert isinstance(state.engine, SingleEngine) and state.counters.step == 1234
     assert {float(moments["step"]) for moments in state.engine.optimizer.state.values()} == {0.0}
-    done = subprocess.run([*command, "--out", str(tmp_path / "run")], capture_output=True, text=True)
-    assert done.returncode == 2 and "is not empty" in done.stderr and "Traceback" not in done.stderr
+    done = python(*command, cwd=tmp_path)
+    assert done.returncode == 2 and "is not empty" in done.stdout and "Traceback" not in done.stdout
 
 
 @torch.no_grad()
