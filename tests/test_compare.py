@@ -60,6 +60,7 @@ def test_every_row_is_checked_before_any_is_trained(tmp_path: Path, capsys: pyte
     assert "unknown key 'objectiv'" in capsys.readouterr().err and not (tmp_path / "out").exists()
 
 
+@pytest.mark.slow
 def test_the_projects_own_comparisons_can_be_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     for path in (ROOT / "configs" / "compare").glob("*.yaml"):

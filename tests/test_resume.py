@@ -18,7 +18,6 @@ from tests.helpers.launching import ROOT, untimed_rows
 from tests.helpers.launching import ranks as start_ranks
 from tests.soak.kills import (
     SETTINGS,
-    STEPS,
     Outcome,
     command,
     compare,
@@ -30,6 +29,7 @@ from tests.soak.kills import (
     tensors,
 )
 
+FEWER = 30  # steps
 FAULTY = Path(__file__).parent / "distributed" / "faulty_train.py"
 
 
@@ -40,42 +40,43 @@ def wait_for(condition: Callable[[], bool], process: subprocess.Popen[bytes]) ->
         time.sleep(0.02)
 
 
-def plain(folder: Path) -> subprocess.CompletedProcess[str]:
+def plain(folder: Path, *overrides: str) -> subprocess.CompletedProcess[str]:
     """The run as `start` starts it, without the launcher."""
     script, *rest = command(folder, "ddp", 2)[-len(SETTINGS) - 4 :]
-    return start_ranks("ddp", ROOT / script, *rest, cwd=ROOT, timeout=200)
+    return start_ranks("ddp", ROOT / script, *rest, *overrides, cwd=ROOT, timeout=200)
 
 
 @pytest.mark.process
 def test_killed_and_told_to_end_a_run_goes_on_as_if_nothing_had_been(tmp_path: Path) -> None:
     """All ranks killed, then SIGTERM to a single one: in the end bit for bit what the undisturbed run is."""
     reference, run = tmp_path / "reference", tmp_path / "run"
-    assert plain(reference).returncode == 0
-    process = start(run, "ddp", 2)
-    wait_for(lambda: len(untimed_rows(run)) >= 10, process)
+    fewer = f"max_steps={FEWER}"
+    assert plain(reference, fewer).returncode == 0
+    process = start(run, "ddp", 2, fewer)
+    wait_for(lambda: len(untimed_rows(run)) >= 8, process)
     for pid in ranks(process.pid):
         os.kill(pid, signal.SIGKILL)
     assert process.wait(timeout=100) != 0
     newest = complete(run)[-1]
-    assert len(untimed_rows(run)) < STEPS
+    assert len(untimed_rows(run)) < FEWER // 2
 
-    process = start(run, "ddp", 2)
-    wait_for(lambda: len(untimed_rows(run)) >= 20, process)
+    process = start(run, "ddp", 2, fewer)
+    wait_for(lambda: len(untimed_rows(run)) >= 16, process)
     assert f"{newest} at step {int(newest.removeprefix('step_'))}\n" in log_of(run).read_text()
     os.kill(ranks(process.pid)[-1], signal.SIGTERM)
     assert process.wait(timeout=100) != 0
     # what the launcher says of the first rank that failed; 75 is train.py's, not that of a process killed by SIGTERM
     assert "exitcode  : 75 " in log_of(run).read_text().rpartition("resumed from")[2]
     status = json.loads((run / "status.json").read_text())
-    assert status["state"] == "preempted" and 20 <= status["step"] < STEPS
+    assert status["state"] == "preempted" and 16 <= status["step"] < FEWER
     assert complete(run)[-1] == f"step_{status['step']:08d}"  # of that very step
     assert untimed_rows(run)[-1]["step"] == status["step"]
 
-    assert start(run, "ddp", 2).wait(timeout=200) == 0
+    assert start(run, "ddp", 2, fewer).wait(timeout=200) == 0
     assert f"at step {status['step']}\n" in log_of(run).read_text()
-    assert plain(run).returncode == 0  # once more, with nothing left to do
+    assert plain(run, fewer).returncode == 0  # once more, with nothing left to do
     outcome = Outcome("killed")
-    compare(run, reference, outcome)
+    compare(run, reference, outcome, steps=FEWER)
     assert outcome.problems == []
 
 

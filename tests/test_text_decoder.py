@@ -81,6 +81,7 @@ def test_word_by_word_is_all_at_once(decoder: TextDecoder) -> None:
         decoder(tokens, z, labels=torch.zeros(3, dtype=torch.int64))
 
 
+@pytest.mark.slow
 def test_the_likeliest_words_and_the_likeliest_caption(decoder: TextDecoder) -> None:
     z, keys = latents(6), torch.arange(6)
     greedy = small_text().write(decoder, z, None, keys)

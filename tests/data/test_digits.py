@@ -94,6 +94,7 @@ def test_manifest_describes_the_tars(digits: Path) -> None:
     assert check(digits, decode=True, quiet=True) == []
 
 
+@pytest.mark.slow
 def test_an_existing_folder_is_kept(digits: Path, tmp_path: Path) -> None:
     before = (digits / "manifest.json").stat().st_mtime_ns
     assert write_digits(digits) == digits == ensure_digits(digits)

@@ -77,6 +77,7 @@ def test_views_are_those_of_training(tmp_path: Path) -> None:
         assert torch.equal(found, ((view[0] + 1) * 127.5).round().to(torch.uint8))
 
 
+@pytest.mark.slow
 def test_names_of_others_are_text(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Dollars are no formulas (a broken one ended the drawing), escape sequences move no cursor."""
     names = ["$\\frac$", "a$", "\x1b[2Jbell\x07"]

@@ -36,6 +36,7 @@ def written(folder: Path) -> dict[str, dict[str, dict[str, bytes]]]:
     return found
 
 
+@pytest.mark.slow
 def test_mnist5k(tmp_path: Path) -> None:
     table = np.random.default_rng(0).integers(0, 256, (5000, 785))
     table[:, -1] = np.arange(5000) // 500

@@ -466,6 +466,7 @@ def test_a_damaged_sample_is_replaced_by_a_function_of_its_key(
     assert not multiprocessing.active_children()
 
 
+@pytest.mark.slow
 def test_replacements_that_are_damaged_too_are_replaced(tmp_path: Path, digits: Path) -> None:
     folder = Path(shutil.copytree(digits, tmp_path / "digits"))
     damage(folder, "png", 7)

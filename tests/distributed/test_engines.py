@@ -116,7 +116,7 @@ def verify(
         ("fsdp", [*SOME, *OWN_CELLS, BASELINES[2], TEXTS[2]], 2),
         ("zero1", FEW, 2),
         ("zero2", [*SOME, OWN_CELLS[0], TEXTS[1]], 2),
-        ("zero3", [STALE, TWICE, *SOME, PAIRS[8], OWN_CELLS[0], BASELINES[2], TEXTS[2]], 2),
+        ("zero3", [STALE, TWICE, PAIRS[5], PAIRS[7], PAIRS[8], OWN_CELLS[0], BASELINES[2], TEXTS[2]], 2),
         pytest.param("fsdp", [*PAIRS, *TEXTS], 2, marks=pytest.mark.soak),
         pytest.param("zero2", [*PAIRS, OWN_CELLS[1], *TEXTS], 2, marks=pytest.mark.soak),
         pytest.param("zero3", [*PAIRS, OWN_CELLS[1], BASELINES[0], *TEXTS], 2, marks=pytest.mark.soak),

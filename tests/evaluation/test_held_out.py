@@ -29,6 +29,7 @@ def of_split(task: str, digits: Path, folder: Path, held_out: str) -> LZN:
     return model
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("task", ["joint", "representation", "generation"])
 def test_without_held_out_images_their_measures_are_left_out(task: str, digits: Path, tmp_path: Path) -> None:
     model = of_split(task, digits, tmp_path / "data", "")

@@ -54,6 +54,7 @@ def test_zone_figure_of_two_half_planes(tmp_path: Path) -> None:
     assert (image[300, 447:449] > 245).all() and (image[5, 5] == 255).all()  # boundary and outside are white
 
 
+@pytest.mark.slow
 def test_zone_figures_of_the_toy_and_of_a_slice(tmp_path: Path) -> None:
     """As many colours as classes, each on some of the picture."""
     anchors = torch.randn(5, 16, generator=torch.Generator().manual_seed(0))
@@ -156,6 +157,7 @@ FLOW = GENERATION - {"latent_only_error"}
 CLASSIFIER = {"accuracy", "accuracy_low", "accuracy_high"}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "task,objective,by_class,measured,pictures",
     [
@@ -277,6 +279,7 @@ def test_missing_inception_weights_are_named_before_anything_else(digits: Path, 
         evaluate_model(model, None)
 
 
+@pytest.mark.slow
 def test_evaluation_leaves_torchs_generator_alone(digits: Path) -> None:
     model = tiny("representation", digits)
     torch.manual_seed(3)

@@ -23,6 +23,7 @@ from lzn_dist.inference import LZN
 from lzn_dist.models import ResNetEncoder
 from lzn_dist.objectives import build_networks
 from tests.helpers.own_networks import Encoder as OwnEncoder
+from tests.helpers.settings import OWN
 from tests.helpers.small_run import small_config
 
 
@@ -115,12 +116,12 @@ def test_the_classifier_program_is_the_models(exported: Path) -> None:
         assert not torch.equal(Classifier(shuffled).eval()(images), expected)  # it does depend on the reference
 
 
-@pytest.fixture(scope="module")
-def tiny() -> LZN:
+def tiny(*overrides: str) -> LZN:
     torch.manual_seed(0)
     config = small_config(
-        "evaluation.alignment_steps=4", "latent.steps=3", "flow.sampler_steps=2", "latent.solver=dpm_solver_pp"
-    )
+        "evaluation.alignment_steps=4", "latent.steps=3", "flow.sampler_steps=2", "latent.solver=dpm_solver_pp",
+        *overrides,
+    )  # fmt: skip
     networks = build_networks(config)
     for parameter in networks.parameters():  # fresh decoders give zero
         parameter.data.add_(0.05 * torch.randn_like(parameter))
@@ -129,25 +130,27 @@ def tiny() -> LZN:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["onnx", "pt2"])
-def test_programs_of_any_batch_equal_the_model(kind: str, tiny: LZN, tmp_path: Path) -> None:
+def test_programs_of_any_batch_equal_the_model(kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     import onnxruntime  # type: ignore[import-untyped, unused-ignore]
 
-    parts = tiny.parts()
+    monkeypatch.setattr("lzn_dist.networks._trusted", {"lzn_dist", "tests"})
+    model = tiny(*(OWN if kind == "pt2" else ()))  # our own networks go through torch.export on the way to ONNX
+    parts = model.parts()
     assert set(write_programs(tmp_path, parts, kind)) == {
         f"{name}.{kind}" for name in ("encoder", "classifier", "decoder_step", "sampler")
     }
     for count in (1, 7):
         images = torch.rand(count, 1, 8, 8, generator=torch.Generator().manual_seed(count)) * 2 - 1
-        latents, t = tiny.latents(images), torch.linspace(0.1, 0.9, count)
-        labels, noise = tiny.read_class(latents), tiny.noise(count, 3)
-        decoder = tiny.networks.find("image", "decoder")
+        latents, t = model.latents(images), torch.linspace(0.1, 0.9, count)
+        labels, noise = model.read_class(latents), model.noise(count, 3)
+        decoder = model.networks.find("image", "decoder")
         assert decoder is not None
         with torch.no_grad():
             velocity = decoder(images, t, latents, labels=labels)
         expected = {
-            "encoder": ([images], tiny.anchors(images)), "classifier": ([images], tiny.classify(images)),
+            "encoder": ([images], model.anchors(images)), "classifier": ([images], model.classify(images)),
             "decoder_step": ([images, t, latents, labels], velocity),
-            "sampler": ([noise, latents, labels], tiny.decode(noise, latents, labels)),
+            "sampler": ([noise, latents, labels], model.decode(noise, latents, labels)),
         }  # fmt: skip
         for name, (given, value) in expected.items():
             path = tmp_path / f"{name}.{kind}"
@@ -161,12 +164,12 @@ def test_programs_of_any_batch_equal_the_model(kind: str, tiny: LZN, tmp_path: P
             np.testing.assert_allclose(found, value.numpy(), rtol=0, atol=1e-4, err_msg=f"{name} of {count}")
 
 
-def test_a_network_that_cannot_be_exported_is_one_line(tmp_path: Path, tiny: LZN) -> None:
+def test_a_network_that_cannot_be_exported_is_one_line(tmp_path: Path) -> None:
     class Asks(nn.Module):
         def forward(self, images: torch.Tensor, key: torch.Tensor | None = None) -> torch.Tensor:
             return images.sum((1, 2, 3)) if images.sum() > 0 else images.mean((1, 2, 3))
 
-    parts = tiny.parts()
+    parts = tiny().parts()
     networks = {"image": {"encoder": Asks()}}
     other = Loaded(type(parts.networks)(networks), parts.config, 0, {}, None)  # type: ignore[arg-type]
     with pytest.raises(ExportError, match=r"^encoder cannot be exported: ") as refused:

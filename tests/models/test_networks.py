@@ -181,6 +181,7 @@ def test_initial_weights_come_from_the_global_generator(make: Callable[[], nn.Mo
     assert not all(torch.equal(first[name], third[name]) for name in first)
 
 
+@pytest.mark.slow
 def test_networks_can_be_copied_and_compiled_without_graph_breaks() -> None:
     encoder = ImageEncoder(**SMALL)
     images = torch.randn(6, 1, 8, 8)

@@ -47,6 +47,7 @@ def test_an_image_is_looked_at(joint: Playground) -> None:
     assert (joint.map([(1e9, 0.0)]) != joint.ground).any()  # outside: at the rim
 
 
+@pytest.mark.slow
 def test_what_is_generated_at_a_place_is_of_its_zone(joint: Playground) -> None:
     """The map's colour, the words and the images agree."""
     anchors = torch.randn(4, 6, generator=torch.Generator().manual_seed(2)) * 2  # zones without symmetry
@@ -98,6 +99,7 @@ def test_nearest_training_images(digits: Path) -> None:
     assert len(nearest) == 8 and (nearest[0] == pages.pixels(images[5].float() / 127.5 - 1)).all()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("task", ["joint", "generation", "representation"])
 def test_the_page_has_what_the_model_can(task: str) -> None:
     page = playground.build(Playground(hand_made(task)))

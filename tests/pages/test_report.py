@@ -50,6 +50,7 @@ def run(three: Path, tmp_path: Path) -> Path:
     return folder
 
 
+@pytest.mark.slow
 def test_what_is_read_of_a_run(run: Path) -> None:
     facts = read_run(run)
     assert skipped(facts) == [(110, 1), (260, 2)]

@@ -305,28 +305,28 @@ def differences(folder: Path, reference: Path, name: str = "") -> list[str]:
     return [f"{len(different)} tensors differ, among them {different[:1]}"] if different or a.keys() != b.keys() else []
 
 
-def compare(folder: Path, reference: Path, outcome: Outcome, resumed_at: int | None = None) -> None:
+def compare(folder: Path, reference: Path, outcome: Outcome, resumed_at: int | None = None, steps: int = STEPS) -> None:
     """The end of a disturbed run against the undisturbed one: bit for bit, or, where it was resumed on another world,
     to rounding over the next 20 steps."""
     exact = resumed_at is None
     status = json.loads((folder / "status.json").read_text())
-    if (status["state"], status["step"]) != ("finished", STEPS):
+    if (status["state"], status["step"]) != ("finished", steps):
         outcome.problems.append(f"status {status}")
     text = (folder / "metrics.jsonl").read_text()
-    if text.count("\n") != STEPS or not text.endswith("\n"):
+    if text.count("\n") != steps or not text.endswith("\n"):
         outcome.problems.append(f"metrics.jsonl has {text.count(chr(10))} lines and ends in {text[-20:]!r}")
     written = json.loads((folder / "checkpoints" / complete(folder)[-1] / "run.json").read_text())["written_by"]
     if not written["incarnation"] <= status["incarnation"] == incarnation(folder):
         outcome.problems.append(f"incarnation {incarnation(folder)} ended, but {status} and {written} were written")
     ours, theirs = untimed_rows(folder), untimed_rows(reference)
-    if [row["step"] for row in ours] != list(range(1, STEPS + 1)):
+    if [row["step"] for row in ours] != list(range(1, steps + 1)):
         outcome.problems.append(f"steps {[row['step'] for row in ours]}")
     elif exact and ours != theirs:
         first = next(a["step"] for a, b in zip(ours, theirs, strict=True) if a != b)
         outcome.problems.append(f"metrics differ from step {first}")
     elif resumed_at is not None:
         # the training itself makes of a rounding ten times as much every five steps, in undisturbed runs too
-        until = min(STEPS, resumed_at + 20)
+        until = min(steps, resumed_at + 20)
         worst = max(abs(a["loss"] - b["loss"]) / abs(b["loss"]) for a, b in zip(ours[:until], theirs, strict=False))
         if not worst <= 1e-4:
             outcome.problems.append(f"losses differ by {worst:.1e} up to step {until}")

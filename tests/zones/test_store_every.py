@@ -50,6 +50,7 @@ def held() -> int:
     return sum(storages.values())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("solver,states", [("euler", 4), ("dpm_solver_pp", 4 + 3 * 2)])
 def test_fewer_states_are_held_until_the_backward(solver: str, states: int) -> None:
     b, d, steps = 256, 32, 20
