@@ -351,7 +351,7 @@ class FixedBatches(Sequence["EvaluationBatch"]):
         for sample in bad:
             if (where := self.dataset.where(sample.row)) not in _told:
                 _told.add(where)
-                print(f"evaluation leaves out a damaged sample: {sample.why}", file=sys.stderr, flush=True)
+                print(f"evaluation leaves out a sample that it cannot use: {sample.why}", file=sys.stderr, flush=True)
         valid = (position < len(self.dataset)) & torch.eq(torch.from_numpy(rows), index)
         return EvaluationBatch(index, to_unit_range(pixels[0]), labels, valid)
 

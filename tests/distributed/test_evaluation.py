@@ -21,18 +21,17 @@ def test_spread_keeps_the_order_and_raises_what_is_raised() -> None:
 
 
 @pytest.mark.process
-def test_one_two_and_four_ranks_measure_the_same(digits: Path, tmp_path: Path) -> None:
+def test_one_and_four_ranks_measure_the_same(digits: Path, tmp_path: Path) -> None:
     found = []
-    for processes in (1, 2, 4):
+    for processes in (1, 4):
         output = tmp_path / f"{processes}.json"
         done = ranks("ddp", WORKER, output, digits, processes=processes, cwd=tmp_path)
         assert done.returncode == 0, done.stdout[-4000:]
         found.append(json.loads(output.read_text()))
-    one, *others = found
+    one, four = found
     assert "fid_std" in one[0] and "recall" in one[1] and "published_probe_top5" in one[2]
     text = {"zero_shot_accuracy", "text_to_image_recall_at_5", "caption_attributes_right", "generated_attributes_right"}
     six = {"accuracy_centre", "text_to_label_accuracy", "label_to_text_right", "label_to_image_right"}
     assert text | six <= set(one[3])
-    for other in others:
-        for expected, values in zip(one, other, strict=True):
-            assert values == pytest.approx(expected, rel=1e-6)
+    for expected, values in zip(one, four, strict=True):
+        assert values == pytest.approx(expected, rel=1e-6)

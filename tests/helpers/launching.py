@@ -19,6 +19,8 @@ from subprocess import CompletedProcess
 from typing import Any
 from unittest.mock import patch
 
+import torch
+
 from lzn_dist.cluster.task import launch_environment
 from tests.helpers.range_server import free_port
 from tests.helpers.settings import decoder_with, encoder_with
@@ -42,8 +44,9 @@ def untimed_rows(folder: Path) -> list[dict[str, Any]]:
     return [{key: value for key, value in row.items() if not _TIMES.fullmatch(key)} for row in found]
 
 
-# Processes that are forked from one that has imported everything: seconds less for each than a Python of its own
-_WARM = multiprocessing.get_context("forkserver")
+# Processes that are forked from one that has imported everything: seconds less for each than a Python of its own. Not
+# where there is a GPU: what looks for it as it is imported leaves children that cannot use it.
+_WARM = multiprocessing.get_context("spawn" if torch.cuda.is_available() else "forkserver")
 _WARM.set_forkserver_preload(["tests.helpers.warm"])
 
 
