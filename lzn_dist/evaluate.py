@@ -17,7 +17,6 @@ import time
 from pathlib import Path
 from typing import Any
 
-import lzn_dist  # noqa: F401  # isort: skip  (before torch: how threads wait)
 from tabulate import tabulate
 
 from lzn_dist.config import ConfigError, override

@@ -42,7 +42,9 @@ def wait_for(condition: Callable[[], bool], process: subprocess.Popen[bytes]) ->
 
 def plain(folder: Path, *overrides: str) -> subprocess.CompletedProcess[str]:
     """The run as `start` starts it, without the launcher."""
-    script, *rest = command(folder, "ddp", 2)[-len(SETTINGS) - 4 :]
+    words = command(folder, "ddp", 2)
+    script = "lzn_dist/train.py"
+    rest = words[words.index(script) + 1 :]
     return start_ranks("ddp", ROOT / script, *rest, *overrides, cwd=ROOT, timeout=200)
 
 
