@@ -118,6 +118,7 @@ def two_data_sets(digits: Path, tmp_path_factory: pytest.TempPathFactory) -> Pat
     return folder
 
 
+@pytest.mark.soak
 @pytest.mark.process
 def test_a_lost_server_stops_all_ranks_with_a_checkpoint_and_the_run_goes_on_exactly(tmp_path: Path) -> None:
     """Two ranks stream over http; the server dies for longer than they wait, and comes back: as if it never had."""
@@ -218,6 +219,7 @@ def test_a_full_disk_stops_the_run_in_one_line_that_names_the_folder(
     shards.shutdown()
 
 
+@pytest.mark.soak
 @pytest.mark.process
 def test_a_server_lost_in_the_evaluation_ends_the_run_as_in_training(
     digits: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]

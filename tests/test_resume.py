@@ -48,6 +48,7 @@ def plain(folder: Path, *overrides: str) -> subprocess.CompletedProcess[str]:
     return start_ranks("ddp", ROOT / script, *rest, *overrides, cwd=ROOT, timeout=200)
 
 
+@pytest.mark.soak
 @pytest.mark.process
 def test_killed_and_told_to_end_a_run_goes_on_as_if_nothing_had_been(tmp_path: Path) -> None:
     """All ranks killed, then SIGTERM to a single one: in the end bit for bit what the undisturbed run is."""

@@ -42,5 +42,5 @@ class FSDPEngine(SingleEngine):
         assert isinstance(tensor, DTensor)
         _, offset = compute_local_shape_and_global_offset(tensor.shape, tensor.device_mesh, tensor.placements)
         local = tensor.to_local().detach().reshape(-1)
-        row = tensor[0].numel() if tensor.ndim and tensor.shape[0] else 1
+        row = tensor.shape[1:].numel()  # of the shape: to index the tensor would gather all of it
         return Piece(local, offset[0] * row if len(local) else 0, tuple(tensor.shape))

@@ -12,6 +12,7 @@ from tests.helpers.launching import ROOT, data_prep, ranks
 from tests.helpers.published import imagenet, imagenet_arguments
 
 
+@pytest.mark.soak  # README's commands take the same way with small networks
 @pytest.mark.process
 def test_shards_stream_into_resnet_50_on_two_ranks(tmp_path: Path) -> None:
     imagenet(tmp_path / "published", per_class=6, val=6, size=(150, 200))

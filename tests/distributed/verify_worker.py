@@ -4,6 +4,8 @@
 
 CELLS is JSON: [{"config": NAME, "overrides": [...], "fault": null | NAME}, ...]
 
+Also on the way: the weights of which averages are made, at every step, are this rank's own and need no collective.
+
 A fault breaks the code on purpose: `gather` scales the backward of the anchors' gather by 1/world, `stale` leaves the
 previous step's gradients in ZeRO-3's buffers.
 """
@@ -20,11 +22,15 @@ from unittest.mock import patch
 
 import torch
 from torch import Tensor
+from torch.distributed.tensor.debug import CommDebugMode
 
 from lzn_dist.config import load_config
 from lzn_dist.distributed import Topology
 from lzn_dist.distributed.gather import _GatherAnchors
+from lzn_dist.distributed.pieces import Piece
+from lzn_dist.engines.base import Engine
 from lzn_dist.engines.launch import Launch, build_accelerator
+from lzn_dist.engines.single import SingleEngine
 from lzn_dist.engines.zero import ZeROEngine
 from lzn_dist.networks import trust
 from lzn_dist.terminal import command
@@ -57,6 +63,21 @@ def fault(name: str | None) -> Iterator[None]:
         yield
 
 
+@contextmanager
+def silent_weights(kind: type[Engine]) -> Iterator[None]:
+    """An engine's `weights` that fails where it asks the other ranks for anything."""
+    weights = kind.weights
+
+    def watched(self: Engine) -> dict[str, Piece]:
+        with CommDebugMode() as mode:
+            found = weights(self)
+        assert not mode.get_total_counts(), mode.get_comm_counts()
+        return found
+
+    with patch.object(kind, "weights", watched):
+        yield
+
+
 def main() -> int:
     output, shards, cells = Path(sys.argv[1]), sys.argv[2], json.loads(sys.argv[3])
     launch, accelerator, results = Launch.asked(), None, []
@@ -66,7 +87,7 @@ def main() -> int:
         config = resolve(load_config(ROOT / "configs" / f"digits_{cell['config']}.yaml", overrides))
         accelerator = accelerator or build_accelerator(config, launch)
         torch.set_num_threads(1)
-        with fault(cell["fault"]):
+        with fault(cell["fault"]), silent_weights(SingleEngine), silent_weights(ZeROEngine):
             rows = verify(config, launch, accelerator)
         results.append([{"what": r.what, "difference": r.difference, "passed": r.passed} for r in rows])
         if Topology.current().is_main:
