@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from lzn_dist.zones.pairs import Pairs
-from lzn_dist.zones.partial import Cotangent, GroupSums, Moments, Partial, Sums
+from lzn_dist.zones.partial import Cotangent, GroupSums, Moments, Partial, Sums, joined
 
 # Elements of one tile of scores, on a CPU and on a GPU: the only memory that grows with rows times anchors. A GPU waits
 # for launches where tiles are small (tests/benchmarks/gpu.py); 2²⁴ are 128 MB of float64 scores.
@@ -49,6 +49,8 @@ class Rows:
         return len(self.e)
 
     def __getitem__(self, at: slice | Tensor) -> Rows:
+        if isinstance(at, slice) and at == slice(0, len(self)):
+            return self
         more = (None if value is None else value[at] for value in (self.log_weights, self.groups, self.inside))
         return Rows(self.e[at], self.own[at], self.index[at], *more)
 
@@ -107,7 +109,7 @@ class Block:
 
     def tiles(self, rows: int) -> Iterator[slice]:
         height = max(1, tile_elements(self.raw.device) // len(self))
-        return (slice(start, min(start + height, rows)) for start in range(0, rows, height))
+        return (slice(start, min(start + height, rows)) for start in range(0, max(1, rows), height))
 
     def _at_references(self, matrix: Tensor, index: Tensor, value: float) -> None:
         """Write value into the columns of the references that stand in this block. matrix: [b, m]."""
@@ -157,37 +159,33 @@ class Block:
 
     def part(self, rows: Rows, r: float, *, settle: bool) -> Partial:
         """Two products a row. settle: also the heaviest anchor of each row."""
-        e, count = rows.e, len(rows)
+        return joined([self._tile_part(rows[at], r, settle) for at in self.tiles(len(rows))])
+
+    def _tile_part(self, rows: Rows, r: float, settle: bool) -> Partial:
+        _, scores, offset = self._scores(rows, r)
+        if settle:
+            top, column = scores.max(1)
+        else:
+            top = scores.amax(1)
+        top = top.double()
+        # relative to the larger of the reference's score (0 after the offset) and the others' largest
+        peak = torch.maximum(top, offset)
+        given = scores.clone() if rows.groups is not None else scores
+        weights = self._weights(given.sub_(peak[:, None].to(scores.dtype)), rows.index, rows.e.dtype)
+        others = weights.sum(1)
         found = Partial(
-            e.new_empty(count, dtype=torch.float64), e.new_empty(count, dtype=torch.float64), e.new_empty(count),
-            torch.empty_like(e),
+            offset, peak, others, torch.addmm(rows.own * others[:, None], weights, self.anchors, beta=-1)
         )  # fmt: skip
-        column = torch.empty_like(rows.index) if settle else None
-        top = e.new_empty(count, dtype=torch.float64)
         if rows.groups is not None:
             assert rows.inside is not None
-            found.group = GroupSums(rows.inside, *(e.new_empty(count, dtype=torch.float64) for _ in range(3)))
-        for at in self.tiles(count):
-            tile = rows[at]
-            _, scores, found.offset[at] = self._scores(tile, r)
-            if column is not None:
-                top[at], column[at] = scores.max(1)
-            else:
-                top[at] = scores.amax(1)
-            # relative to the larger of the reference's score (0 after the offset) and the others' largest
-            highest = torch.maximum(top[at], found.offset[at])
-            weights = self._weights(torch.sub(scores, highest[:, None].to(scores.dtype)), tile.index, e.dtype)
-            found.peak[at], found.others[at] = highest, weights.sum(1)
-            found.moment[at] = torch.addmm(tile.own * found.others[at, None], weights, self.anchors, beta=-1)
-            if found.group is not None:
-                member = self._in_group(tile)
-                found.group.outside[at] = weights.masked_fill(member, 0.0).sum(1)
-                scores.masked_fill_(~member, -math.inf)
-                # its own peak: a group far below the others still has its digits
-                highest = torch.maximum(scores.amax(1), found.offset[at])
-                weights = self._weights(scores.sub_(highest[:, None].to(scores.dtype)), tile.index, e.dtype)
-                found.group.peak[at], found.group.members[at] = highest, weights.mul_(member).sum(1)
-        if column is not None:
+            member = self._in_group(rows)
+            outside = weights.masked_fill(member, 0.0).sum(1).double()
+            scores.masked_fill_(~member, -math.inf)
+            # its own peak: a group far below the others still has its digits
+            highest = torch.maximum(scores.amax(1).double(), offset)
+            weights = self._weights(scores.sub_(highest[:, None].to(scores.dtype)), rows.index, rows.e.dtype)
+            found.group = GroupSums(rows.inside, highest, weights.mul_(member).sum(1).double(), outside)
+        if settle:
             found.top, found.partner, found.heaviest = top, column + self.start, self.raw[column]
             if rows.groups is not None and self.groups is not None:
                 found.partner_inside = self.groups[column] == rows.groups
@@ -204,11 +202,11 @@ class Block:
 
     def moments(self, rows: Rows, r: float, lse: Tensor, g: Tensor) -> Moments:
         """For `pull_back`, where anchors come in several blocks: two products a row."""
-        weight, pull = g.new_empty(len(g)), g.new_empty(len(g))
+        parts = []
         for at in self.tiles(len(g)):
             _, weights, products, _ = self._weigh(rows[at], r, lse[at], g[at])
-            weight[at], pull[at] = weights.sum(1), products.sum(1)
-        return Moments(weight, pull)
+            parts.append(Moments(weights.sum(1), products.sum(1)))
+        return joined(parts)
 
     def pull_back(
         self, rows: Rows, r: float, posterior: Sums, g: Tensor, grad_target: Tensor | None,
@@ -219,13 +217,13 @@ class Block:
         g [b, d], grad_target [b]: cotangents of Δ and of `Sums.target`. shift [b]: `Moments.shift` over all blocks;
         None: this is all.
         """
-        total, weight, spread = g.new_empty(len(g)), g.new_empty(len(g)), torch.empty_like(g)
+        parts = []
         for at in self.tiles(len(g)):
             tile, sums = rows[at], posterior[at]
             query, weights, d_scores, logarithms = self._weigh(tile, r, sums.lse, g[at])
-            weight[at] = weights.sum(1)
+            weight = weights.sum(1)
             of_target = None if grad_target is None else grad_target[at].to(g.dtype)
-            taken = Moments(weight[at], d_scores.sum(1)).shift(sums.lse, of_target) if shift is None else shift[at]
+            taken = Moments(weight, d_scores.sum(1)).shift(sums.lse, of_target) if shift is None else shift[at]
             # dS = w (g·(a_j − a_o) − Σ_k w_k g·(a_k − a_o) + g_target), and in the group − g_target exp(s − lse_group)
             d_scores.addcmul_(weights, taken[:, None], value=-1)
             if of_target is not None and rows.groups is not None:
@@ -233,11 +231,12 @@ class Block:
                 inside = logarithms.add_(sums.target.clamp(max=1e30)[:, None].to(logarithms.dtype)).clamp_(max=0.0)
                 inside = self._weights(inside, tile.index, g.dtype).mul_(self._in_group(tile))
                 d_scores.addcmul_(inside, of_target[:, None], value=-1)
-            total[at] = d_scores.sum(1)
-            spread[at] = torch.addmm(tile.own * total[at, None], d_scores, self.anchors, beta=-1)
+            total = d_scores.sum(1)
+            spread = torch.addmm(tile.own * total[:, None], d_scores, self.anchors, beta=-1)
+            parts.append(Cotangent(spread, total, weight))
             into.anchors.addmm_(weights.T, g[at]).addmm_(d_scores.T, query.to(g.dtype))
             into.radial.add_(d_scores.sum(0), alpha=r * r)
-        return Cotangent(spread, total, weight)
+        return joined(parts)
 
     def _roots(self, rows: Rows, threshold: float) -> Tensor:
         """r [b, m] above which each anchor's weight stays under exp(−threshold) while a row stays at e (float64).

@@ -27,14 +27,14 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from importlib.util import find_spec
-from typing import Protocol, TypeVar, runtime_checkable
+from typing import Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
 
 from lzn_dist.zones.block import KERNEL_DIM, AnchorGradient, Block, Rows, tile_elements
 from lzn_dist.zones.pairs import PairScores
-from lzn_dist.zones.partial import Cotangent, Moments, Partial, Posterior, Sums
+from lzn_dist.zones.partial import Part, Posterior, Sums
 
 
 class Field(Protocol):
@@ -112,9 +112,6 @@ def block_class(backend: str, anchors: Tensor) -> type[Block]:
             "backend triton needs a GPU; on a CPU use auto or tiled (TRITON_INTERPRET=1 runs it slowly, for tests)"
         )
     return FusedBlock
-
-
-Part = TypeVar("Part", Partial, Moments, Cotangent)
 
 
 class AnchorField:

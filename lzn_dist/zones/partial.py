@@ -7,7 +7,9 @@ has an associative `merge`; one block is the case in which there is nothing to m
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -162,3 +164,19 @@ class Cotangent:
         """Cotangents of e and of the references, [b, d] each, once all anchors are in."""
         grad_own = r * r * self.spread - r * self.total[:, None] * e - self.weight[:, None] * grad_delta
         return (r * self.spread).to(e.dtype), grad_own.to(e.dtype)
+
+
+Part = TypeVar("Part", Partial, Moments, Cotangent)
+
+
+def joined(parts: Sequence[Part]) -> Part:
+    """Of the same anchors: the part of all rows, from those of some rows each, in their order."""
+    return parts[0] if len(parts) == 1 else _joined(parts)
+
+
+def _joined(parts: Sequence[Any]) -> Any:
+    if parts[0] is None:
+        return None
+    if isinstance(parts[0], Tensor):
+        return torch.cat(list(parts))
+    return type(parts[0])(*(_joined([getattr(part, field.name) for part in parts]) for field in fields(parts[0])))

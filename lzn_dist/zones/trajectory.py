@@ -122,10 +122,13 @@ class _Walk:
             put(self.near, self.field.near_posterior(rows[self.near], self.references[self.near], r))
         if self.dense[k]:
             at = self.met[k]
-            part = self.field.posterior(rows[at], r, settle=settle)
-            put(at, part)
+            everyone = len(at) == len(rows)  # in their order: nothing to pick or to put
+            part = self.field.posterior(rows if everyone else rows[at], r, settle=settle)
             if settle:
                 self._settle(k, at, part)
+            if everyone:
+                return part.delta, part.sums
+            put(at, part)
         if len(left) and self.partners is not None:
             # where there are groups, a partner is one of the row's: its weight is all, and `target` stays 0
             put(left, partner_posterior(e[left], self.references[left], self.partners[left], r))
@@ -199,8 +202,13 @@ class _Pullback:
 
         if self.dense[k]:
             at = self.met[k]
-            of_target = None if grad_target is None else grad_target[at]
-            put(at, *walk.field.vjp(rows[at], r, sums[at], grad_delta[at], of_target, self.into))
+            if len(at) == len(rows):
+                of_e, of_references = walk.field.vjp(rows, r, sums, grad_delta, grad_target, self.into)
+                current.add_(of_e)
+                self.references.add_(of_references)
+            else:
+                of_target = None if grad_target is None else grad_target[at]
+                put(at, *walk.field.vjp(rows[at], r, sums[at], grad_delta[at], of_target, self.into))
         if k == 0 and walk.any_near:
             at = walk.near
             put(at, *walk.field.near_vjp(rows[at], walk.references[at], r, sums[at], grad_delta[at], self.into))
