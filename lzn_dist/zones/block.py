@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 
 import torch
@@ -44,6 +44,7 @@ class Rows:
     log_weights: Tensor | None = None
     groups: Tensor | None = None
     inside: Tensor | None = None
+    of_own: dict[str, Tensor] = field(default_factory=dict, repr=False)  # what depends on `own` alone, once it is known
 
     def __len__(self) -> int:
         return len(self.e)
@@ -51,12 +52,26 @@ class Rows:
     def __getitem__(self, at: slice | Tensor) -> Rows:
         if isinstance(at, slice) and at == slice(0, len(self)):
             return self
-        more = (None if value is None else value[at] for value in (self.log_weights, self.groups, self.inside))
-        return Rows(self.e[at], self.own[at], self.index[at], *more)
+        given = (self.log_weights, self.groups, self.inside)
+        log_weights, groups, inside = (None if value is None else value[at] for value in given)
+        return Rows(self.e[at], self.own[at], self.index[at], log_weights, groups, inside)
 
     def at(self, e: Tensor) -> Rows:
         """The same rows elsewhere."""
-        return Rows(e, self.own, self.index, self.log_weights, self.groups, self.inside)
+        return Rows(e, self.own, self.index, self.log_weights, self.groups, self.inside, self.of_own)
+
+    @property
+    def own64(self) -> Tensor:
+        if "own64" not in self.of_own:
+            self.of_own["own64"] = self.own.double()
+        return self.of_own["own64"]
+
+    @property
+    def half_squares(self) -> Tensor:
+        """½ ‖own‖² [b], float64."""
+        if "half_squares" not in self.of_own:
+            self.of_own["half_squares"] = 0.5 * self.own64.square().sum(1)
+        return self.of_own["half_squares"]
 
 
 class AnchorGradient:
@@ -133,10 +148,9 @@ class Block:
         """
         # on a GPU, reading the widest would wait for it
         single = self.raw.dtype == torch.float32 and not self.raw.is_cuda and r * r * self.widest <= FLOAT32_SCORES
-        own64 = rows.own.double()
-        query = torch.add(rows.e.double() * r, own64, alpha=r * r)
+        query = torch.add(rows.e.double() * r, rows.own64, alpha=r * r)
         bias = self.half_norms * (-r * r)
-        offset = (query * own64).sum(1) - (0.5 * r * r) * own64.square().sum(1)
+        offset = (query * rows.own64).sum(1) - (r * r) * rows.half_squares
         if self.log_weights is not None and rows.log_weights is not None:
             bias = bias + self.log_weights
             offset = offset + rows.log_weights
@@ -244,10 +258,10 @@ class Block:
         While Δ = 0, e is constant and s_j(r) = γ_j + r u_j − ½ r² ρ_j² with u_j = e·(a_j − a_o), ρ_j = ‖a_j − a_o‖
         and γ_j = β_j − β_o: it stays under −threshold for all r above the larger root.
         """
-        e64, own64 = rows.e.double(), rows.own.double()
+        e64, own64 = rows.e.double(), rows.own64
         u = torch.addmm((e64 * own64).sum(1, keepdim=True), e64, self.anchors64.T, beta=-1)
         square = torch.addmm(self.half_norms, own64, self.anchors64.T, beta=2, alpha=-2)
-        square = square.add_(own64.square().sum(1, keepdim=True)).clamp_(min=1e-300)
+        square = square.add_(2 * rows.half_squares[:, None]).clamp_(min=1e-300)
         room: float | Tensor = threshold
         if self.log_weights is not None and rows.log_weights is not None:
             # light anchors: no lower than this, which lets them count for longer than they do

@@ -138,6 +138,7 @@ class _Walk:
         """Let settled rows follow their partner from step k + 1 on, and agree anew on who meets all anchors."""
         assert part.settled is not None and part.partner is not None and part.heaviest is not None
         done = _rows(part.settled)
+        here = [bool(len(met)) for met in self.met[k + 1 :]]
         if len(done):
             if self.partners is None:
                 self.partners = torch.zeros_like(self.references)
@@ -145,10 +146,11 @@ class _Walk:
             self.last[at.cpu()] = k + 1
             self.partner[at] = part.partner[done]
             self.partners[at] = part.heaviest[done]
-        masks = self.meetings(self.last)
-        self.met[k + 1 :] = _lists(masks, rows.device)[k + 1 :]
-        self.left[k + 1 :] = _lists(self.followings(torch.full_like(self.last, len(masks))), rows.device)[k + 1 :]
-        self.dense[k + 1 :] = self.field.wanted(masks.any(1).tolist()[k + 1 :])
+            masks = self.meetings(self.last)
+            self.met[k + 1 :] = _lists(masks, rows.device)[k + 1 :]
+            self.left[k + 1 :] = _lists(self.followings(torch.full_like(self.last, len(masks))), rows.device)[k + 1 :]
+            here = masks.any(1).tolist()[k + 1 :]
+        self.dense[k + 1 :] = self.field.wanted(here)
 
     def advance(self, k: int, e: Tensor, deltas: list[Tensor]) -> Tensor:
         """The state after step k; deltas: …, Δ_{k−1}, Δ_k."""
