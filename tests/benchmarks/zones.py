@@ -1,10 +1,13 @@
 """Time and peak memory of latents + alignment + backward: tiled path, published form, and the products that remain.
 
-    python tests/benchmarks/zones.py [--sizes N ...] [--before CHECKOUT] [--output FILE.md]
+    python tests/benchmarks/zones.py [--sizes N ...] [--kinds KIND ...] [--trained RUN ...] [--before CHECKOUT]
+        [--output FILE.md]
 
 b = n/8 samples among n anchors of 256 dimensions, on a sphere, in 64 clusters and N(0, 0.1²); their second views 0.3
-apart (0.1, in the tight clusters; 0.05). Each figure comes from a process of its own, which imports, warms up on a
-small batch and then samples its resident memory from a thread. `before` is the tiled path of another checkout.
+apart (0.1, in the tight clusters; 0.05); and those that a representation run's encoder gives to two views of n training
+images (a run with latent.dim=256 and so many images, `glyphs_representation` say). Each figure comes from a process of
+its own, which imports, warms up on a small batch and then samples its resident memory from a thread. `before` is the
+tiled path of another checkout.
 `published` is the form of the paper's formula as published: b × n × d differences, weights by exponentiating and
 dividing, every step under torch.utils.checkpoint; up to 1,024 anchors. `dense` is what a path that meets every pair of
 sample and anchor cannot do without, a step: the scores twice (in float64, in float32 where these are small enough),
@@ -17,6 +20,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -31,6 +35,7 @@ from lzn_dist.zones import SIGMA_MIN, AnchorField, align, alignment_loss, comput
 DIM, STEPS = 256, 20
 SIZES = [1024, 2048, 4096, 8192]
 KINDS = ["sphere", "clusters 0.3", "clusters 0.1", "small"]
+FOLDER = Path(tempfile.gettempdir()) / "lzn_dist-anchors"  # what encoders gave
 PUBLISHED = 1024  # anchors; its memory and time grow with their square
 
 
@@ -44,11 +49,38 @@ def data(b: int, n: int, kind: str) -> tuple[Tensor, Tensor, Tensor]:
         spread = float(kind.split()[1])
         centres = torch.randn(64, DIM, generator=g)[torch.arange(n) % 64]
         first, second = centres + spread * first, centres + spread * second
+    elif kind.startswith("trained"):
+        anchors = torch.load(FOLDER / f"{kind}.pt")[:, :n]  # of both views
+        first, second = anchors.clone()
     elif kind == "small":
         first, second = 0.1 * first, 0.1 * first + 0.05 * second
     else:
         raise ValueError(kind)
     return first.requires_grad_(), second.requires_grad_(), 0.45 * torch.randn(b, DIM, generator=g)
+
+
+def encode(run: Path, n: int) -> str:
+    """Keep the anchors [2, n, d] of both views of a batch of n, by a run's weights, for `data`; their kind's name."""
+    from lzn_dist.config import load_config
+    from lzn_dist.distributed import Topology
+    from lzn_dist.training.batches import open_stream, prepare_samples
+    from lzn_dist.training.checkpoint import find_checkpoint, load_weights
+    from lzn_dist.training.setup import single_state
+
+    config = load_config(run / "config.yaml", [f"data.global_batch={n}", "micro_batch=0"])
+    if config.latent.dim != DIM:
+        raise SystemExit(f"{run} has anchors of {config.latent.dim} dimensions, not {DIM}: train with latent.dim={DIM}")
+    cpu, found = torch.device("cpu"), find_checkpoint(run)
+    state = single_state(config, cpu)
+    load_weights(state.engine.networks, found)
+    samples = prepare_samples(open_stream(config, Topology()).batch(0), 0, state.objective, cpu, Topology())
+    with torch.no_grad():
+        anchors = [
+            state.objective.encode(state.engine.networks, samples, view) for view in state.objective.needs.encodes
+        ]
+    kind = f"trained, {int(found.name.removeprefix('step_'))} steps"
+    torch.save(torch.stack(anchors).float(), FOLDER / f"{kind}.pt")
+    return kind
 
 
 def tiled(first: Tensor, second: Tensor, noise: Tensor) -> float:
@@ -176,7 +208,9 @@ def figure(found: dict[str, dict[int, dict[str, float]]], path: Path) -> None:
     axes.figure.savefig(path, dpi=120)
 
 
-def table(sizes: list[int], checkout: Path | None) -> tuple[str, dict[str, dict[int, dict[str, float]]]]:
+def table(
+    sizes: list[int], kinds: list[str], checkout: Path | None
+) -> tuple[str, dict[str, dict[int, dict[str, float]]]]:
     lines = [
         "# Zones: latents, alignment and their backward", "",
         f"{machine()}.",
@@ -188,10 +222,10 @@ def table(sizes: list[int], checkout: Path | None) -> tuple[str, dict[str, dict[
         "| over what is left |",
         "|---|---|---|---|---|---|---|---|---|---|---|---|",
     ]  # fmt: skip
-    found: dict[str, dict[int, dict[str, float]]] = {kind: {} for kind in KINDS}
+    found: dict[str, dict[int, dict[str, float]]] = {kind: {} for kind in kinds}
     for n in sizes:
         theirs = spawn(__file__, "published", n, "small")["seconds"] if n <= PUBLISHED else None
-        for kind in KINDS:
+        for kind in kinds:
             # in turns, the better of two: other load comes and goes
             pairs = [(other(checkout, n, kind) if checkout else None, spawn(__file__, "tiled", n, kind)) for _ in "12"]
             ours = min((pair[1] for pair in pairs), key=lambda row: row["seconds"])
@@ -212,6 +246,8 @@ def table(sizes: list[int], checkout: Path | None) -> tuple[str, dict[str, dict[
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--sizes", type=int, nargs="+", default=SIZES, metavar="N", help="numbers of anchors")
+    parser.add_argument("--kinds", nargs="+", default=KINDS, metavar="KIND", help=f"of {', '.join(KINDS)}")
+    parser.add_argument("--trained", type=Path, nargs="+", default=[], metavar="RUN", help="runs whose encoders to ask")
     parser.add_argument("--before", type=Path, metavar="CHECKOUT", help="of another state of the project")
     parser.add_argument("--output", type=Path, help="also write the table there, and beside it the figure")
     parser.add_argument("--child", nargs=3, help=argparse.SUPPRESS)
@@ -220,7 +256,9 @@ def main() -> None:
         variant, n, kind = arguments.child
         print(json.dumps(measure(variant, int(n), kind)))
         return
-    text, found = table(arguments.sizes, arguments.before)
+    FOLDER.mkdir(exist_ok=True)
+    kinds = [*arguments.kinds, *(encode(run, max(arguments.sizes)) for run in arguments.trained)]
+    text, found = table(arguments.sizes, kinds, arguments.before)
     if arguments.output:
         arguments.output.write_text(text)
         figure(found, arguments.output.with_suffix(".png"))
