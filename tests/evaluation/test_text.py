@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -14,11 +15,11 @@ from lzn_dist.evaluation import EvaluationData
 from lzn_dist.evaluation.text import recalls, retrieval_values, zero_shot_values
 from lzn_dist.inference import LZN, MissingCapability, load
 from lzn_dist.objectives import build_networks
-from lzn_dist.prepare.digits import write_digits
 from lzn_dist.train import main
 from lzn_dist.training.centres import mean_anchors
 from lzn_dist.training.checkpoint import CheckpointError
 from lzn_dist.training.resolve import resolve
+from tests.helpers.settings import both_with, decoder_with
 from tests.helpers.small_run import rows, small_config
 
 SMALL = [
@@ -111,12 +112,16 @@ def test_texts_that_are_none(digits: Path) -> None:
 
 @pytest.mark.slow
 def test_a_run_s_centres_and_tokenizer_travel_with_its_checkpoint(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    digits: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     folder, run = tmp_path / "data", tmp_path / "run"
-    arguments = ["digits_text", *SMALL, f"data.shards={folder}", f"output_dir={run}", "data.global_batch=64",
-                 "latent.dim=8", "max_steps=4", "log_every=1", "checkpoint_every=2",
-                 "evaluation.centre_samples=500"]  # fmt: skip
+    shutil.copytree(digits, folder)
+    arguments = [
+        "digits_text", *SMALL, f"data.shards={folder}", f"output_dir={run}", "data.global_batch=64", "latent.dim=8",
+        "modalities.text.decoder.arguments={width: 16, depth: 1, heads: 2}", *both_with(channels=8),
+        *decoder_with(attention_resolutions=[]), "max_steps=4", "log_every=1", "checkpoint_every=2",
+        "evaluation.centre_samples=500",
+    ]  # fmt: skip
     assert main(arguments) == 0
     model = load(run)
     index = EvaluationData(model.config).index
@@ -144,7 +149,6 @@ def test_a_run_s_centres_and_tokenizer_travel_with_its_checkpoint(
     )
     assert straight == stopped and load(whole).centres["text"].equal(load(run).centres["text"])
     # another tokenizer is refused by what was trained with this one
-    write_digits(tmp_path / "other")
     text = (folder / "tokenizer.json").read_text()
     (folder / "tokenizer.json").write_text(text.replace('"add_prefix_space":true', '"add_prefix_space":false'))
     assert main([*arguments, "max_steps=8"]) == 2
