@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 from tests.helpers.captioned import write_partial_digits
-from tests.helpers.launching import ROOT, SMALL, accelerate, ranks
+from tests.helpers.launching import ROOT, SMALL, ranks
 from tests.helpers.settings import BOTH_DIRECTIONS, OWN, encoder_with
 
 pytestmark = pytest.mark.process
@@ -138,7 +138,7 @@ def test_equals_one_process_and_a_fault_does_not(
 
 def test_the_command_line(digits: Path, tmp_path: Path) -> None:
     arguments = [ROOT / "configs" / "digits_joint.yaml", *SMALL, f"data.shards={digits}"]
-    done = accelerate("ddp", ROOT / "lzn_dist" / "verify.py", *arguments, cwd=tmp_path)
+    done = ranks("ddp", ROOT / "lzn_dist" / "verify.py", *arguments, cwd=tmp_path)
     assert done.returncode == 0, done.stdout[-3000:]
     assert "verify: everything agrees" in done.stdout and "gradient of image.decoder Conv2d" in done.stdout
     done = ranks("zero2", ROOT / "lzn_dist" / "verify.py", *arguments, "precision=float64", cwd=tmp_path)
