@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Installs what the tests need into .venv and runs everything: ruff, mypy, pytest. Arguments go to pytest.
-# --fast: what starts no process and takes less than three seconds, for the inner loop.
+# --fast: what starts no process and takes less than two seconds, for the inner loop.
 # LZN_DIST_INSTALL_SLURM=1 also installs Debian's SLURM and Chromium (as root, with apt-get) where they are missing;
 # without it, and without a SLURM or a browser on this machine, what needs them is skipped.
 . "$(dirname "$0")/../launch/setup.sh" "[test]"

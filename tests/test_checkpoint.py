@@ -67,6 +67,7 @@ def resumed(config: Config, path: Path) -> TrainState:
     return state
 
 
+@pytest.mark.slow
 def test_a_resumed_state_goes_on_bit_by_bit(tmp_path: Path) -> None:
     config = small_config()
     whole = trained(config, 3)
@@ -383,6 +384,7 @@ def without_sums(path: Path) -> Path:
     return path
 
 
+@pytest.mark.slow
 def test_code_in_the_metadata_does_not_run(tmp_path: Path) -> None:
     path, mark = without_sums(saved(tmp_path)), tmp_path / "mark"
     pickle.loads(pickle.dumps(Runs(mark)))
@@ -491,6 +493,7 @@ max_steps: 600
 """
 
 
+@pytest.mark.slow
 def test_checkpoints_of_format_2_load_and_resume(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Written as that version did: its names of tensors, its configuration."""
     config = small_config("alignment.pairs=[{latents: image, anchors: label, weight: 0.5}]")

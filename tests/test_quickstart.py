@@ -16,6 +16,7 @@ PROBES = {f"{of}{probe}": at + i / 100 for i, of in enumerate(("", "untrained.",
           for probe, at in (("linear_probe", 0.5), ("knn", 0.7))}  # fmt: skip
 
 
+@pytest.mark.slow
 def test_the_last_page(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     for task, values in (("joint", JOINT), ("representation", PROBES)):
         (tmp_path / task / "figures").mkdir(parents=True)

@@ -37,6 +37,7 @@ def build(options: dict) -> SampleOrder:  # type: ignore[type-arg]
     return SampleOrder(options["shards"], batch, options["seed"], options["streams"], options["window"])
 
 
+@pytest.mark.slow
 @settings(max_examples=200, deadline=None)
 @given(orders)
 def test_each_epoch_is_a_permutation_of_all_but_the_remainder(options: dict) -> None:  # type: ignore[type-arg]

@@ -161,6 +161,7 @@ def fonts(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.mark.slow
 def test_glyphs(fonts: Path, tmp_path: Path) -> None:
     source = glyphs.FontGlyphs((fonts,), faces=0)
     prepare(source, Options(tmp_path / "out", 1000), quiet=True)

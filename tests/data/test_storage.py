@@ -234,6 +234,7 @@ def test_a_forked_worker_leaves_its_parents_connections_alone(server: tuple[str,
     assert not found.is_alive(), "the parent's request was never answered"
 
 
+@pytest.mark.slow
 def test_a_request_without_an_answer_is_made_again(
     digits: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
@@ -257,6 +258,7 @@ def test_object_stores_go_the_same_way(digits: Path, index: ShardIndex, tmp_path
     assert torch.equal(found.pixels, stream(index).batch(3).pixels)
 
 
+@pytest.mark.slow
 def test_rows_of_another_manifest_do_not_mix(digits: Path, tmp_path: Path) -> None:
     """The same URL with other shards behind it: another folder in the cache."""
     from lzn_dist.prepare.digits import write_digits

@@ -31,6 +31,7 @@ class Projection:
         return InceptionOutput(pool.numpy(), spatial.numpy(), logits.softmax(1).numpy())
 
 
+@pytest.mark.slow
 def test_values_are_those_of_all_features_at_once(digits: Path, tmp_path: Path) -> None:
     model = tiny("joint", digits)
     data, network = EvaluationData(model.config), Projection()

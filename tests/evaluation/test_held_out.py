@@ -83,6 +83,7 @@ def test_what_cannot_be_computed_says_why() -> None:
     assert 0 <= knn_accuracy(features([0, 1] * 5, [0, 1])) <= 1
 
 
+@pytest.mark.slow
 def test_results_are_printed_where_they_cannot_be_written(
     digits: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -20,6 +20,7 @@ from lzn_dist.prepare.writer import Options, prepare
 from tests.helpers.hand_made import tiny
 
 
+@pytest.mark.slow
 def test_it_learns_and_a_stopped_probe_goes_on_exactly(digits: Path, tmp_path: Path) -> None:
     model = tiny("representation", digits)
     data = EvaluationData(model.config)

@@ -265,6 +265,7 @@ def test_zone_health_is_of_images_that_count(digits: Path) -> None:
     assert found[0] == found[1]
 
 
+@pytest.mark.slow
 def test_pixels_of_large_images_are_not_probed(digits: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(report, "PIXELS_COMPARED", 63)
     model = tiny("representation", digits)

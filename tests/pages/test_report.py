@@ -74,6 +74,7 @@ def test_what_is_read_of_a_run(run: Path) -> None:
     assert not re.search(r'(src|href)="(?!data:)', page) and "http" not in page.replace("http-equiv", "")
 
 
+@pytest.mark.slow
 def test_several_runs_side_by_side(run: Path, three: Path) -> None:
     page = report([run, three])
     for said in ("What differs between the configurations", "loss_flow", "–"):
@@ -118,6 +119,7 @@ def test_charts_lose_no_spike_and_no_end() -> None:
     assert data["lines"] == [{"name": "x", "colour": 0, "x": [1.0], "y": [2.0]}]
 
 
+@pytest.mark.slow
 def test_the_command(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert report_command.main([str(run)]) == 0
     assert (run / "report.html").is_file()
