@@ -35,7 +35,6 @@ from lzn_dist.zones import SIGMA_MIN, AnchorField, align, alignment_loss, comput
 DIM, STEPS = 256, 20
 SIZES = [1024, 2048, 4096, 8192]
 KINDS = ["sphere", "clusters 0.3", "clusters 0.1", "small"]
-FOLDER = Path(tempfile.gettempdir()) / "lzn_dist-anchors"  # what encoders gave
 PUBLISHED = 1024  # anchors; its memory and time grow with their square
 
 
@@ -49,9 +48,8 @@ def data(b: int, n: int, kind: str) -> tuple[Tensor, Tensor, Tensor]:
         spread = float(kind.split()[1])
         centres = torch.randn(64, DIM, generator=g)[torch.arange(n) % 64]
         first, second = centres + spread * first, centres + spread * second
-    elif kind.startswith("trained"):
-        anchors = torch.load(FOLDER / f"{kind}.pt")[:, :n]  # of both views
-        first, second = anchors.clone()
+    elif kind.endswith(".pt"):  # of `encode`
+        first, second = torch.load(kind)[:, :n].clone()
     elif kind == "small":
         first, second = 0.1 * first, 0.1 * first + 0.05 * second
     else:
@@ -59,8 +57,8 @@ def data(b: int, n: int, kind: str) -> tuple[Tensor, Tensor, Tensor]:
     return first.requires_grad_(), second.requires_grad_(), 0.45 * torch.randn(b, DIM, generator=g)
 
 
-def encode(run: Path, n: int) -> str:
-    """Keep the anchors [2, n, d] of both views of a batch of n, by a run's weights, for `data`; their kind's name."""
+def encode(run: Path, n: int, folder: Path) -> str:
+    """Keep the anchors [2, n, d] of both views of a batch of n, by a run's weights: the file is the kind for `data`."""
     from lzn_dist.config import load_config
     from lzn_dist.distributed import Topology
     from lzn_dist.training.batches import open_stream, prepare_samples
@@ -78,9 +76,11 @@ def encode(run: Path, n: int) -> str:
         anchors = [
             state.objective.encode(state.engine.networks, samples, view) for view in state.objective.needs.encodes
         ]
-    kind = f"trained, {int(found.name.removeprefix('step_'))} steps"
-    torch.save(torch.stack(anchors).float(), FOLDER / f"{kind}.pt")
-    return kind
+    path = folder / f"trained {run.resolve().name}, {int(found.name.removeprefix('step_'))} steps.pt"
+    if path.exists():
+        raise SystemExit(f"two runs are called {run.resolve().name}: their rows could not be told apart")
+    torch.save(torch.stack(anchors).float(), path)
+    return str(path)
 
 
 def tiled(first: Tensor, second: Tensor, noise: Tensor) -> float:
@@ -222,18 +222,19 @@ def table(
         "| over what is left |",
         "|---|---|---|---|---|---|---|---|---|---|---|---|",
     ]  # fmt: skip
-    found: dict[str, dict[int, dict[str, float]]] = {kind: {} for kind in kinds}
+    names = {kind: Path(kind).stem if kind.endswith(".pt") else kind for kind in kinds}
+    found: dict[str, dict[int, dict[str, float]]] = {name: {} for name in names.values()}
     for n in sizes:
         theirs = spawn(__file__, "published", n, "small")["seconds"] if n <= PUBLISHED else None
-        for kind in kinds:
+        for kind, name in names.items():
             # in turns, the better of two: other load comes and goes
             pairs = [(other(checkout, n, kind) if checkout else None, spawn(__file__, "tiled", n, kind)) for _ in "12"]
             ours = min((pair[1] for pair in pairs), key=lambda row: row["seconds"])
             now = ours["seconds"]
             old = min(pair[0]["seconds"] for pair in pairs if pair[0]) if checkout else None
-            found[kind][n] = ours | ({} if old is None else {"before": old})
+            found[name][n] = ours | ({} if old is None else {"before": old})
             cells = [
-                kind, n, "" if old is None else f"{old:.3f}", f"{now:.3f}", "" if old is None else f"{old / now:.2f}",
+                name, n, "" if old is None else f"{old:.3f}", f"{now:.3f}", "" if old is None else f"{old / now:.2f}",
                 f"{ours['memory']:.0f}", "" if theirs is None else f"{theirs:.1f}",
                 "" if theirs is None else f"{theirs / now:.0f}", f"{ours['dense']:.3f}", f"{now / ours['dense']:.2f}",
                 f"{ours['left']:.2f}", f"{now / ours['remaining']:.2f}",
@@ -246,7 +247,7 @@ def table(
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--sizes", type=int, nargs="+", default=SIZES, metavar="N", help="numbers of anchors")
-    parser.add_argument("--kinds", nargs="+", default=KINDS, metavar="KIND", help=f"of {', '.join(KINDS)}")
+    parser.add_argument("--kinds", nargs="+", default=KINDS, choices=KINDS, help="made anchors")
     parser.add_argument("--trained", type=Path, nargs="+", default=[], metavar="RUN", help="runs whose encoders to ask")
     parser.add_argument("--before", type=Path, metavar="CHECKOUT", help="of another state of the project")
     parser.add_argument("--output", type=Path, help="also write the table there, and beside it the figure")
@@ -256,9 +257,9 @@ def main() -> None:
         variant, n, kind = arguments.child
         print(json.dumps(measure(variant, int(n), kind)))
         return
-    FOLDER.mkdir(exist_ok=True)
-    kinds = [*arguments.kinds, *(encode(run, max(arguments.sizes)) for run in arguments.trained)]
-    text, found = table(arguments.sizes, kinds, arguments.before)
+    with tempfile.TemporaryDirectory() as folder:
+        trained = [encode(run, max(arguments.sizes), Path(folder)) for run in arguments.trained]
+        text, found = table(arguments.sizes, [*arguments.kinds, *trained], arguments.before)
     if arguments.output:
         arguments.output.write_text(text)
         figure(found, arguments.output.with_suffix(".png"))
