@@ -19,7 +19,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import lzn_dist  # noqa: F401  # isort: skip  (before torch: how threads wait)
 from tqdm import tqdm
 
 from lzn_dist.config import ConfigError

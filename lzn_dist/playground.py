@@ -17,7 +17,6 @@ from collections.abc import Sequence
 from importlib.util import find_spec
 from typing import Any
 
-import lzn_dist  # noqa: F401  # isort: skip  (before torch: how threads wait)
 from PIL import Image
 
 from lzn_dist.config import ConfigError
