@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 import torch
@@ -13,6 +13,11 @@ from PIL import Image, ImageOps
 from torch import Tensor
 
 from lzn_dist.paths import expand_path
+
+# what methods take for images [b, c, h, w], labels int64 [b] and texts: tensors, or what is made into them here
+Images: TypeAlias = Any
+Labels: TypeAlias = Any
+Texts: TypeAlias = "str | Sequence[str]"
 
 SLACK = 0.01  # beyond [−1, 1], as resampling leaves it
 

@@ -5,8 +5,7 @@ import torch
 
 from lzn_dist.config import load_config, override
 from lzn_dist.data import ShardedDataset, ShardIndex, whole_images
-from lzn_dist.inference import LZN, MissingCapability
-from lzn_dist.inference import model as inference
+from lzn_dist.inference import LZN, MissingCapability, encoding, latents
 from lzn_dist.objectives import build_networks
 from tests.helpers.hand_made import CLASSES, DIM, class_images, hand_made
 from tests.helpers.settings import decoder_with, encoder_with
@@ -60,7 +59,7 @@ def test_class_probabilities_are_shares_of_draws(joint: LZN, monkeypatch: pytest
     assert (shares[:2] > 0.2).all() and shares.sum() == pytest.approx(1.0)
     parts = [joint.class_probabilities(images[i : i + 2], 20, seed=1, first=i) for i in (0, 2)]
     assert torch.equal(torch.cat(parts), joint.class_probabilities(images, 20, seed=1))
-    monkeypatch.setattr(inference, "DRAWS", 20)  # one image at a time
+    monkeypatch.setattr(latents, "DRAWS", 20)  # one image at a time
     assert torch.equal(torch.cat(parts), joint.class_probabilities(images, 20, seed=1))
     with pytest.raises(ValueError, match="draws must be 1 or more"):
         joint.class_probabilities(images, 0)
@@ -96,7 +95,7 @@ def test_large_images_go_through_the_networks_in_parts(joint: LZN, monkeypatch: 
     images = class_images(torch.arange(20) % CLASSES)
     expected = joint.anchors(images), joint.embed(images)
     assert joint.chunk == 512
-    monkeypatch.setattr(inference, "CHUNK_PIXELS", 3 * 64)
+    monkeypatch.setattr(encoding, "CHUNK_PIXELS", 3 * 64)
     assert joint.chunk == 3
     sizes: list[int] = []
     joint.networks["image"]["encoder"].register_forward_pre_hook(lambda module, given: sizes.append(len(given[0])))  # type: ignore[union-attr]
