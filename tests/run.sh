@@ -23,6 +23,7 @@ ruff check .
 ruff format --check .
 mypy
 export WANDB_MODE=offline
+unset PYTHONDONTWRITEBYTECODE  # else each of the processes compiles the package anew
 if [ "${1:-}" = --fast ]; then
     shift
     export OMP_NUM_THREADS=1

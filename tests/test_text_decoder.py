@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import itertools
 import math
+from collections.abc import Callable
+from functools import cache, partial
 from typing import Any
 
 import numpy as np
@@ -60,6 +62,9 @@ def chances(decoder: TextDecoder, latent: Tensor, tokens: tuple[int, ...]) -> Te
         return decoder(torch.tensor([tokens], dtype=torch.int64).reshape(1, -1), latent[None])[0, -1].log_softmax(0)
 
 
+Chances = Callable[[tuple[int, ...]], Tensor]
+
+
 def small_text(length: int = 4) -> Text:
     return Text(text_config(f"data.text_length={length}"))
 
@@ -89,14 +94,15 @@ def test_the_likeliest_words_and_the_likeliest_caption(decoder: TextDecoder) -> 
     few = small_text().write(decoder, z, None, keys, beams=2)
     differs = 0
     for row in range(6):
+        after = cache(partial(chances, decoder, z[row]))
         said: tuple[int, ...] = ()
-        while len(said) < 4 and (token := int(chances(decoder, z[row], said).argmax())) != VOCABULARY:
+        while len(said) < 4 and (token := int(after(said).argmax())) != VOCABULARY:
             said += (token,)
         assert [token for token in greedy[row].tolist() if token >= 0] == list(said)
 
-        def score(tokens: tuple[int, ...], z: Tensor = z[row]) -> float:
+        def score(tokens: tuple[int, ...], after: Chances = after) -> float:
             ended = (*tokens, VOCABULARY) if len(tokens) < 4 else tokens
-            return sum(float(chances(decoder, z, ended[:i])[ended[i]]) for i in range(len(ended))) / len(ended)
+            return sum(float(after(ended[:i])[ended[i]]) for i in range(len(ended))) / len(ended)
 
         every = [tokens for n in range(5) for tokens in itertools.product(range(VOCABULARY), repeat=n)]
         found = tuple(token for token in best[row].tolist() if token >= 0)

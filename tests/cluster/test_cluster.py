@@ -6,7 +6,6 @@ import json
 import os
 import subprocess
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
@@ -63,24 +62,6 @@ def test_dry_run_prints_the_script_and_needs_no_slurm(tmp_path: Path) -> None:
     assert f"lzn_dist.cluster.epilogue {tmp_path}/runs/big" in text
     assert "each of the 32 ranks runs: verify then train with engine zero2" in text
     assert not (tmp_path / "runs").exists()
-
-
-@pytest.mark.process
-def test_local_runs_the_same_on_this_machine(digits: Path, tmp_path: Path) -> None:
-    shards = f"data.shards={digits}"
-    done = submit(tmp_path, "output_dir=run", shards, *SMALL, "--local", "--ranks-per-node", "2", "--engine", "fsdp")
-    assert done.returncode == 0, done.stdout
-    assert "2 ranks on 1 node(s), engine fsdp" in done.stdout and "watch: python slurm/status.py run" in done.stdout
-    status = tmp_path / "run" / "status.json"
-    end = time.monotonic() + 200
-    while not status.exists() or json.loads(status.read_text())["state"] == "running":
-        assert time.monotonic() < end, "\n".join(p.read_text() for p in tmp_path.glob("run/job/*/logs/*_log.err"))
-        time.sleep(0.1)
-    found = json.loads(status.read_text())
-    assert (found["state"], found["step"], found["engine"], found["world_size"]) == ("finished", 4, "fsdp", 2)
-    while [line["event"] for line in attempts(tmp_path / "run")] != ["start", "end"]:
-        assert time.monotonic() < end
-        time.sleep(0.1)
 
 
 @pytest.mark.parametrize(

@@ -113,15 +113,16 @@ def verify(
     [
         ("ddp", [GATHER, *PAIRS, *OWN_CELLS, TEXTS[0], TEXTS[3]], 2),
         ("fsdp", [PAIRS[4], PAIRS[7], OWN_CELLS[0], TEXTS[2]], 2),
-        ("zero1", FEW, 2),
+        ("zero1", FEW[2:], 2),
+        pytest.param("zero1", FEW, 2, marks=pytest.mark.soak),
         ("zero2", [*SOME, OWN_CELLS[0], TEXTS[1]], 2),
-        ("zero3", [STALE, TWICE, PAIRS[8], BASELINES[2], TEXTS[2]], 2),
+        ("zero3", [STALE, TWICE, PAIRS[8], TEXTS[2]], 2),
         pytest.param("fsdp", [*PAIRS, OWN_CELLS[1], BASELINES[2], *TEXTS], 2, marks=pytest.mark.soak),
         pytest.param("zero2", [*PAIRS, OWN_CELLS[1], *TEXTS], 2, marks=pytest.mark.soak),
-        pytest.param("zero3", [*PAIRS, *OWN_CELLS, BASELINES[0], *TEXTS], 2, marks=pytest.mark.soak),
+        pytest.param("zero3", [*PAIRS, *OWN_CELLS, BASELINES[0], BASELINES[2], *TEXTS], 2, marks=pytest.mark.soak),
         ("zero3_offload", FEW[1:2], 2),
         pytest.param("zero3_offload", FEW, 2, marks=pytest.mark.soak),
-        ("ddp", [PAIRS[4], PAIRS[7], *BASELINES, TEXTS[1], TEXTS[4]], 4),
+        ("ddp", [*BASELINES, TEXTS[1], TEXTS[4]], 4),
     ],
 )
 def test_equals_one_process_and_a_fault_does_not(

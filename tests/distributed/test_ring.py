@@ -45,7 +45,7 @@ def errors(ranks: list[dict[str, Any]], name: str, backend: str) -> dict[str, fl
 BY_DEFINITION = ["euler", "euler unaligned", "dpm_solver_pp", "settled", "weights", "groups", "groups, settled"]
 
 
-@pytest.mark.parametrize("world", [2, 4])
+@pytest.mark.parametrize("world", [pytest.param(2, marks=pytest.mark.soak), 4])
 def test_results_and_gradients_are_those_of_one_process(world: int, tmp_path: Path) -> None:
     """All cases of one start of the ranks. Ranks that wait for each other end with the timeout."""
     done = start("ddp", WORKER, tmp_path, processes=world, cwd=tmp_path, timeout=300)

@@ -134,8 +134,8 @@ def test_programs_of_any_batch_equal_the_model(kind: str, tmp_path: Path, monkey
     import onnxruntime  # type: ignore[import-untyped, unused-ignore]
 
     monkeypatch.setattr("lzn_dist.networks._trusted", {"lzn_dist", "tests"})
-    # lzn_dist's networks, of one block a level, go through torch.export on the way to ONNX
-    model = tiny(*(OWN if kind == "pt2" else both_with(channel_multipliers=[1, 1], residual_blocks=1)))
+    # lzn_dist's networks, of one block, go through torch.export on the way to ONNX
+    model = tiny(*(OWN if kind == "pt2" else both_with(channel_multipliers=[1], residual_blocks=1)))
     parts = model.parts()
     assert set(write_programs(tmp_path, parts, kind)) == {
         f"{name}.{kind}" for name in ("encoder", "classifier", "decoder_step", "sampler")

@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import json
 import re
-import subprocess
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from tests.helpers.launching import SMALL, untimed_rows
+from tests.helpers.launching import SMALL, python, untimed_rows
 from tests.helpers.settings import decoder_with
 from tests.helpers.slurm_cluster import Cluster
 
@@ -31,16 +29,14 @@ class Run:
 
     def submit(self, *arguments: str, nodes: int = 2, settings: list[str] | None = None) -> Run:
         """slurm/submit.py as a user calls it."""
-        command = [
-            sys.executable, str(ROOT / "slurm" / "submit.py"), str(ROOT / "configs" / "digits_joint.yaml"),
+        done = python(
+            ROOT / "slurm" / "submit.py", ROOT / "configs" / "digits_joint.yaml",
             f"output_dir={self.folder}", f"data.shards={self.folder.parent / 'digits'}",
-            *(SETTINGS if settings is None else settings), "--nodes", str(nodes), *arguments,
-        ]  # fmt: skip
-        done = subprocess.run(
-            command, env=self.cluster.environment, capture_output=True, text=True, cwd=self.folder.parent, timeout=120
-        )
-        assert done.returncode == 0, done.stdout + done.stderr
-        match = re.match(r"job (\d+): ", done.stdout)
+            *(SETTINGS if settings is None else settings), "--nodes", nodes, *arguments,
+            environment=self.cluster.environment, cwd=self.folder.parent, timeout=120,
+        )  # fmt: skip
+        assert done.returncode == 0, done.stdout
+        match = re.search(r"^job (\d+): ", done.stdout, re.MULTILINE)
         assert match, done.stdout
         self.job = match[1]
         return self
@@ -58,6 +54,11 @@ class Run:
     def until_ended(self) -> str:
         self.until(lambda: self.cluster.state(self.job) in ENDED, 500)
         return self.cluster.state(self.job)
+
+    def told(self) -> str:
+        """What slurm/status.py says."""
+        command = ROOT / "slurm" / "status.py", self.folder
+        return python(*command, environment=self.cluster.environment, cwd=self.folder).stdout
 
     def rows(self) -> list[dict[str, Any]]:
         """Lines of metrics.jsonl, without times."""

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import os
-import subprocess
-import sys
 import time
 from collections import Counter
 from pathlib import Path
@@ -20,6 +18,7 @@ from lzn_dist.pages import playground as pages
 from lzn_dist.pages.playground import SHOWN, Playground, Unclear
 from tests.helpers.browser import open_browser
 from tests.helpers.hand_made import class_images, hand_made
+from tests.helpers.launching import forked
 
 WHITE = Image.new("RGBA", (64, 64), "white")
 
@@ -133,67 +132,55 @@ def test_a_click_through_it(tmp_path: Path) -> None:
             "with patch.object(playground, 'load_everywhere', lambda *_: hand_made('joint')):\n"
             "    sys.exit(playground.main(['run', '--port', '0']))"
         )
-        with (tmp_path / "said").open("w+") as said:
-            server = subprocess.Popen(
-                [sys.executable, "-c", script],
-                stdout=said,
-                stderr=subprocess.STDOUT,
-                env={**os.environ, "HOME": str(tmp_path)},
-            )
-            try:
-                address = ""
-                for _ in range(600):
-                    text = (tmp_path / "said").read_text()
-                    assert server.poll() is None, text
-                    if "(Ctrl-C ends it)" in text:
-                        address = (
-                            text.split()[-5]
-                            if "http" not in text
-                            else next(w for w in text.split() if w.startswith("http"))
-                        )
-                        break
-                    time.sleep(0.1)
-                assert address.startswith("http://127.0.0.1:"), text
-                page = browser.new_page(viewport={"width": 1280, "height": 1000})
-                away: list[str] = []
-                errors: list[str] = []
-                page.on("request", lambda request: away.append(request.url))
-                page.on("pageerror", lambda error: errors.append(str(error)))
-                page.goto(address)
-                page.wait_for_selector("#canvas canvas", timeout=60_000)
-                time.sleep(1.5)  # until the canvas has its size
-                box = page.locator("#canvas canvas").first.bounding_box()
-                middle = box["x"] + box["width"] / 2, box["y"] + box["height"] / 2
-                page.mouse.move(*middle)
-                page.mouse.down()
-                page.mouse.move(middle[0] + 40, middle[1] + 40, steps=8)
-                page.mouse.up()
-                page.click("#look-drawn")
-                words = page.locator("#words textarea, #words input").first
-                page.wait_for_function(
-                    "document.querySelector('#words textarea, #words input').value.startsWith('class')"
-                )
-                assert words.input_value().removeprefix("class ") in model.classes
-                plane = page.locator("#map img").first
-                plane.scroll_into_view_if_needed()
-                size = plane.bounding_box()
-                plane.click(position={"x": size["width"] * 0.7, "y": size["height"] * 0.4})
-                page.wait_for_function(
-                    "document.querySelector('#place textarea, #place input').value.includes('zone of')"
-                )
-                page.wait_for_selector("#made img")
-                assert page.locator("#made img").count() >= 8
-                page.click("#by-class")
-                wait_for(page, "place", "includes('class 0')")
-                picture = tmp_path / "white.png"
-                WHITE.convert("RGB").save(picture)
-                for name in ("first", "second"):
-                    page.locator(f"#{name} input[type=file]").first.set_input_files(picture)
-                    page.wait_for_selector(f"#{name} img")
-                page.click("#mix")
-                page.wait_for_selector("#mixed img")
-                assert not errors
-                assert not [url for url in away if not url.startswith((address, "data:", "blob:"))]
-            finally:
-                server.terminate()
-                server.wait(20)
+        server = forked(
+            ["-c", script], cwd=tmp_path, said=tmp_path / "said", environment={**os.environ, "HOME": str(tmp_path)}
+        )
+        try:
+            address = ""
+            for _ in range(600):
+                text = (tmp_path / "said").read_text() if (tmp_path / "said").exists() else ""
+                assert server.exitcode is None, text
+                if "(Ctrl-C ends it)" in text:
+                    address = next(word for word in text.split() if word.startswith("http"))
+                    break
+                time.sleep(0.1)
+            assert address.startswith("http://127.0.0.1:"), text
+            page = browser.new_page(viewport={"width": 1280, "height": 1000})
+            away: list[str] = []
+            errors: list[str] = []
+            page.on("request", lambda request: away.append(request.url))
+            page.on("pageerror", lambda error: errors.append(str(error)))
+            page.goto(address)
+            page.wait_for_selector("#canvas canvas", timeout=60_000)
+            time.sleep(1.5)  # until the canvas has its size
+            box = page.locator("#canvas canvas").first.bounding_box()
+            middle = box["x"] + box["width"] / 2, box["y"] + box["height"] / 2
+            page.mouse.move(*middle)
+            page.mouse.down()
+            page.mouse.move(middle[0] + 40, middle[1] + 40, steps=8)
+            page.mouse.up()
+            page.click("#look-drawn")
+            words = page.locator("#words textarea, #words input").first
+            page.wait_for_function("document.querySelector('#words textarea, #words input').value.startsWith('class')")
+            assert words.input_value().removeprefix("class ") in model.classes
+            plane = page.locator("#map img").first
+            plane.scroll_into_view_if_needed()
+            size = plane.bounding_box()
+            plane.click(position={"x": size["width"] * 0.7, "y": size["height"] * 0.4})
+            page.wait_for_function("document.querySelector('#place textarea, #place input').value.includes('zone of')")
+            page.wait_for_selector("#made img")
+            assert page.locator("#made img").count() >= 8
+            page.click("#by-class")
+            wait_for(page, "place", "includes('class 0')")
+            picture = tmp_path / "white.png"
+            WHITE.convert("RGB").save(picture)
+            for name in ("first", "second"):
+                page.locator(f"#{name} input[type=file]").first.set_input_files(picture)
+                page.wait_for_selector(f"#{name} img")
+            page.click("#mix")
+            page.wait_for_selector("#mixed img")
+            assert not errors
+            assert not [url for url in away if not url.startswith((address, "data:", "blob:"))]
+        finally:
+            server.terminate()
+            server.join(20)
