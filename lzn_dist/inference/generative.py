@@ -16,7 +16,6 @@ from lzn_dist.inference.interpolation import slerp
 from lzn_dist.inference.latents import LatentModel
 from lzn_dist.keyed_random import make_key, normal
 from lzn_dist.modalities import Image, Text
-from lzn_dist.zones import compute_latents
 
 Sampler = Literal["euler", "dopri5"]
 
@@ -179,14 +178,9 @@ class GenerativeModel(LatentModel):
             raise ValueError("give one of images, texts and labels")
         if labels is not None:
             chosen = self._label_tensor(labels, len(labels) if hasattr(labels, "__len__") else 1)
-            table = self.label_anchors()
             if self._point(what) == "anchor":
-                return table[chosen]
-            samples = torch.arange(first, first + len(chosen), device=table.device)
-            noise = normal(make_key(seed, "generate/latent", samples), table.shape[1:], table.dtype) * noise_scale
-            return compute_latents(
-                table[chosen], noise, table, index=chosen, steps=self.config.evaluation.alignment_steps
-            )
+                return self.label_anchors()[chosen]
+            return self.label_latents(chosen, seed, first, noise_scale)
         if self._point(what) == "anchor":
             anchors = self.anchors(images) if images is not None else self.embed_text(texts or [])
             return anchors if self.has_latents else F.normalize(anchors, dim=1)

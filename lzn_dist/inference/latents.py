@@ -121,15 +121,16 @@ class LatentModel(EncodingModel):
         return kind.placed(anchors, anchors.mean(0) if kind.centred else None)
 
     @torch.no_grad()
-    def label_latents(self, labels: Tensor, seed: int = 0, first: int = 0) -> Tensor:
-        """A random latent [n, D] from the zone of each label, int64 [n]; sample numbers count from ``first``.
+    def label_latents(self, labels: Tensor, seed: int = 0, first: int = 0, noise_scale: float = 1.0) -> Tensor:
+        """A latent [n, D] from the zone of each label, int64 [n]; sample numbers count from ``first``.
 
-        Euler from the label's anchor over all label anchors, equally weighted (paper, section 3.3).
+        noise_scale: 1 for a random one, 0 for the zone's centre. Euler from the label's anchor over all label anchors,
+        equally weighted (paper, section 3.3).
         """
         anchors = self.label_anchors()
         labels = self._check_labels(labels)
         samples = torch.arange(first, first + len(labels), device=labels.device)
-        noise = normal(make_key(seed, "generate/latent", samples), anchors.shape[1:], anchors.dtype)
+        noise = normal(make_key(seed, "generate/latent", samples), anchors.shape[1:], anchors.dtype) * noise_scale
         return compute_latents(
             anchors[labels], noise, anchors, index=labels, solver="euler",
             steps=self.config.evaluation.alignment_steps, backend=self.config.backend,

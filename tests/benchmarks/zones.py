@@ -1,18 +1,19 @@
 """Time and peak memory of latents + alignment + backward: tiled path, published form, and the products that remain.
 
-    python tests/benchmarks/zones.py [--sizes N ...] [--kinds KIND ...] [--trained RUN ...] [--before CHECKOUT]
-        [--output FILE.md]
+    python tests/benchmarks/zones.py [--sizes N ...] [--batch B] [--kinds KIND ...] [--trained RUN ...]
+        [--before CHECKOUT] [--output FILE.md]
 
-b = n/8 samples among n anchors of 256 dimensions, on a sphere, in 64 clusters and N(0, 0.1²); their second views 0.3
-apart (0.1, in the tight clusters; 0.05); and those that a representation run's encoder gives to two views of n training
-images (a run with latent.dim=256 and so many images, `glyphs_representation` say). Each figure comes from a process of
-its own, which imports, warms up on a small batch and then samples its resident memory from a thread. `before` is the
-tiled path of another checkout.
+b = n/8 samples (or always as many) among n anchors of 256 dimensions, on a sphere, in 64 clusters and N(0, 0.1²); their
+second views 0.3 apart (0.1, in the tight clusters; 0.05); and those that a representation run's encoder gives to two
+views of n training images (a run with latent.dim=256 and so many images, `glyphs_representation` say). Each figure
+comes from a process of its own, which imports, warms up on a small batch and then samples its resident memory from a
+thread. `before` is the tiled path of another checkout.
 `published` is the form of the paper's formula as published: b × n × d differences, weights by exponentiating and
 dividing, every step under torch.utils.checkpoint; up to 1,024 anchors. `dense` is what a path that meets every pair of
 sample and anchor cannot do without, a step: the scores twice (in float64, in float32 where these are small enough),
 five products in float32, two exponentials of float32. `left` is the share of these products that the flow does, the
-others being straight lines; `over what is left` is its time over theirs. With --output the times are also drawn.
+others being straight lines; `over what is left` is its time over theirs; `growth` the time over the one before it in
+the table, of the same kind. With --output the times are also drawn.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ import os
 import tempfile
 import time
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 
 import torch
@@ -119,13 +121,15 @@ def published(first: Tensor, second: Tensor, noise: Tensor) -> float:
 
 
 def dense(b: int, n: int) -> dict[str, float]:
-    """Seconds of a step's products and exponentials alone, forward and backward, with scores in float64 and float32."""
-    w, a, q = torch.rand(b, n), torch.randn(n, DIM), torch.randn(b, DIM)
+    """Seconds of a step's products and exponentials alone, forward and backward, with scores in float64 and float32; of
+    many samples measured on a part."""
+    rows = min(b, 1024)
+    w, a, q = torch.rand(rows, n), torch.randn(n, DIM), torch.randn(rows, DIM)
     a64, q64 = a.double(), q.double()
 
     def seconds(part: Callable[[], object]) -> float:
         part()
-        return clock(part, 1.0)
+        return clock(part, 1.0) * b / rows
 
     double, single = seconds(lambda: q64 @ a64.T), seconds(lambda: q @ a.T)
     mean, gradient, weights = seconds(lambda: w @ a), seconds(lambda: w.T @ q), seconds(w.exp)
@@ -136,61 +140,69 @@ def dense(b: int, n: int) -> dict[str, float]:
     }  # fmt: skip
 
 
-def remaining(first: Tensor, second: Tensor, noise: Tensor, step: dict[str, float]) -> tuple[float, float]:
-    """Seconds of the products that the flow does, and their share of a dense path's; step: of `dense`."""
-    found, rows_of_all = 0.0, 2 * STEPS * len(noise)
-    done = {"forward": 0, "backward": 0}
-    calls = AnchorField.posterior, AnchorField.vjp
+class Counted:
+    """A context in which the flow's products are counted. done: rows of b by n pairs, forward and backward; seconds:
+    what they take, by `step` of `dense`."""
 
-    def counting(way: str, call: Callable[..., object]) -> Callable[..., object]:
+    def __init__(self, b: int, step: dict[str, float]) -> None:
+        self.b, self.step, self.seconds, self.done = b, step, 0.0, {"forward": 0, "backward": 0}
+
+    def __enter__(self) -> Counted:
+        self.calls = AnchorField.posterior, AnchorField.vjp
+        AnchorField.posterior = self._counting("forward", self.calls[0])  # type: ignore[method-assign, assignment]
+        AnchorField.vjp = self._counting("backward", self.calls[1])  # type: ignore[method-assign, assignment]
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        AnchorField.posterior, AnchorField.vjp = self.calls  # type: ignore[method-assign]
+
+    def _counting(self, way: str, call: Callable[..., object]) -> Callable[..., object]:
         def counted(field: AnchorField, rows: object, r: float, *args: object, **options: object) -> object:
-            nonlocal found
-            done[way] += len(rows)  # type: ignore[arg-type]
+            self.done[way] += len(rows)  # type: ignore[arg-type]
             precision = "32" if r * r * field.block.widest <= 100 else "64"
-            found += step[f"{way} {precision}"] * len(rows) / len(noise)  # type: ignore[arg-type]
+            self.seconds += self.step[f"{way} {precision}"] * len(rows) / self.b  # type: ignore[arg-type]
             return call(field, rows, r, *args, **options)
 
         return counted
 
-    AnchorField.posterior = counting("forward", calls[0])  # type: ignore[method-assign, assignment]
-    AnchorField.vjp = counting("backward", calls[1])  # type: ignore[method-assign, assignment]
-    tiled(first, second, noise)
-    AnchorField.posterior, AnchorField.vjp = calls  # type: ignore[method-assign]
-    return found, (2 * done["forward"] + 5 * done["backward"]) / (7 * rows_of_all)
+    @property
+    def share(self) -> float:
+        """Of a dense path's products."""
+        return (2 * self.done["forward"] + 5 * self.done["backward"]) / (7 * 2 * STEPS * self.b)
 
 
-def measure(variant: str, n: int, kind: str) -> dict[str, float]:
+def measure(variant: str, b: int, n: int, kind: str) -> dict[str, float]:
     """In the child process."""
-    function, b = published if variant == "published" else tiled, n // 8
+    function = published if variant == "published" else tiled
     function(*data(4, 8, "small"))  # libraries' buffers and thread pools
+    step = dense(b, n) if variant == "tiled" else {}
     inputs = data(b, n, kind)
-    with Peak() as peak:
+    with Counted(b, step) if step else nullcontext() as count, Peak() as peak:
         start = time.perf_counter()
         loss = function(*inputs)
         seconds = time.perf_counter() - start
     found = {"memory": peak.most, "loss": loss}
-    if variant != "published":
+    if variant != "published" and seconds < 20:
         seconds = min(seconds, clock(lambda: function(*inputs), 6.0))
-    if variant == "tiled":
-        step = dense(b, n)
+    if count:
         found["dense"] = STEPS * 2 * (step["forward 64"] + step["backward 64"])
-        found["remaining"], found["left"] = remaining(*inputs, step)
+        found["remaining"], found["left"] = count.seconds, count.share
     return found | {"seconds": seconds}
 
 
-def other(checkout: Path, n: int, kind: str) -> dict[str, float]:
+def other(checkout: Path, b: int, n: int, kind: str) -> dict[str, float]:
     before = os.environ.get("PYTHONPATH")
     os.environ["PYTHONPATH"] = str(checkout)
     try:
-        return spawn(__file__, "before", n, kind)
+        return spawn(__file__, "before", b, n, kind)
     finally:
         os.environ.pop("PYTHONPATH")
         if before is not None:
             os.environ["PYTHONPATH"] = before
 
 
-def figure(found: dict[str, dict[int, dict[str, float]]], path: Path) -> None:
-    """Seconds over n, at b = n/8: a slope of 2 is as many as pairs."""
+def figure(found: dict[str, dict[int, dict[str, float]]], batch: int, path: Path) -> None:
+    """Seconds over n: a slope of 2 at b = n/8, and of 1 where b stays, is as many as pairs."""
     import matplotlib.pyplot as plt
 
     axes = plt.subplots(figsize=(6, 4.5), layout="constrained")[1]
@@ -200,7 +212,7 @@ def figure(found: dict[str, dict[int, dict[str, float]]], path: Path) -> None:
             before = [row["before"] for row in rows.values()]
             axes.loglog(list(rows), before, "x:", color=line.get_color(), label=f"{kind}, before")
     axes.loglog(list(rows), [row["dense"] for row in rows.values()], "k--", label="products of a dense path")
-    axes.set(xlabel="anchors n (b = n/8)", ylabel="seconds, forward and backward")
+    axes.set(xlabel=f"anchors n (b = {batch or 'n/8'})", ylabel="seconds, forward and backward")
     axes.set_xticks(list(rows), [str(n) for n in rows])
     axes.minorticks_off()
     axes.legend(fontsize=7)
@@ -209,34 +221,39 @@ def figure(found: dict[str, dict[int, dict[str, float]]], path: Path) -> None:
 
 
 def table(
-    sizes: list[int], kinds: list[str], checkout: Path | None
+    sizes: list[int], batch: int, kinds: list[str], checkout: Path | None
 ) -> tuple[str, dict[str, dict[int, dict[str, float]]]]:
     lines = [
         "# Zones: latents, alignment and their backward", "",
         f"{machine()}.",
-        f"D = {DIM}, float32, {STEPS} latent and {STEPS} alignment steps, forward and backward, b = n/8. What the",
-        "columns mean stands in zones.py. Times are the least of several calls, `published` is one; memory above the",
-        "inputs, in MB.",
+        f"D = {DIM}, float32, {STEPS} latent and {STEPS} alignment steps, forward and backward, b = {batch or 'n/8'}.",
+        "What the columns mean stands in zones.py. Times are the least of several calls, `published` and those over 20",
+        "seconds of one; memory above the inputs, in MB.",
         "",
-        "| anchors | n | before s | now s | before/now | MB | published s | published/now | dense s | now/dense | left "
-        "| over what is left |",
-        "|---|---|---|---|---|---|---|---|---|---|---|---|",
+        "| anchors | n | before s | now s | before/now | growth | MB | published s | published/now | dense s "
+        "| now/dense | left | over what is left |",
+        "|---|---|---|---|---|---|---|---|---|---|---|---|---|",
     ]  # fmt: skip
     names = {kind: Path(kind).stem if kind.endswith(".pt") else kind for kind in kinds}
     found: dict[str, dict[int, dict[str, float]]] = {name: {} for name in names.values()}
     for n in sizes:
-        theirs = spawn(__file__, "published", n, "small")["seconds"] if n <= PUBLISHED else None
+        b = batch or n // 8
+        theirs = spawn(__file__, "published", b, n, "small")["seconds"] if n <= PUBLISHED else None
         for kind, name in names.items():
-            # in turns, the better of two: other load comes and goes
-            pairs = [(other(checkout, n, kind) if checkout else None, spawn(__file__, "tiled", n, kind)) for _ in "12"]
+            # in turns, the better of two: other load comes and goes, but for what takes minutes
+            pairs: list[tuple[dict[str, float] | None, dict[str, float]]] = []
+            while not pairs or (len(pairs) < 2 and pairs[0][1]["seconds"] < 20):
+                pairs.append((other(checkout, b, n, kind) if checkout else None, spawn(__file__, "tiled", b, n, kind)))
             ours = min((pair[1] for pair in pairs), key=lambda row: row["seconds"])
             now = ours["seconds"]
             old = min(pair[0]["seconds"] for pair in pairs if pair[0]) if checkout else None
+            earlier = [row["seconds"] for row in found[name].values()]
             found[name][n] = ours | ({} if old is None else {"before": old})
             cells = [
                 name, n, "" if old is None else f"{old:.3f}", f"{now:.3f}", "" if old is None else f"{old / now:.2f}",
-                f"{ours['memory']:.0f}", "" if theirs is None else f"{theirs:.1f}",
-                "" if theirs is None else f"{theirs / now:.0f}", f"{ours['dense']:.3f}", f"{now / ours['dense']:.2f}",
+                f"{now / earlier[-1]:.2f}" if earlier else "", f"{ours['memory']:.0f}",
+                *(("", "") if theirs is None else (f"{theirs:.1f}", f"{theirs / now:.0f}")),
+                f"{ours['dense']:.3f}", f"{now / ours['dense']:.2f}",
                 f"{ours['left']:.2f}", f"{now / ours['remaining']:.2f}",
             ]  # fmt: skip
             lines.append("| " + " | ".join(map(str, cells)) + " |")
@@ -247,22 +264,23 @@ def table(
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--sizes", type=int, nargs="+", default=SIZES, metavar="N", help="numbers of anchors")
+    parser.add_argument("--batch", type=int, default=0, metavar="B", help="samples (default: an eighth of the anchors)")
     parser.add_argument("--kinds", nargs="+", default=KINDS, choices=KINDS, help="made anchors")
     parser.add_argument("--trained", type=Path, nargs="+", default=[], metavar="RUN", help="runs whose encoders to ask")
     parser.add_argument("--before", type=Path, metavar="CHECKOUT", help="of another state of the project")
     parser.add_argument("--output", type=Path, help="also write the table there, and beside it the figure")
-    parser.add_argument("--child", nargs=3, help=argparse.SUPPRESS)
+    parser.add_argument("--child", nargs=4, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.child:
-        variant, n, kind = arguments.child
-        print(json.dumps(measure(variant, int(n), kind)))
+        variant, b, n, kind = arguments.child
+        print(json.dumps(measure(variant, int(b), int(n), kind)))
         return
     with tempfile.TemporaryDirectory() as folder:
         trained = [encode(run, max(arguments.sizes), Path(folder)) for run in arguments.trained]
-        text, found = table(arguments.sizes, [*arguments.kinds, *trained], arguments.before)
+        text, found = table(arguments.sizes, arguments.batch, [*arguments.kinds, *trained], arguments.before)
     if arguments.output:
         arguments.output.write_text(text)
-        figure(found, arguments.output.with_suffix(".png"))
+        figure(found, arguments.batch, arguments.output.with_suffix(".png"))
 
 
 if __name__ == "__main__":
