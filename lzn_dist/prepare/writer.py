@@ -28,7 +28,7 @@ from dataclasses import asdict, dataclass, field
 from functools import partial
 from itertools import chain, islice
 from pathlib import Path
-from typing import IO, Any, NamedTuple, Protocol
+from typing import IO, Any, NamedTuple, Protocol, TypeVar
 
 import numpy as np
 import webdataset as wds
@@ -49,6 +49,9 @@ from lzn_dist.terminal import INTERRUPTED, steady_output
 PLAN = ".plan.json"  # what a folder is being filled with
 LOCK = ".lock"  # whoever fills the folder, and its workers, hold a lock on this file
 PARTS = ".shards"  # what is known of finished shards until the manifest is written
+
+Task = TypeVar("Task")
+Result = TypeVar("Result")
 
 
 class PrepareError(ValueError):
@@ -385,19 +388,19 @@ def _write(
     return sum(map(len, skipped.values()))
 
 
-def _run(function: Callable[[Plan], Part], plans: Sequence[Plan], processes: int) -> Iterator[Part]:
+def _run(function: Callable[[Task], Result], tasks: Sequence[Task], processes: int) -> Iterator[Result]:
     """Results as they come; few tasks wait at a time, so that an error or a stop ends soon."""
     if processes == 1:
-        yield from map(function, plans)
+        yield from map(function, tasks)
         return
     # Ctrl-C reaches the workers too, which finish the shards under way: it is held back until they know that
     held = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     with ProcessPoolExecutor(processes, initializer=_start_worker) as pool:
-        waiting: set[Future[Part]] = set()
-        left = iter(plans)
+        waiting: set[Future[Result]] = set()
+        left = iter(tasks)
         try:
             while True:
-                waiting |= {pool.submit(function, plan) for plan in islice(left, 2 * processes - len(waiting))}
+                waiting |= {pool.submit(function, task) for task in islice(left, 2 * processes - len(waiting))}
                 signal.pthread_sigmask(signal.SIG_SETMASK, held)
                 if not waiting:
                     return
@@ -566,14 +569,22 @@ def run(make_source: Callable[[argparse.Namespace], Source], arguments: argparse
 # ── checking ────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def check_shard(folder: Path, shard: Shard, decode: bool, rows: list[tuple[str, int, int]]) -> list[str]:
-    """What is wrong with one shard. rows: (key, offset, bytes) of its images, for decoding."""
-    path = folder / shard.name
-    if hash_file(path) != shard.sha256:
+class Checked(NamedTuple):
+    """A shard to look at, its path and hash. images: (key, offset, bytes) of those to be decoded."""
+
+    path: Path
+    sha256: str
+    images: list[tuple[str, int, int]]
+
+
+def check_shard(task: Checked) -> list[str]:
+    """What is wrong with one shard."""
+    path = task.path
+    if hash_file(path) != task.sha256:
         return [f"{path}: its SHA-256 is not the one in {MANIFEST}"]
     problems = []
     with path.open("rb") as file:
-        for key, offset, size in rows if decode else ():
+        for key, offset, size in task.images:
             file.seek(offset)
             try:
                 load_with_pillow(file.read(size))
@@ -602,12 +613,9 @@ def check(folder: Path, *, decode: bool = False, processes: int = 1, quiet: bool
         for shard, end in zip(split.shards, split.ends.tolist(), strict=True):
             rows = range(end - shard.samples, end)
             images = [(split.key(row), *split.images[row].tolist()) for row in rows] if decode else []
-            tasks.append((folder, shard, decode, images))
-    with (
-        ProcessPoolExecutor(processes) as pool,
-        tqdm(total=len(tasks), unit="shard", disable=quiet) as bar,
-    ):
-        for future in [pool.submit(check_shard, *task) for task in tasks]:
-            problems += future.result()
+            tasks.append(Checked(folder / shard.name, shard.sha256, images))
+    with tqdm(total=len(tasks), unit="shard", disable=quiet) as bar:
+        for found in _run(check_shard, tasks, processes):
+            problems += found
             bar.update()
-    return problems
+    return sorted(problems)

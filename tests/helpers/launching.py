@@ -66,6 +66,7 @@ def forked(
 
 
 def _main(command: list[str], environment: dict[str, str], cwd: str, said: str) -> None:
+    multiprocessing.set_start_method(None, force=True)  # as in a Python of its own, not by the server of this one
     os.environ.clear()
     os.environ.update(environment)
     os.chdir(cwd)

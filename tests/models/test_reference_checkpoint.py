@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -11,10 +12,10 @@ import torch
 import lzn_dist
 from lzn_dist.engines.single import SingleEngine
 from lzn_dist.objectives import build_networks
+from lzn_dist.tools import import_published
 from lzn_dist.tools.published_checkpoint import PREFIX, build_case, load_reference_checkpoint
 from lzn_dist.training.checkpoint import find_checkpoint, load_weights, resume_state
 from lzn_dist.training.setup import single_state
-from tests.helpers.launching import python
 from tests.helpers.reference import assert_same_output, fill, read, wave
 
 pytestmark = pytest.mark.slow
@@ -36,9 +37,10 @@ def write(path: Path, case: str) -> Path:
     return path
 
 
-@pytest.mark.process
 @torch.no_grad()
-def test_case_2_gives_the_reference_outputs_and_becomes_a_run(tmp_path: Path) -> None:
+def test_case_2_gives_the_reference_outputs_and_becomes_a_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     path = write(tmp_path / "case_2.pt", "case_study_2")
     reference, images = read("case_study_2"), wave((2, 3, 64, 64), 0.0)
     averaged = load_reference_checkpoint(path, "case_study_2")
@@ -48,9 +50,8 @@ def test_case_2_gives_the_reference_outputs_and_becomes_a_run(tmp_path: Path) ->
     for ours, theirs in zip(trained.encoder.parameters(), averaged.encoder.parameters(), strict=True):
         assert torch.equal(ours, 0.5 * theirs)
 
-    command = ["-m", "lzn_dist.tools.import_published", path, "--case", "case_study_2", "--out", tmp_path / "run"]
-    done = python(*command, cwd=tmp_path)
-    assert done.returncode == 0 and "evaluate it with" in done.stdout, done.stdout
+    monkeypatch.setattr(sys, "argv", ["", str(path), "--case", "case_study_2", "--out", str(tmp_path / "run")])
+    assert import_published.main() == 0 and "evaluate it with" in capsys.readouterr().out
     model = lzn_dist.load(tmp_path / "run")
     assert model.step == 1234 and model.config.task == "representation"
     assert torch.equal(model.networks["image"]["encoder"](images), averaged.encoder(images))
@@ -62,8 +63,7 @@ def test_case_2_gives_the_reference_outputs_and_becomes_a_run(tmp_path: Path) ->
     resume_state(state, find_checkpoint(tmp_path / "run"))
     assert isinstance(state.engine, SingleEngine) and state.counters.step == 1234
     assert {float(moments["step"]) for moments in state.engine.optimizer.state.values()} == {0.0}
-    done = python(*command, cwd=tmp_path)
-    assert done.returncode == 2 and "is not empty" in done.stdout and "Traceback" not in done.stdout
+    assert import_published.main() == 2 and "is not empty" in capsys.readouterr().err
 
 
 @torch.no_grad()
