@@ -13,6 +13,7 @@ the encoder's seconds scatter: "from the parts".
 from __future__ import annotations
 
 import argparse
+import json
 import statistics
 import sys
 import time
@@ -25,6 +26,7 @@ from common import machine
 from grad_cache import CPU, ENCODER, make_samples, representation, spread, take_turns
 from torch import Tensor
 
+from lzn_dist.config import load_config
 from lzn_dist.networks import Networks
 from lzn_dist.objectives import Samples
 from lzn_dist.training.optimizer import schedule
@@ -48,19 +50,23 @@ class Case:
 RESNET_50 = (
     f"{ENCODER}.channels=64", f"{ENCODER}.blocks=[3,4,6,3]", f"{ENCODER}.stem=imagenet", "latent.dim=256",
 )  # fmt: skip
-# configs/digits_representation.yaml's own, and those of configs/mnist5k_representation_soft.yaml
-DIGITS = (
-    "alignment.pairs=[{latents: image.1, anchors: image.2, over: last}]", "alignment.steps=8", "latent.noise_scale=0.2",
-)  # fmt: skip
-SOFT = (
-    "alignment.pairs=[{latents: image.1, anchors: image.2, over: last}, "
-    "{latents: image.2, anchors: image.1, over: last}]",
-    "alignment.steps=3", "latent.steps=2", "latent.noise_scale=0.1", "modalities.image.anchor_norm=1",
-)  # fmt: skip
+
+
+def alignment_of(name: str) -> tuple[str, ...]:
+    """How a configuration of configs/ makes latents and aligns them, as overrides."""
+    found = load_config(name)
+    length = json.dumps(found.modalities["image"].anchor_norm)
+    return (
+        f"alignment={found.alignment.model_dump_json()}", f"latent.steps={found.latent.steps}",
+        f"latent.noise_scale={found.latent.noise_scale}",
+        f"modalities.image.anchor_norm={length}",
+    )  # fmt: skip
+
+
 FULL = [
     Case("digits encoder, 8x8, batch 256, D 64", 256, 8, 1, (), 30),
-    Case("so, digits_representation.yaml's 20 + 8 steps", 256, 8, 1, DIGITS, 30),
-    Case("so, 2 + 3 steps, both directions, soft", 256, 8, 1, SOFT, 30),
+    Case("so, digits_representation.yaml's 20 + 8 steps", 256, 8, 1, alignment_of("digits_representation"), 30),
+    Case("so, 2 + 3 steps, both directions, soft", 256, 8, 1, alignment_of("mnist5k_representation_soft"), 30),
     Case("ResNet-50, 64x64, batch 128, D 256", 128, 64, 3, RESNET_50, 7),
 ]
 QUICK = [
