@@ -23,6 +23,7 @@ import json
 import os
 import tempfile
 import time
+from collections import Counter
 from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
@@ -141,13 +142,10 @@ def dense(b: int, n: int) -> dict[str, float]:
 
 
 class Counted:
-    """A context in which the flow's products are counted. done: rows of b by n pairs, forward and backward; seconds:
-    what they take, by `step` of `dense`."""
-
-    def __init__(self, b: int, step: dict[str, float]) -> None:
-        self.b, self.step, self.seconds, self.done = b, step, 0.0, {"forward": 0, "backward": 0}
+    """A context in which the rows that meet all anchors are counted, by way and precision as in `dense`."""
 
     def __enter__(self) -> Counted:
+        self.rows: Counter[str] = Counter()
         self.calls = AnchorField.posterior, AnchorField.vjp
         AnchorField.posterior = self._counting("forward", self.calls[0])  # type: ignore[method-assign, assignment]
         AnchorField.vjp = self._counting("backward", self.calls[1])  # type: ignore[method-assign, assignment]
@@ -158,26 +156,24 @@ class Counted:
 
     def _counting(self, way: str, call: Callable[..., object]) -> Callable[..., object]:
         def counted(field: AnchorField, rows: object, r: float, *args: object, **options: object) -> object:
-            self.done[way] += len(rows)  # type: ignore[arg-type]
             precision = "32" if r * r * field.block.widest <= 100 else "64"
-            self.seconds += self.step[f"{way} {precision}"] * len(rows) / self.b  # type: ignore[arg-type]
+            self.rows[f"{way} {precision}"] += len(rows)  # type: ignore[arg-type]
             return call(field, rows, r, *args, **options)
 
         return counted
 
-    @property
-    def share(self) -> float:
+    def share(self, b: int) -> float:
         """Of a dense path's products."""
-        return (2 * self.done["forward"] + 5 * self.done["backward"]) / (7 * 2 * STEPS * self.b)
+        products = sum(rows * (2 if name.startswith("forward") else 5) for name, rows in self.rows.items())
+        return products / (7 * 2 * STEPS * b)
 
 
 def measure(variant: str, b: int, n: int, kind: str) -> dict[str, float]:
     """In the child process."""
     function = published if variant == "published" else tiled
     function(*data(4, 8, "small"))  # libraries' buffers and thread pools
-    step = dense(b, n) if variant == "tiled" else {}
     inputs = data(b, n, kind)
-    with Counted(b, step) if step else nullcontext() as count, Peak() as peak:
+    with Counted() if variant == "tiled" else nullcontext() as count, Peak() as peak:
         start = time.perf_counter()
         loss = function(*inputs)
         seconds = time.perf_counter() - start
@@ -185,8 +181,10 @@ def measure(variant: str, b: int, n: int, kind: str) -> dict[str, float]:
     if variant != "published" and seconds < 20:
         seconds = min(seconds, clock(lambda: function(*inputs), 6.0))
     if count:
+        step = dense(b, n)
         found["dense"] = STEPS * 2 * (step["forward 64"] + step["backward 64"])
-        found["remaining"], found["left"] = count.seconds, count.share
+        found["remaining"] = sum(step[name] * rows / b for name, rows in count.rows.items())
+        found["left"] = count.share(b)
     return found | {"seconds": seconds}
 
 

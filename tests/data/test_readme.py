@@ -52,7 +52,7 @@ RUN = {
     "python -m lzn_dist.tools.inspect data/imagenet": ["--samples", "2", "--size", "32"],
     "accelerate launch --config_file launch/zero2.yaml lzn_dist/train.py configs/imagenet_rep": IMAGENET,
     "python data_prep/image_folder.py --folder photos": ["--processes", "1"],
-    "accelerate launch --config_file launch/ddp.yaml lzn_dist/train.py configs/images_joint.yaml": TINY,
+    "accelerate launch --config_file launch/cpu.yaml lzn_dist/train.py configs/images_joint.yaml": TINY,
     "python slurm/submit.py configs/digits_joint.yaml output_dir=runs/cluster --nodes 2 --time 30m --preflight -": [],
     "python slurm/submit.py configs/digits_joint.yaml output_dir=runs/local --local": TINY,
     "python -m lzn_dist.evaluate runs/digits_joint": ["--quick", "evaluation.samples_per_class=1"],
