@@ -389,7 +389,8 @@ def _write(
 
 
 def _run(function: Callable[[Task], Result], tasks: Sequence[Task], processes: int) -> Iterator[Result]:
-    """Results as they come; few tasks wait at a time, so that an error or a stop ends soon."""
+    """Results as they come; few tasks wait at a time, so that an error or a stop ends soon. Raises PrepareError where
+    a process was killed."""
     if processes == 1:
         yield from map(function, tasks)
         return
@@ -411,6 +412,8 @@ def _run(function: Callable[[Task], Result], tasks: Sequence[Task], processes: i
             if isinstance(error, KeyboardInterrupt):
                 print("stopping after the shards under way", file=sys.stderr)
             pool.shutdown(wait=True, cancel_futures=True)
+            if isinstance(error, BrokenProcessPool):
+                raise PrepareError("a process was killed, for want of memory perhaps: try fewer --processes") from error
             raise
 
 
@@ -557,9 +560,6 @@ def run(make_source: Callable[[argparse.Namespace], Source], arguments: argparse
     except PrepareError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    except BrokenProcessPool:
-        print("error: a process was killed, for want of memory perhaps: try fewer --processes", file=sys.stderr)
-        return 2
     except KeyboardInterrupt:
         print("stopped; finished shards are kept: repeat the command to go on", file=sys.stderr)
         return INTERRUPTED
@@ -596,7 +596,8 @@ def check_shard(task: Checked) -> list[str]:
 def check(folder: Path, *, decode: bool = False, processes: int = 1, quiet: bool = False) -> list[str]:
     """Compare shards and index with the manifest, byte for byte; returns what is wrong, empty if nothing is.
 
-    Raises FileNotFoundError and ValueError where there is no manifest, or a shard is missing or of another size.
+    Raises FileNotFoundError and ValueError where there is no manifest, or a shard is missing or of another size, and
+    PrepareError, a ValueError, where one of its processes was killed.
     """
     if not (folder / MANIFEST).is_file():
         raise FileNotFoundError(
