@@ -26,7 +26,7 @@ from PIL import Image
 from lzn_dist.data import CentreCrop, ShardedDataset, ShardIndex, Split, write_manifest
 from lzn_dist.data.index import IMAGE_EXTENSIONS
 from lzn_dist.data.pixels import decode
-from lzn_dist.prepare import sources
+from lzn_dist.prepare import sources, writer
 from lzn_dist.prepare.image_folder import ImageFolder
 from lzn_dist.prepare.sources import CIFAR10, AFHQCat, ImageNet, read_devkit
 from lzn_dist.prepare.writer import Item, Options, PrepareError, check, prepare
@@ -282,6 +282,16 @@ def test_stopped_it_goes_on_where_it_was(
         assert (output / path.name).read_bytes() == path.read_bytes(), path.name
     assert all((output / name).stat().st_mtime_ns == kept[name] for name in known)
     assert sorted(path.name for path in output.iterdir()) == sorted(p.name for p in (tmp_path / "whole").iterdir())
+
+
+def killed(_: int) -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+@pytest.mark.process
+def test_a_killed_process_is_one_line_that_says_what_to_do() -> None:
+    with pytest.raises(PrepareError, match="a process was killed, for want of memory perhaps: try fewer --processes"):
+        list(writer._run(killed, range(5), 2))
 
 
 def test_two_preparations_do_not_write_to_one_folder(tmp_path: Path) -> None:
