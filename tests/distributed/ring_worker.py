@@ -154,10 +154,11 @@ class Largest(TorchDispatchMode):
 
 
 def largest(rank: int, world: int) -> int:
-    tile, block.TILE_ELEMENTS = block.TILE_ELEMENTS, 1 << 10
+    before = block.TILE_ELEMENTS, block.TILE_ROWS
+    block.TILE_ELEMENTS, block.TILE_ROWS = 1 << 10, 1
     mode = Largest()
     run(CASES["settled unaligned"], rank, world, watch=mode, field=ring_field())
-    block.TILE_ELEMENTS = tile
+    block.TILE_ELEMENTS, block.TILE_ROWS = before
     return mode.elements
 
 

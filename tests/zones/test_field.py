@@ -79,6 +79,7 @@ def test_tiles_of_blocks(monkeypatch: pytest.MonkeyPatch, elements: int) -> None
     batch = across(make(16, 47, 23, 0.1), 30)
     expected = run(batch, backend="plain")
     monkeypatch.setattr(block_module, "TILE_ELEMENTS", elements)
+    monkeypatch.setattr(block_module, "TILE_ROWS", 1)
     assert_equal(run(batch, backend="tiled", field=split(30, 17)), expected, 1e-10)
 
 

@@ -47,14 +47,22 @@ def largest(backend: str, solver: str, spread: float | None, scale: float = 1.0)
 )
 def test_tiled_holds_one_tile(monkeypatch: pytest.MonkeyPatch, solver: str, spread: float | None) -> None:
     monkeypatch.setattr(block, "TILE_ELEMENTS", TILE)
+    monkeypatch.setattr(block, "TILE_ROWS", 1)
     assert max(TILE, N * D) < B * N / 8
     assert largest("tiled", solver, spread) <= max(TILE, N * D)
+
+
+@pytest.mark.parametrize("anchors,rows", [(64, 16384), (8192, 128), (65536, 128), (1 << 20, 16)])
+def test_tiles_have_rows_enough_but_for_more_anchors_than_memory_is_for(anchors: int, rows: int) -> None:
+    tiles = block.Block(torch.zeros(anchors, 1), torch.zeros(1)).tiles(10**6)
+    assert next(tiles) == slice(0, rows) and next(tiles) == slice(rows, 2 * rows)
 
 
 @pytest.mark.parametrize("solver", ["euler", "dpm_solver_pp"])
 def test_collapsed_anchors_take_a_list_of_pairs_at_most(monkeypatch: pytest.MonkeyPatch, solver: str) -> None:
     """All anchors within 10⁻⁴: every pair has weight at the first step, and is listed; still nothing of b × n × d."""
     monkeypatch.setattr(block, "TILE_ELEMENTS", TILE)
+    monkeypatch.setattr(block, "TILE_ROWS", 1)
     assert largest("tiled", solver, 0.5, 1e-5) <= B * N
 
 

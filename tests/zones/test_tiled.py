@@ -71,6 +71,7 @@ def test_uneven_tiles(monkeypatch: pytest.MonkeyPatch, solver: str, elements: in
     """One row a tile, two, and a height that does not divide the rows."""
     batch = make(16, 47, 23, 0.1, near=True)
     monkeypatch.setattr(block, "TILE_ELEMENTS", elements)
+    monkeypatch.setattr(block, "TILE_ROWS", 1)
     compare(batch, solver=solver)
     compare(batch, solver=solver, steps=10, dense=True)
 
