@@ -426,6 +426,7 @@ def test_networks_larger_than_their_file_are_not_built(tmp_path: Path, monkeypat
         load_networks(path)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "place", [{"offset": -1}, {"length": 1 << 50}, {"offset": "x"}, {"relative_path": "../x.distcp"}]
 )

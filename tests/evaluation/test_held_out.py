@@ -50,6 +50,7 @@ def test_without_held_out_images_their_measures_are_left_out(task: str, digits: 
     assert not [key for key in values if key.startswith(held)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["validation", "Test", "dev"])
 def test_held_out_splits_by_other_names_are_found(name: str, digits: Path, tmp_path: Path) -> None:
     model = of_split("representation", digits, tmp_path / "data", name)

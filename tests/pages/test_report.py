@@ -83,6 +83,7 @@ def test_several_runs_side_by_side(run: Path, three: Path) -> None:
     assert names_of([Path("/x/a/run"), Path("/x/b/run")]) == ["a/run", "b/run"]
 
 
+@pytest.mark.slow
 def test_the_page_lives_with_what_is_missing_or_damaged(run: Path, tmp_path: Path, capsys: Any) -> None:
     (run / "config.yaml").write_text("max_steps: [")
     (run / "evaluation.json").write_text("{")

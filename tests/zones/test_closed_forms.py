@@ -135,6 +135,7 @@ def test_latents_return_to_their_own_anchor(solver: str) -> None:
     assert float(alignment_loss(found.log_probs)) < 1e-6
 
 
+@pytest.mark.slow
 def test_adaptive_latents_agree_with_many_steps() -> None:
     start, noise = draw(6, 4), 0.5 * draw(6, 4, seed=1)
     values, grads = [], []
