@@ -450,7 +450,7 @@ def test_one_flipped_byte_is_noticed_or_changes_nothing(tmp_path: Path) -> None:
     draw, refused = random.Random(0), dict.fromkeys(("__0_0.distcp", ".metadata", "run.json", "config.yaml"), 0)
     for name in refused:
         good = (path / name).read_bytes()
-        for _ in range(15):
+        for _ in range(30):
             content = bytearray(good)
             content[draw.randrange(len(content))] ^= draw.randrange(1, 256)
             (path / name).write_bytes(content)
@@ -462,8 +462,8 @@ def test_one_flipped_byte_is_noticed_or_changes_nothing(tmp_path: Path) -> None:
             else:
                 assert all(torch.equal(value, expected[key]) for key, value in state.state_dict().items())
         (path / name).write_bytes(good)
-    assert refused.pop("__0_0.distcp") >= 2  # moments and averages, which are not read here, are in the file as well
-    assert set(refused.values()) == {15}
+    assert refused.pop("__0_0.distcp") >= 5  # moments and averages, which are not read here, are in the file as well
+    assert set(refused.values()) == {30}
     assert subprocess.run(["sha256sum", "--check", "--quiet", "SHA256SUMS"], cwd=path).returncode == 0
 
 

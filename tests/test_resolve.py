@@ -71,20 +71,21 @@ def test_size_colours_and_classes_are_those_of_the_shards(tmp_path: Path) -> Non
         resolve(of_images("joint", tmp_path / "unlabelled"))
 
 
-@pytest.mark.parametrize("size", [8, 16, 24, 28, 30, 37, 64, 100, 224, 256])
+@pytest.mark.parametrize("size", [8, 16, 24, 28, 30, 32, 37, 48, 64, 96, 100, 128, 224, 256])
 def test_networks_fit_any_size(size: int, tmp_path: Path) -> None:
     """Shapes alone, on torch's meta device: the settings as they are, of any size."""
     sizes = [size >> level for level in range(len(fitting_multipliers(size)))]
     assert all(a == 2 * b for a, b in itertools.pairwise(sizes)) and (sizes[-1] < 8 or sizes[-1] % 2)
     known = ["data.image_channels=3", "data.num_classes=2", f"data.image_size={size}"]
-    for task in ("joint", "representation"):
+    for task in ("joint", "generation", "representation"):
         config = resolve(of_images(task, tmp_path, *known))
         with torch.device("meta"), torch.no_grad():
             networks = build_networks(config)
             images = torch.zeros(2, 3, size, size)
             assert networks["image"]["encoder"](images).shape == (2, config.latent.dim)  # type: ignore[misc]
-            if task == "joint":
-                labels, latents = torch.zeros(2, dtype=torch.int64), torch.zeros(2, config.latent.dim)
+            if task != "representation":
+                labels = torch.zeros(2, dtype=torch.int64) if task == "joint" else None
+                latents = torch.zeros(2, config.latent.dim)
                 assert networks["image"]["decoder"](images, torch.ones(2), latents, labels=labels).shape == images.shape  # type: ignore[misc]
 
 

@@ -115,6 +115,7 @@ def test_what_is_no_such_file_is_refused(tmp_path: Path) -> None:
     for odd, message in (
         ({"iteration": "x"}, "its iteration is 'x'"),
         ({"decoder": {}}, "is not of case_study_2: it has a decoder"),
+        ({"label_anchor": {}}, "is not of case_study_2: it has a label_anchor"),
         ({"encoder": {"a": 1}}, "it holds no tensors by name"),
         ({"encoder": 3}, "it holds no tensors by name"),
         ({"encoder_ema": []}, "no averaged weights"),

@@ -17,7 +17,7 @@ from lzn_dist.zones import align, alignment_loss, block, compute_latents, trajec
 from lzn_dist.zones.field import AnchorField, Posterior
 from tests.helpers.zone_cases import Batch, assert_equal, error, make, run
 
-SIZES = {16: (128, 160), 32: (60, 200), 256: (10, 256)}  # dim: (b, n)
+SIZES = {16: (256, 256), 32: (60, 200), 256: (10, 256)}  # dim: (b, n)
 
 
 def compare(batch: Batch, *, solver: str = "euler", steps: int = 20, dense: bool = False) -> None:
