@@ -569,7 +569,7 @@ def run(make_source: Callable[[argparse.Namespace], Source], arguments: argparse
 # ── checking ────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-class Checked(NamedTuple):
+class ShardToCheck(NamedTuple):
     """A shard to look at, its path and hash. images: (key, offset, bytes) of those to be decoded."""
 
     path: Path
@@ -577,7 +577,7 @@ class Checked(NamedTuple):
     images: list[tuple[str, int, int]]
 
 
-def check_shard(task: Checked) -> list[str]:
+def check_shard(task: ShardToCheck) -> list[str]:
     """What is wrong with one shard."""
     path = task.path
     if hash_file(path) != task.sha256:
@@ -614,7 +614,7 @@ def check(folder: Path, *, decode: bool = False, processes: int = 1, quiet: bool
         for shard, end in zip(split.shards, split.ends.tolist(), strict=True):
             rows = range(end - shard.samples, end)
             images = [(split.key(row), *split.images[row].tolist()) for row in rows] if decode else []
-            tasks.append(Checked(folder / shard.name, shard.sha256, images))
+            tasks.append(ShardToCheck(folder / shard.name, shard.sha256, images))
     with tqdm(total=len(tasks), unit="shard", disable=quiet) as bar:
         for found in _run(check_shard, tasks, processes):
             problems += found
