@@ -144,6 +144,17 @@ class Block:
         assert self.groups is not None and rows.groups is not None
         return rows.groups[:, None] == self.groups
 
+    def _queries(self, rows: Rows, r: float) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries q [b, d] and biases [m], float64, of which scores q·a_j + bias_j are made, and the references' own
+        scores [b]."""
+        query = torch.add(rows.e.double() * r, rows.own64, alpha=r * r)
+        bias = self.half_norms * (-r * r)
+        offset = (query * rows.own64).sum(1) - (r * r) * rows.half_squares
+        if self.log_weights is not None and rows.log_weights is not None:
+            bias = bias + self.log_weights
+            offset = offset + rows.log_weights
+        return query, bias, offset
+
     def _scores(self, rows: Rows, r: float) -> tuple[Tensor, Tensor, Tensor]:
         """Queries q [b, d], scores [b, m] with −inf at the reference, and the reference's score [b] (float64).
 
@@ -151,12 +162,7 @@ class Block:
         """
         # on a GPU, reading the widest would wait for it
         single = self.raw.dtype == torch.float32 and not self.raw.is_cuda and r * r * self.widest <= FLOAT32_SCORES
-        query = torch.add(rows.e.double() * r, rows.own64, alpha=r * r)
-        bias = self.half_norms * (-r * r)
-        offset = (query * rows.own64).sum(1) - (r * r) * rows.half_squares
-        if self.log_weights is not None and rows.log_weights is not None:
-            bias = bias + self.log_weights
-            offset = offset + rows.log_weights
+        query, bias, offset = self._queries(rows, r)
         if single:
             scores = torch.addmm(bias.float(), query.float(), self.anchors.T)
         else:

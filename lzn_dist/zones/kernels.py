@@ -2,9 +2,10 @@
 
 The same sums as `lzn_dist.zones.block`, with the same rule of precision: scores in float64, in float32 where
 r² ‖a − centre‖² ≤ `FLOAT32_SCORES` (the device decides, so that nothing is read back), weights and all other products
-in the anchors' dtype with IEEE products, never TF32. A program of the forward and of the rows' backward owns some rows
-and goes over a chunk of the anchors; one of the anchors' backward owns some anchors and goes over all rows: no atomic
-additions, the same digits each time. Row blocks hold [rows, d] accumulators, d up to `KERNEL_DIM`.
+in the anchors' dtype, float32 ones with its digits on tensor cores (`PRECISION`). A program of the forward and of the
+rows' backward owns some rows and goes over a chunk of the anchors; one of the anchors' backward owns some anchors and
+goes over all rows: no atomic additions, the same digits each time. Where no weight of a tile counts, its products are
+skipped. Row blocks hold [rows, d] accumulators, d up to `KERNEL_DIM`.
 
 Why not attention as a library has it, with queries q and keys and values a_j: xformers' memory_efficient_attention (and
 torch's) computes scores in float32 at most, which changes the loss in the third digit (`lzn_dist.zones.field`); the
@@ -24,16 +25,30 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.compiler.compiler import max_shared_mem
 
-from lzn_dist.zones.block import FLOAT32_SCORES, AnchorGradient, Block, Rows
+from lzn_dist.zones.block import EXP_FLOOR, FLOAT32_SCORES, AnchorGradient, Block, Rows
 from lzn_dist.zones.partial import Cotangent, GroupSums, Moments, Partial, Sums
 
 INTERPRETED = bool(triton.knobs.runtime.interpret)  # when these kernels were made
-STEP = 64  # columns of the slices in which scores are summed
-PROGRAMS = 256  # about so many at least, where there are anchors for it; the same on every GPU, as sums depend on it
+STEP = 32  # columns of the slices in which scores are summed: of more, float64 fragments do not fit into registers
+WARPS = 8  # of a program
+# Three TF32 products, of what each factor's first 11 bits leave too, sum to the digits of float32 on tensor cores; IEEE
+# products run on none. (AMD's have no such.)
+PRECISION = "ieee" if torch.version.hip else "tf32x3"
+PROGRAMS = 256  # about so many at least, where there are anchors for it, whatever the GPU has: sums depend on it
 CHUNK_TILES = 4  # of anchors, at least, in a chunk
 
 # pyright: reportInvalidTypeForm=false
+
+
+def kernel(function: Any) -> Any:
+    """One binary whatever the numbers of rows and anchors, which change from step to step."""
+    return triton.jit(
+        function,
+        do_not_specialize=("count", "total", "start", "chunk"),
+        do_not_specialize_on_alignment=("offsets", "bases", "alongs", "shifts", "target", "grad_target"),
+    )
 
 
 @triton.jit
@@ -54,92 +69,80 @@ def _keys(anchors, columns, column_mask, first, DIM: tl.constexpr, STEP: tl.cons
 
 @triton.jit
 def _scores(  # type: ignore[no-untyped-def]
-    e, own, anchors, biases, log_weights, rows, row_mask, columns, column_mask, reference, r, single,
-    WEIGHTED: tl.constexpr, DIM: tl.constexpr, STEP: tl.constexpr, M: tl.constexpr, N: tl.constexpr,
+    queries, narrow, anchors, biases, rows, row_mask, columns, column_mask, reference, single,
+    DIM: tl.constexpr, STEP: tl.constexpr, M: tl.constexpr, N: tl.constexpr,
 ):  # fmt: skip
-    """float64 [M, N]: q·a_j − ½ r² ‖a_j‖² + β_j, −inf at the reference and outside."""
+    """float64 [M, N]: q·a_j + bias_j, −inf at the reference and outside."""
     scores = tl.zeros((M, N), tl.float64)
     for first in range(0, DIM, STEP):
-        query = _points(e, rows, row_mask, first, DIM, STEP).to(tl.float64) * r
-        query += _points(own, rows, row_mask, first, DIM, STEP).to(tl.float64) * (r * r)
         keys = _keys(anchors, columns, column_mask, first, DIM, STEP)
         if single:
-            scores += tl.dot(query.to(tl.float32), keys.to(tl.float32), input_precision="ieee").to(tl.float64)
+            part = _points(narrow, rows, row_mask, first, DIM, STEP).to(tl.float32)
+            scores += tl.dot(part, keys.to(tl.float32), input_precision="ieee").to(tl.float64)
         else:
+            query = _points(queries, rows, row_mask, first, DIM, STEP)
             scores += tl.dot(query, keys.to(tl.float64), out_dtype=tl.float64)
     # masks go as numbers: Triton 3.9 cannot hand booleans from one layout to that of a float64 product
-    bias = tl.load(biases + columns, mask=column_mask, other=float("inf")) * -tl.maximum(r * r, 1e-300)  # not 0 · ∞
-    if WEIGHTED:
-        bias += tl.load(log_weights + columns, mask=column_mask, other=float("-inf"))
+    bias = tl.load(biases + columns, mask=column_mask, other=float("-inf"))
     return tl.where(columns[None, :] == reference[:, None], float("-inf"), scores + bias[None, :])
 
 
 @triton.jit
 def _projections(  # type: ignore[no-untyped-def]
-    g, own, anchors, rows, row_mask, columns, column_mask,
+    g, alongs, anchors, rows, row_mask, columns, column_mask,
     DIM: tl.constexpr, STEP: tl.constexpr, M: tl.constexpr, N: tl.constexpr, DTYPE: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):  # fmt: skip
     """[M, N]: g·(a_j − a_o)."""
-    found, base = tl.zeros((M, N), DTYPE), tl.zeros((M,), DTYPE)
+    found = tl.zeros((M, N), DTYPE)
     for first in range(0, DIM, STEP):
         part = _points(g, rows, row_mask, first, DIM, STEP)
         keys = _keys(anchors, columns, column_mask, first, DIM, STEP)
-        found += tl.dot(part, keys, out_dtype=DTYPE, input_precision="ieee")
-        base += tl.sum(part * _points(own, rows, row_mask, first, DIM, STEP), 1)
-    return found - base[:, None]
+        found += tl.dot(part, keys, out_dtype=DTYPE, input_precision=PRECISION)
+    return found - tl.load(alongs + rows, mask=row_mask, other=0.0)[:, None]
 
 
 @triton.jit
-def _offset(  # type: ignore[no-untyped-def]
-    e, own, own_weights, rows, row_mask, r,
-    WEIGHTED: tl.constexpr, DIM: tl.constexpr, STEP: tl.constexpr, M: tl.constexpr,
-):  # fmt: skip
-    """float64 [M]: the reference's score."""
-    offset = tl.zeros((M,), tl.float64)
-    for first in range(0, DIM, STEP):
-        o = _points(own, rows, row_mask, first, DIM, STEP).to(tl.float64)
-        point = _points(e, rows, row_mask, first, DIM, STEP).to(tl.float64)
-        offset += tl.sum((point * r + o * (0.5 * r * r)) * o, 1)
-    if WEIGHTED:
-        offset += tl.load(own_weights + rows, mask=row_mask, other=0.0)
-    return offset
-
-
-@triton.jit
-def _single(widest, r, limit, DTYPE: tl.constexpr):  # type: ignore[no-untyped-def]
+def _single(radius, widest, limit, DTYPE: tl.constexpr):  # type: ignore[no-untyped-def]
     if tl.float64 == DTYPE:
         return False
     else:
+        r = tl.load(radius)
         return r * r * tl.load(widest) <= limit
 
 
 @triton.jit
+def _felt(logarithms, floor):  # type: ignore[no-untyped-def]
+    """Whether any weight of a tile counts."""
+    return tl.max(tl.max(logarithms, 1), 0) > floor
+
+
+@kernel
 def _forward(  # type: ignore[no-untyped-def]
-    e, own, anchors, biases, log_weights, own_weights, index, groups, own_groups, radius, widest,
-    offsets, peaks, sums, moments, group_peaks, members, outsides, count, total, start, chunk, limit: tl.constexpr,
-    WEIGHTED: tl.constexpr, GROUPED: tl.constexpr, DTYPE: tl.constexpr,
+    queries, narrow, anchors, biases, index, groups, own_groups, radius, widest,
+    offsets, peaks, sums, moments, group_peaks, members, outsides, count, total, start, chunk,
+    limit: tl.constexpr, floor: tl.constexpr, GROUPED: tl.constexpr, DTYPE: tl.constexpr, PRECISION: tl.constexpr,
     DIM: tl.constexpr, FULL: tl.constexpr, STEP: tl.constexpr, M: tl.constexpr, N: tl.constexpr,
 ):  # fmt: skip
-    """A `Partial` of each chunk of anchors: one pass over it with a running maximum."""
+    """A `Partial` of each chunk of anchors: one pass over it with a running maximum. Its moment lacks −a_o."""
     rows = tl.program_id(0) * M + tl.arange(0, M)
     row_mask = rows < count
-    r = tl.load(radius)
-    single = _single(widest, r, limit, DTYPE)
+    single = _single(radius, widest, limit, DTYPE)
     reference = tl.load(index + rows, mask=row_mask, other=-1) - start
-    offset = _offset(e, own, own_weights, rows, row_mask, r, WEIGHTED, DIM, STEP, M)
-    peak, weight, moment = offset, tl.zeros((M,), DTYPE), tl.zeros((M, FULL), DTYPE)
-    group_peak, member = offset, tl.zeros((M,), tl.float64)
+    peak = tl.load(offsets + rows, mask=row_mask, other=1e300)  # rows that are not there feel nothing
+    weight, moment = tl.zeros((M,), DTYPE), tl.zeros((M, FULL), DTYPE)
+    group_peak, member = peak, tl.zeros((M,), tl.float64)
     outside = tl.zeros((M,), tl.float64)
     behind = tl.minimum((tl.program_id(1) + 1) * chunk, total)
     for first in range(tl.program_id(1) * chunk, behind, N):
         columns = first + tl.arange(0, N)
         column_mask = columns < total
         scores = _scores(
-            e, own, anchors, biases, log_weights, rows, row_mask, columns, column_mask, reference, r, single,
-            WEIGHTED, DIM, STEP, M, N,
-        )  # fmt: skip
+            queries, narrow, anchors, biases, rows, row_mask, columns, column_mask, reference, single, DIM, STEP, M, N
+        )
         highest = tl.maximum(peak, tl.max(scores, 1))
-        weights = tl.exp((scores - highest[:, None]).to(DTYPE))
+        logarithms = scores - highest[:, None]
+        weights = tl.exp(logarithms.to(DTYPE))
         scale = tl.exp((peak - highest).to(DTYPE))
         if GROUPED:
             ours = tl.load(own_groups + rows, mask=row_mask, other=0)
@@ -150,14 +153,13 @@ def _forward(  # type: ignore[no-untyped-def]
             inner = tl.exp(tl.minimum(scores - best[:, None], 0.0).to(DTYPE))
             member = member * tl.exp(group_peak - best) + tl.sum(tl.where(same, inner, 0.0), 1).to(tl.float64)
             group_peak = best
-        values = _points(anchors, columns, column_mask, 0, DIM, FULL)
         weight = weight * scale + tl.sum(weights, 1)
-        moment = moment * scale[:, None] + tl.dot(weights, values, out_dtype=DTYPE, input_precision="ieee")
         peak = highest
+        if _felt(logarithms, floor):
+            values = _points(anchors, columns, column_mask, 0, DIM, FULL)
+            moment = moment * scale[:, None] + tl.dot(weights, values, out_dtype=DTYPE, input_precision=PRECISION)
     width = tl.arange(0, FULL)
-    moment -= weight[:, None] * _points(own, rows, row_mask, 0, DIM, FULL)
     mask = row_mask[:, None] & (width < DIM)[None, :]
-    tl.store(offsets + rows, offset, mask=row_mask)  # every chunk's is the same
     places = tl.program_id(1) * count + rows
     tl.store(moments + places[:, None] * DIM + width[None, :], moment, mask=mask)
     tl.store(peaks + places, peak, mask=row_mask)
@@ -168,94 +170,49 @@ def _forward(  # type: ignore[no-untyped-def]
         tl.store(outsides + places, outside, mask=row_mask)
 
 
-@triton.jit
+@kernel
 def _moments(  # type: ignore[no-untyped-def]
-    e, own, anchors, biases, log_weights, own_weights, index, groups, own_groups, radius, widest,
-    lse, g, weights_out, pulls, count, total, start, chunk, limit: tl.constexpr,
-    WEIGHTED: tl.constexpr, GROUPED: tl.constexpr, DTYPE: tl.constexpr,
+    queries, narrow, anchors, biases, index, groups, own_groups, radius, widest,
+    bases, alongs, g, weights_out, pulls, count, total, start, chunk,
+    limit: tl.constexpr, floor: tl.constexpr, GROUPED: tl.constexpr, DTYPE: tl.constexpr, PRECISION: tl.constexpr,
     DIM: tl.constexpr, FULL: tl.constexpr, STEP: tl.constexpr, M: tl.constexpr, N: tl.constexpr,
 ):  # fmt: skip
     """`Moments` of each chunk of anchors."""
     rows = tl.program_id(0) * M + tl.arange(0, M)
     row_mask = rows < count
-    r = tl.load(radius)
-    single = _single(widest, r, limit, DTYPE)
+    single = _single(radius, widest, limit, DTYPE)
     reference = tl.load(index + rows, mask=row_mask, other=-1) - start
-    base = tl.load(lse + rows, mask=row_mask, other=0.0)
-    base += _offset(e, own, own_weights, rows, row_mask, r, WEIGHTED, DIM, STEP, M)
+    base = tl.load(bases + rows, mask=row_mask, other=float("inf"))
     weight, pull = tl.zeros((M,), DTYPE), tl.zeros((M,), DTYPE)
     behind = tl.minimum((tl.program_id(1) + 1) * chunk, total)
     for first in range(tl.program_id(1) * chunk, behind, N):
         columns = first + tl.arange(0, N)
         column_mask = columns < total
         scores = _scores(
-            e, own, anchors, biases, log_weights, rows, row_mask, columns, column_mask, reference, r, single,
-            WEIGHTED, DIM, STEP, M, N,
-        )  # fmt: skip
-        weights = tl.exp((scores - base[:, None]).to(DTYPE))
-        products = _projections(g, own, anchors, rows, row_mask, columns, column_mask, DIM, STEP, M, N, DTYPE)
+            queries, narrow, anchors, biases, rows, row_mask, columns, column_mask, reference, single, DIM, STEP, M, N
+        )
+        logarithms = scores - base[:, None]
+        weights = tl.exp(logarithms.to(DTYPE))
         weight += tl.sum(weights, 1)
-        pull += tl.sum(weights * products, 1)
+        if _felt(logarithms, floor):
+            products = _projections(
+                g, alongs, anchors, rows, row_mask, columns, column_mask, DIM, STEP, M, N, DTYPE, PRECISION
+            )
+            pull += tl.sum(weights * products, 1)
     places = tl.program_id(1) * count + rows
     tl.store(weights_out + places, weight, mask=row_mask)
     tl.store(pulls + places, pull, mask=row_mask)
 
 
 @triton.jit
-def _backward_rows(  # type: ignore[no-untyped-def]
-    e, own, anchors, biases, log_weights, own_weights, index, groups, own_groups, radius, widest,
-    lse, target, g, grad_target, shifts, weights_out, totals, spreads, count, total, start, chunk, limit: tl.constexpr,
-    WEIGHTED: tl.constexpr, GROUPED: tl.constexpr, TARGETED: tl.constexpr, DTYPE: tl.constexpr,
-    DIM: tl.constexpr, FULL: tl.constexpr, STEP: tl.constexpr, M: tl.constexpr, N: tl.constexpr,
-):  # fmt: skip
-    """A `Cotangent` of each chunk of anchors."""
-    rows = tl.program_id(0) * M + tl.arange(0, M)
-    row_mask = rows < count
-    r = tl.load(radius)
-    single = _single(widest, r, limit, DTYPE)
-    reference = tl.load(index + rows, mask=row_mask, other=-1) - start
-    base = tl.load(lse + rows, mask=row_mask, other=0.0)
-    base += _offset(e, own, own_weights, rows, row_mask, r, WEIGHTED, DIM, STEP, M)
-    shift = tl.load(shifts + rows, mask=row_mask, other=0.0)
-    of_target = tl.zeros((M,), DTYPE)
-    if TARGETED:
-        of_target = tl.load(grad_target + rows, mask=row_mask, other=0.0).to(DTYPE)
-    weight, sum_d, spread = tl.zeros((M,), DTYPE), tl.zeros((M,), DTYPE), tl.zeros((M, FULL), DTYPE)
-    behind = tl.minimum((tl.program_id(1) + 1) * chunk, total)
-    for first in range(tl.program_id(1) * chunk, behind, N):
-        columns = first + tl.arange(0, N)
-        column_mask = columns < total
-        scores = _scores(
-            e, own, anchors, biases, log_weights, rows, row_mask, columns, column_mask, reference, r, single,
-            WEIGHTED, DIM, STEP, M, N,
-        )  # fmt: skip
-        logarithms = scores - base[:, None]
-        products = _projections(g, own, anchors, rows, row_mask, columns, column_mask, DIM, STEP, M, N, DTYPE)
-        d_scores = _cotangents(
-            logarithms, products, shift, of_target, target, groups, own_groups, rows, row_mask, columns, column_mask,
-            GROUPED and TARGETED, DTYPE,
-        )  # fmt: skip
-        values = _points(anchors, columns, column_mask, 0, DIM, FULL)
-        weight += tl.sum(tl.exp(logarithms.to(DTYPE)), 1)
-        sum_d += tl.sum(d_scores, 1)
-        spread += tl.dot(d_scores, values, out_dtype=DTYPE, input_precision="ieee")
-    width = tl.arange(0, FULL)
-    spread -= sum_d[:, None] * _points(own, rows, row_mask, 0, DIM, FULL)
-    mask = row_mask[:, None] & (width < DIM)[None, :]
-    places = tl.program_id(1) * count + rows
-    tl.store(spreads + places[:, None] * DIM + width[None, :], spread, mask=mask)
-    tl.store(totals + places, sum_d, mask=row_mask)
-    tl.store(weights_out + places, weight, mask=row_mask)
-
-
-@triton.jit
 def _cotangents(  # type: ignore[no-untyped-def]
-    logarithms, products, shift, of_target, target, groups, own_groups, rows, row_mask, columns, column_mask,
-    GROUPED: tl.constexpr, DTYPE: tl.constexpr,
+    logarithms, weights, products, shift, grad_target, target, groups, own_groups,
+    rows, row_mask, columns, column_mask, GROUPED: tl.constexpr, DTYPE: tl.constexpr,
 ):  # fmt: skip
-    """[M, N]: dS of scores less the rows' log-sum-exps."""
-    found = tl.exp(logarithms.to(DTYPE)) * (products - shift[:, None])
+    """[M, N]: dS of scores less the rows' log-sum-exps. GROUPED: groups have a part of their own in it."""
+    found = weights * (products - shift[:, None])
     if GROUPED:
+        of_target = tl.load(grad_target + rows, mask=row_mask, other=0.0).to(DTYPE)
         ours = tl.load(own_groups + rows, mask=row_mask, other=0)
         theirs = tl.load(groups + columns, mask=column_mask, other=0)
         # an absent group has an infinite target: its members' weights stay 0
@@ -265,58 +222,101 @@ def _cotangents(  # type: ignore[no-untyped-def]
     return found
 
 
-@triton.jit
+@kernel
+def _backward_rows(  # type: ignore[no-untyped-def]
+    queries, narrow, anchors, biases, index, groups, own_groups, radius, widest,
+    bases, alongs, g, target, grad_target, shifts, weights_out, totals, spreads, count, total, start, chunk,
+    limit: tl.constexpr, floor: tl.constexpr, GROUPED: tl.constexpr, DTYPE: tl.constexpr, PRECISION: tl.constexpr,
+    DIM: tl.constexpr, FULL: tl.constexpr, STEP: tl.constexpr, M: tl.constexpr, N: tl.constexpr,
+):  # fmt: skip
+    """A `Cotangent` of each chunk of anchors. Its spread lacks −a_o."""
+    rows = tl.program_id(0) * M + tl.arange(0, M)
+    row_mask = rows < count
+    single = _single(radius, widest, limit, DTYPE)
+    reference = tl.load(index + rows, mask=row_mask, other=-1) - start
+    base = tl.load(bases + rows, mask=row_mask, other=float("inf"))
+    shift = tl.load(shifts + rows, mask=row_mask, other=0.0)
+    weight, sum_d, spread = tl.zeros((M,), DTYPE), tl.zeros((M,), DTYPE), tl.zeros((M, FULL), DTYPE)
+    behind = tl.minimum((tl.program_id(1) + 1) * chunk, total)
+    for first in range(tl.program_id(1) * chunk, behind, N):
+        columns = first + tl.arange(0, N)
+        column_mask = columns < total
+        scores = _scores(
+            queries, narrow, anchors, biases, rows, row_mask, columns, column_mask, reference, single, DIM, STEP, M, N
+        )
+        logarithms = scores - base[:, None]
+        weights = tl.exp(logarithms.to(DTYPE))
+        weight += tl.sum(weights, 1)
+        if GROUPED or _felt(logarithms, floor):
+            products = _projections(
+                g, alongs, anchors, rows, row_mask, columns, column_mask, DIM, STEP, M, N, DTYPE, PRECISION
+            )
+            d_scores = _cotangents(
+                logarithms, weights, products, shift, grad_target, target, groups, own_groups,
+                rows, row_mask, columns, column_mask, GROUPED, DTYPE,
+            )  # fmt: skip
+            sum_d += tl.sum(d_scores, 1)
+            values = _points(anchors, columns, column_mask, 0, DIM, FULL)
+            spread += tl.dot(d_scores, values, out_dtype=DTYPE, input_precision=PRECISION)
+    width = tl.arange(0, FULL)
+    mask = row_mask[:, None] & (width < DIM)[None, :]
+    places = tl.program_id(1) * count + rows
+    tl.store(spreads + places[:, None] * DIM + width[None, :], spread, mask=mask)
+    tl.store(totals + places, sum_d, mask=row_mask)
+    tl.store(weights_out + places, weight, mask=row_mask)
+
+
+@kernel
 def _backward_anchors(  # type: ignore[no-untyped-def]
-    e, own, anchors, biases, log_weights, own_weights, index, groups, own_groups, radius, widest,
-    lse, target, g, grad_target, shifts, gradients, radials, count, total, start, limit: tl.constexpr,
-    WEIGHTED: tl.constexpr, GROUPED: tl.constexpr, TARGETED: tl.constexpr, DTYPE: tl.constexpr,
+    queries, narrow, anchors, biases, index, groups, own_groups, radius, widest,
+    bases, alongs, g, target, grad_target, shifts, gradients, radials, count, total, start,
+    limit: tl.constexpr, floor: tl.constexpr, GROUPED: tl.constexpr, DTYPE: tl.constexpr, PRECISION: tl.constexpr,
     DIM: tl.constexpr, FULL: tl.constexpr, STEP: tl.constexpr, M: tl.constexpr, N: tl.constexpr,
 ):  # fmt: skip
     """Adds the anchors' gradients."""
     columns = tl.program_id(0) * N + tl.arange(0, N)
     column_mask = columns < total
-    r = tl.load(radius)
-    single = _single(widest, r, limit, DTYPE)
-    width = tl.arange(0, FULL)
-    places = columns[:, None] * DIM + width[None, :]
-    mask = column_mask[:, None] & (width < DIM)[None, :]
+    single = _single(radius, widest, limit, DTYPE)
     gradient, radial = tl.zeros((N, FULL), DTYPE), tl.zeros((N,), DTYPE)
     for first in range(0, count, M):
         rows = first + tl.arange(0, M)
         row_mask = rows < count
         reference = tl.load(index + rows, mask=row_mask, other=-1) - start
-        base = tl.load(lse + rows, mask=row_mask, other=float("inf"))
-        base += _offset(e, own, own_weights, rows, row_mask, r, WEIGHTED, DIM, STEP, M)
+        base = tl.load(bases + rows, mask=row_mask, other=float("inf"))
         scores = _scores(
-            e, own, anchors, biases, log_weights, rows, row_mask, columns, column_mask, reference, r, single,
-            WEIGHTED, DIM, STEP, M, N,
-        )  # fmt: skip
+            queries, narrow, anchors, biases, rows, row_mask, columns, column_mask, reference, single, DIM, STEP, M, N
+        )
         logarithms = scores - base[:, None]
-        products = _projections(g, own, anchors, rows, row_mask, columns, column_mask, DIM, STEP, M, N, DTYPE)
-        shift = tl.load(shifts + rows, mask=row_mask, other=0.0)
-        of_target = tl.zeros((M,), DTYPE)
-        if TARGETED:
-            of_target = tl.load(grad_target + rows, mask=row_mask, other=0.0).to(DTYPE)
-        d_scores = _cotangents(
-            logarithms, products, shift, of_target, target, groups, own_groups, rows, row_mask, columns, column_mask,
-            GROUPED and TARGETED, DTYPE,
-        )  # fmt: skip
-        weights = tl.trans(tl.exp(logarithms.to(DTYPE)))
-        query = _points(e, rows, row_mask, 0, DIM, FULL).to(tl.float64) * r
-        query += _points(own, rows, row_mask, 0, DIM, FULL).to(tl.float64) * (r * r)
-        cotangent = _points(g, rows, row_mask, 0, DIM, FULL)
-        gradient += tl.dot(weights, cotangent, out_dtype=DTYPE, input_precision="ieee")
-        gradient += tl.dot(tl.trans(d_scores), query.to(DTYPE), out_dtype=DTYPE, input_precision="ieee")
-        radial += tl.sum(d_scores, 0)
+        if GROUPED or _felt(logarithms, floor):
+            weights = tl.exp(logarithms.to(DTYPE))
+            products = _projections(
+                g, alongs, anchors, rows, row_mask, columns, column_mask, DIM, STEP, M, N, DTYPE, PRECISION
+            )
+            shift = tl.load(shifts + rows, mask=row_mask, other=0.0)
+            d_scores = _cotangents(
+                logarithms, weights, products, shift, grad_target, target, groups, own_groups,
+                rows, row_mask, columns, column_mask, GROUPED, DTYPE,
+            )  # fmt: skip
+            radial += tl.sum(d_scores, 0)
+            cotangent = _points(g, rows, row_mask, 0, DIM, FULL)
+            gradient += tl.dot(tl.trans(weights), cotangent, out_dtype=DTYPE, input_precision=PRECISION)
+            query = _points(narrow, rows, row_mask, 0, DIM, FULL)
+            gradient += tl.dot(tl.trans(d_scores), query, out_dtype=DTYPE, input_precision=PRECISION)
+    width = tl.arange(0, FULL)
+    places = columns[:, None] * DIM + width[None, :]
+    mask = column_mask[:, None] & (width < DIM)[None, :]
     tl.store(gradients + places, tl.load(gradients + places, mask=mask, other=0.0) + gradient, mask=mask)
     held = tl.load(radials + columns, mask=column_mask, other=0.0)
+    r = tl.load(radius)
     tl.store(radials + columns, held + radial * (r * r).to(DTYPE), mask=column_mask)
 
 
-def shapes(dim: int) -> dict[str, int]:
-    """Of a program's tiles: smaller where [rows, d] is wide."""
+def shapes(dim: int, dtype: torch.dtype, shared: int) -> dict[str, int]:
+    """Of a program's tiles: as large as `shared` bytes of memory hold the anchors of one, twice, and its scores."""
     full = max(16, triton.next_power_of_2(dim))
-    side = 16 if full > 256 else 32
+    side = 64
+    while side > 16 and side * (2 * full * dtype.itemsize + 8 * side) > shared:
+        side //= 2
     return {"DIM": dim, "FULL": full, "STEP": min(STEP, full), "M": side, "N": side}
 
 
@@ -328,48 +328,48 @@ class FusedBlock(Block):
         """float64 [1], on the device: `Block.widest` without a wait."""
         return 2.0 * self.half_norms.amax(0, keepdim=True)
 
-    def _given(self, rows: Rows, r: float) -> tuple[dict[str, Tensor], dict[str, Any], tuple[int, int]]:
-        """What all kernels are given: tensors and numbers; and the programs, of rows and of chunks of anchors."""
-        nothing = self.half_norms[:1]
-        dim = rows.e.shape[1]
-        tensors = {
-            "e": rows.e.contiguous(), "own": rows.own.contiguous(), "anchors": self.anchors, "biases": self.half_norms,
-            "log_weights": nothing if self.log_weights is None else self.log_weights,
-            "own_weights": nothing if rows.log_weights is None else rows.log_weights,
-            "index": rows.index, "groups": rows.index if self.groups is None else self.groups,
-            "own_groups": rows.index if rows.groups is None else rows.groups,
+    def _given(self, rows: Rows, r: float) -> tuple[list[Tensor], Tensor, dict[str, Any], tuple[int, int]]:
+        """Tensors and numbers that all kernels are given, the references' scores [b], and the programs, of rows and of
+        chunks of anchors."""
+        queries, biases, offset = self._queries(rows, r)
+        dtype = rows.e.dtype
+        tensors = [
+            queries, queries.to(dtype), self.anchors, biases,
+            rows.index, rows.index if self.groups is None else self.groups,
+            rows.index if rows.groups is None else rows.groups,
             # as a tensor, filled on the device: a kernel's own numbers are float32
-            "radius": torch.full((1,), r, dtype=torch.float64, device=rows.e.device), "widest": self.widest_here,
-        }  # fmt: skip
-        sizes = shapes(dim)
+            torch.full((1,), r, dtype=torch.float64, device=rows.e.device), self.widest_here,
+        ]  # fmt: skip
+        # the interpreter has no limit: so little that anchors come in several tiles
+        sizes = shapes(rows.e.shape[1], dtype, max_shared_mem(rows.e.device.index) if rows.e.is_cuda else 1 << 14)
         programs, tiles = triton.cdiv(len(rows), sizes["M"]), triton.cdiv(len(self), sizes["N"])
         # few rows would leave most of a GPU idle: their anchors come in chunks, whose sums are put together after
         chunks = max(1, min(tiles // CHUNK_TILES, PROGRAMS // max(1, programs)))
         chunk = triton.cdiv(tiles, chunks) * sizes["N"]
         numbers: dict[str, Any] = {
-            "count": len(rows), "total": len(self), "start": self.start, "chunk": chunk, "limit": FLOAT32_SCORES,
-            "WEIGHTED": self.log_weights is not None and rows.log_weights is not None,
-            "GROUPED": self.groups is not None and rows.groups is not None,
-            "DTYPE": tl.float64 if rows.e.dtype == torch.float64 else tl.float32,
-            **sizes,
+            "count": len(rows), "total": len(self), "start": self.start, "chunk": chunk,
+            "limit": FLOAT32_SCORES, "floor": EXP_FLOOR, "GROUPED": self.groups is not None and rows.groups is not None,
+            "DTYPE": tl.float64 if dtype == torch.float64 else tl.float32, "PRECISION": PRECISION,
+            **sizes, "num_warps": WARPS,
         }  # fmt: skip
-        return tensors, numbers, (programs, triton.cdiv(len(self), chunk))
+        return tensors, offset, numbers, (programs, triton.cdiv(len(self), chunk))
 
     def part(self, rows: Rows, r: float, *, settle: bool) -> Partial:
         if settle:
             return super().part(rows, r, settle=settle)
         e, count = rows.e, len(rows)
-        tensors, numbers, grid = self._given(rows, r)
+        tensors, offset, numbers, grid = self._given(rows, r)
         wide = [e.new_empty(grid[1], count, dtype=torch.float64) for _ in range(4 if numbers["GROUPED"] else 1)]
-        offset, sums = wide[0].new_empty(count), e.new_empty(grid[1], count)
-        moments = e.new_empty(grid[1], *e.shape)
+        sums, moments = e.new_empty(grid[1], count), e.new_empty(grid[1], *e.shape)
         if count:
             group = wide[1:] or wide * 3
-            _forward[grid](*tensors.values(), offset, wide[0], sums, moments, *group, **numbers)
+            _forward[grid](*tensors, offset, wide[0], sums, moments, *group, **numbers)
         peak = wide[0].amax(0)
         scale = (wide[0] - peak).exp()
         narrow = scale.to(e.dtype)
-        found = Partial(offset, peak, (sums * narrow).sum(0), (moments * narrow[:, :, None]).sum(0))
+        others = (sums * narrow).sum(0)
+        moment = (moments * narrow[:, :, None]).sum(0)
+        found = Partial(offset, peak, others, moment.addcmul_(rows.own, others[:, None], value=-1))
         if numbers["GROUPED"]:
             assert rows.inside is not None
             _, group_peaks, members, outsides = wide
@@ -378,27 +378,36 @@ class FusedBlock(Block):
             found.group = GroupSums(rows.inside, highest, members, (outsides * scale).sum(0))
         return found
 
-    def moments(self, rows: Rows, r: float, lse: Tensor, g: Tensor) -> Moments:
-        tensors, numbers, grid = self._given(rows, r)
+    def _moments(self, tensors: list[Tensor], numbers: dict[str, Any], grid: tuple[int, int], g: Tensor) -> Moments:
         weight, pull = g.new_empty(grid[1], len(g)), g.new_empty(grid[1], len(g))
         if len(g):
-            _moments[grid](*tensors.values(), lse, g.contiguous(), weight, pull, **numbers)
+            _moments[grid](*tensors, weight, pull, **numbers)
         return Moments(weight.sum(0), pull.sum(0))
+
+    def moments(self, rows: Rows, r: float, lse: Tensor, g: Tensor) -> Moments:
+        tensors, offset, numbers, grid = self._given(rows, r)
+        g = g.contiguous()
+        return self._moments([*tensors, lse + offset, (g * rows.own).sum(1), g], numbers, grid, g)
 
     def pull_back(
         self, rows: Rows, r: float, posterior: Sums, g: Tensor, grad_target: Tensor | None,
         shift: Tensor | None, into: AnchorGradient,
     ) -> Cotangent:  # fmt: skip
-        g, targeted = g.contiguous(), grad_target is not None
+        g = g.contiguous()
+        tensors, offset, numbers, grid = self._given(rows, r)
+        tensors += [posterior.lse + offset, (g * rows.own).sum(1), g]
         if shift is None:
-            shift = self.moments(rows, r, posterior.lse, g).shift(posterior.lse, grad_target)
-        tensors, numbers, grid = self._given(rows, r)
-        total, weight, spread = (g.new_empty(grid[1], *shape) for shape in (g.shape[:1], g.shape[:1], g.shape))
+            shift = self._moments(tensors, numbers, grid, g).shift(posterior.lse, grad_target)
+        # without a cotangent of the target, groups have no part in the gradient
+        numbers["GROUPED"] = numbers["GROUPED"] and grad_target is not None
+        weight, total = g.new_empty(grid[1], len(g)), g.new_empty(grid[1], len(g))
+        spread = g.new_empty(grid[1], *g.shape)
         if len(g):
             of_target = posterior.lse if grad_target is None else grad_target
-            given = [*tensors.values(), posterior.lse, posterior.target, g, of_target, shift]
-            _backward_rows[grid](*given, weight, total, spread, **numbers, TARGETED=targeted)
+            tensors += [posterior.target, of_target, shift]
+            _backward_rows[grid](*tensors, weight, total, spread, **numbers)
             del numbers["chunk"]
             columns = (triton.cdiv(len(self), numbers["N"]),)
-            _backward_anchors[columns](*given, into.anchors, into.radial, **numbers, TARGETED=targeted)
-        return Cotangent(spread.sum(0), total.sum(0), weight.sum(0))
+            _backward_anchors[columns](*tensors, into.anchors, into.radial, **numbers)
+        summed = total.sum(0)
+        return Cotangent(spread.sum(0).addcmul_(rows.own, summed[:, None], value=-1), summed, weight.sum(0))

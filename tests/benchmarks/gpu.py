@@ -3,12 +3,12 @@
     python tests/benchmarks/gpu.py [--quick] [--output FILE]
 
 Zones: one GPU's share of the ImageNet case, b = 1024 of n = 8192 anchors, D = 256, 20 + 20 Euler steps, forward and
-backward, float32. `ours` with kernels, and with tiles of several sizes (the default is marked); `published` is the
-paper's formula as published (`zones.py`); `attention` is the same number of dense steps by
-scaled_dot_product_attention in float32, whose
-logits are too coarse for the flow (it is a speed to compare with, not a way to compute it); `products` is what meeting
-every pair costs: scores twice in float64 and five products in float32 a step, by torch.matmul. Milliseconds are medians
-of calls timed with CUDA events; launches and synchronisations are the profiler's, of one call.
+backward, float32. `ours` with kernels, their products on tensor cores and not, and with tiles of several sizes (the
+default is marked); `published` is the paper's formula as published (`zones.py`); `attention` is the same number of
+dense steps by scaled_dot_product_attention in float32, whose logits are too coarse for the flow (it is a speed to
+compare with, not a way to compute it); `products` is what meeting every pair costs: scores twice in float64 and five
+products in float32 a step, by torch.matmul. Milliseconds are medians of calls timed with CUDA events; launches and
+synchronisations are the profiler's, of one call.
 
 Step: the representation task's optimiser step at 1024 images of 224 x 224 (two views), gradients cached in
 micro-batches of 128, in bf16 and in float32, with LZN's loss and with SimCLR's; the flow alone is LZN's loss and its
@@ -22,6 +22,7 @@ import statistics
 import time
 from collections.abc import Callable
 from pathlib import Path
+from unittest import mock
 
 import torch
 import torch.nn.functional as F
@@ -34,7 +35,7 @@ from torch.profiler import ProfilerActivity, profile
 from lzn_dist.objectives import Samples
 from lzn_dist.training.setup import single_state
 from lzn_dist.training.step import TrainState, train_step
-from lzn_dist.zones import align, alignment_loss, block, compute_latents
+from lzn_dist.zones import align, alignment_loss, block, compute_latents, kernels
 from lzn_dist.zones.arguments import Backend
 
 DIM, STEPS = zones.DIM, zones.STEPS
@@ -122,7 +123,10 @@ def zone_rows(sizes: list[tuple[int, int]], calls: int) -> list[str]:
     for b, n in sizes:
         for view in ("sphere", "clusters 0.3"):
             given = inputs(b, n, view)
-            row(b, n, view, "ours, kernels", lambda given=given: ours(*given, "triton"))  # type: ignore[misc]
+            for products in dict.fromkeys((kernels.PRECISION, "ieee")):
+                with mock.patch.object(kernels, "PRECISION", products):
+                    what = f"ours, kernels, {products} products"
+                    row(b, n, view, what, lambda given=given: ours(*given, "triton"))  # type: ignore[misc]
             for power in TILES:
                 block.tile_elements = lambda device, power=power: 1 << power  # type: ignore[misc]
                 mark = ", the default" if default(GPU) == 1 << power else ""
