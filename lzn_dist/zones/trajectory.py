@@ -107,7 +107,15 @@ class _Walk:
 
     def evaluate(self, k: int, e: Tensor, *, settle: bool = False) -> tuple[Tensor, Sums]:
         """Δ [b, d] and sums [b] of step k. settle: also look for rows on which one anchor holds all weight."""
-        r, rows = self.schedule.r[k], self.rows.at(e)
+        r, rows, at, left = self.schedule.r[k], self.rows.at(e), self.met[k], self.left[k]
+        part = None
+        if self.dense[k]:
+            everyone = len(at) == len(rows)  # in their order: nothing to pick or to put
+            part = self.field.posterior(rows if everyone else rows[at], r, settle=settle)
+            if settle:
+                self._settle(k, at, part)
+            if everyone:
+                return part.delta, part.sums
         delta, lse = torch.zeros_like(e), e.new_zeros(len(e), dtype=torch.float64)
         target = torch.zeros_like(lse) if self.field.grouped else lse
 
@@ -117,18 +125,10 @@ class _Walk:
             if target is not lse and part.sums.target is not part.sums.lse:
                 target.index_copy_(0, at, part.sums.target)
 
-        left = self.left[k]
+        if part is not None:
+            put(at, part)
         if k == 0 and self.any_near:
             put(self.near, self.field.near_posterior(rows[self.near], self.references[self.near], r))
-        if self.dense[k]:
-            at = self.met[k]
-            everyone = len(at) == len(rows)  # in their order: nothing to pick or to put
-            part = self.field.posterior(rows if everyone else rows[at], r, settle=settle)
-            if settle:
-                self._settle(k, at, part)
-            if everyone:
-                return part.delta, part.sums
-            put(at, part)
         if len(left) and self.partners is not None:
             # where there are groups, a partner is one of the row's: its weight is all, and `target` stays 0
             put(left, partner_posterior(e[left], self.references[left], self.partners[left], r))
