@@ -245,7 +245,11 @@ class Config(_Section):
         "float32", description="Arithmetic of the networks; zones and label anchors stay in float32 at least."
     )
     tf32: bool = Field(False, description="Allow TF32 products in the networks on CUDA.")
-    compile: bool = Field(False, description="Compile the networks with torch.compile.")
+    compile: bool = Field(
+        False,
+        description="Compile the networks with torch.compile, which fuses their normalisations and, where that "
+        "pays, runs convolutions channels last.",
+    )
     cpu_threads: NonNegativeInt = Field(
         0, description="Threads on the CPU, shared out among a machine's processes; 0: one a core. Small networks: 1."
     )

@@ -19,7 +19,7 @@ from lzn_dist.objectives import given_for
 # the files that each class needs, beside modeling_lzn.py
 SOURCES: dict[type[nn.Module], tuple[str, ...]] = {
     ImageEncoder: ("models/ncsnpp", "models/layers", "keyed_random"),
-    ResNetEncoder: ("models/resnet",),
+    ResNetEncoder: ("models/resnet", "models/layers", "keyed_random"),
     TextEncoder: ("models/text", "models/layers", "keyed_random"),
 }
 _IMPORT = re.compile(r"^from lzn_dist\.(?:models\.)?(\w+) import", re.MULTILINE)

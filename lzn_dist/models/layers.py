@@ -163,7 +163,21 @@ def dense(inputs: int, outputs: int) -> nn.Linear:
     return layer
 
 
-def group_norm(channels: int) -> nn.GroupNorm:
+class GroupNorm(nn.GroupNorm):
+    """GroupNorm of bfloat16 maps in bfloat16, also on a GPU under autocast; statistics are sums in float32.
+
+    torch casts to float32 there and returns float32, which is kept for the backward and cast again by the convolution
+    that follows: a step of ResNet-50 took more time and memory than all in float32 (tests/benchmarks/results/gpu.md).
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        if x.device.type != "cuda" or x.dtype != torch.bfloat16 or not torch.is_autocast_enabled("cuda"):
+            return super().forward(x)
+        with torch.autocast("cuda", enabled=False):
+            return F.group_norm(x, self.num_groups, self.weight.to(x.dtype), self.bias.to(x.dtype), self.eps)
+
+
+def group_norm(channels: int) -> GroupNorm:
     """GroupNorm with min(channels // 4, 32) groups. Raises ValueError where these do not divide the channels."""
     groups = min(channels // 4, 32)
     if groups == 0 or channels % groups:
@@ -171,7 +185,7 @@ def group_norm(channels: int) -> nn.GroupNorm:
             f"channels, channel_multipliers: a normalisation over {channels} channels cannot have {groups} equal "
             "groups; choose multiples of 4 up to 128 channels, of 32 above (skip connections add two levels' channels)"
         )
-    return nn.GroupNorm(groups, channels, eps=1e-6)
+    return GroupNorm(groups, channels, eps=1e-6)
 
 
 # ---------------------------------------------------------------- resampling by 2

@@ -12,6 +12,8 @@ from typing import Literal
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from lzn_dist.models.layers import GroupNorm
+
 _EXPANSION = 4  # a bottleneck block's output channels over its inner ones
 
 
@@ -27,11 +29,11 @@ class _Norms:
             raise ValueError(f"groups: a positive number is needed, not {groups}")
         self.groups = groups
 
-    def __call__(self, argument: str, channels: int, least: int = 2) -> nn.GroupNorm:
+    def __call__(self, argument: str, channels: int, least: int = 2) -> GroupNorm:
         groups = max(1, min(self.groups, channels // least))
         if channels % groups or channels < least:
             raise ValueError(f"{argument}: {channels} channels cannot be normalised in {groups} equal groups")
-        return nn.GroupNorm(groups, channels)
+        return GroupNorm(groups, channels)
 
 
 class _Projection(nn.Module):

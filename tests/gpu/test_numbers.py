@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from lzn_dist.keyed_random import make_key, normal, permutation, uniform
+from lzn_dist.models.layers import GroupNorm
 from lzn_dist.zones import align, alignment_loss, compute_latents, trajectory
 from tests.helpers.zone_cases import Batch, assert_equal, error, make, run
 from tests.zones.test_weights_and_groups import CASES, options
@@ -97,3 +98,21 @@ def test_a_trajectory_waits_once_each_way(gpu: torch.device, backend: Any, monke
     finally:
         torch.cuda.set_sync_debug_mode("default")
     assert waits == [100, 100, 100]
+
+
+def test_normalisations_under_autocast_are_bfloat16s(gpu: torch.device) -> None:
+    """torch's own are float32 there; these are as near to float32 as bfloat16 is, with their gradients."""
+    norm, x = GroupNorm(8, 32).to(gpu), 3 + torch.randn(4, 32, 9, 9, device=gpu)
+    torch.nn.init.normal_(norm.weight, 1.0, 0.3)
+    wanted = torch.randn_like(x)
+    found = []
+    for dtype in (torch.float32, torch.bfloat16):
+        given = x.to(dtype, copy=True).requires_grad_()
+        with torch.autocast("cuda", torch.bfloat16, enabled=dtype == torch.bfloat16):
+            made = norm(given)
+        assert made.dtype == dtype
+        made.backward(wanted.to(dtype))
+        found.append([made.detach(), given.grad, *(one.grad.clone() for one in norm.parameters())])
+        norm.zero_grad()
+    for exact, ours in zip(*found, strict=True):
+        assert error(ours.float().cpu(), exact.cpu()) <= 2e-2
