@@ -52,8 +52,13 @@ def _mix_number(x: int) -> int:
     return x ^ (x >> 31)
 
 
+def mixed_counter(counter: int) -> int:
+    """What `fold` takes of a number: an int64."""
+    return _signed(_mix_number((int(counter) + _MIX_1) & _ALL))
+
+
 def _fold_number(key: int, counter: int) -> int:
-    return _mix_number(_mix_number((key + _GOLDEN) & _ALL) ^ _mix_number((counter + _MIX_1) & _ALL))
+    return _mix_number(_mix_number((key + _GOLDEN) & _ALL) ^ (mixed_counter(counter) & _ALL))
 
 
 def fold(key: Tensor, *counters: int | Tensor) -> Tensor:
@@ -65,7 +70,7 @@ def fold(key: Tensor, *counters: int | Tensor) -> Tensor:
         if isinstance(counter, Tensor):
             mixed: int | Tensor = _mix(counter.to(key.device, torch.int64) + _signed(_MIX_1))
         else:
-            mixed = _signed(_mix_number((int(counter) + _MIX_1) & _ALL))
+            mixed = mixed_counter(counter)
         key = _mix(_mix(key + _signed(_GOLDEN)) ^ mixed)
     return key
 

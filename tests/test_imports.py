@@ -49,7 +49,7 @@ MATHEMATICS = {
     "keyed_random": {"torch"},
     "zones": {"torch", "torchdiffeq", "xformers", "triton"},
     "flow": {"torch", "torchdiffeq"},
-    "models": {"torch", "xformers", "transformers", "safetensors"},  # the latter for what others have trained
+    "models": {"torch", "xformers", "triton", "transformers", "safetensors"},  # the latter for what others have trained
 }
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import functools
 import math
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from importlib import import_module
 from typing import Any
@@ -86,6 +86,20 @@ def _kept(key: Tensor, index: int, rate: float, shape: Sequence[int]) -> Tensor:
     return uniform(fold(key, index), shape) >= rate
 
 
+@functools.cache
+def _kernel() -> Callable[[Tensor, int, float, Sequence[int]], Tensor] | None:
+    """A GPU's own kernel for masks, where Triton is installed; not where this file stands alone, exported."""
+    with suppress(ImportError):
+        return import_module("lzn_dist.models.dropout_kernel").kept
+    return None
+
+
+@_kept.register_kernel("cuda")
+def _(key: Tensor, index: int, rate: float, shape: Sequence[int]) -> Tensor:
+    kernel = _kernel()
+    return uniform(fold(key, index), shape) >= rate if kernel is None else kernel(key, index, rate, shape)
+
+
 @_kept.register_fake
 def _(key: Tensor, index: int, rate: float, shape: Sequence[int]) -> Tensor:
     return key.new_empty((*key.shape, *shape), dtype=torch.bool)
@@ -121,7 +135,7 @@ class KeyedDropout(nn.Module):
         if key.dtype != torch.int64 or key.shape != x.shape[:1]:
             raise ValueError(f"key: int64 of shape [{x.shape[0]}] is needed, not {key.dtype} {list(key.shape)}")
         kept = _kept(key, self.index, self.rate, x.shape[1:])
-        return x * kept.to(x.dtype) / (1.0 - self.rate)
+        return (x * kept).div_(1.0 - self.rate)  # a mask of bytes is what the backward keeps
 
     def extra_repr(self) -> str:
         return f"rate={self.rate}, index={self.index}"

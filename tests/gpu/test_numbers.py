@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import importlib
 from typing import Any
 
 import pytest
 import torch
 
 from lzn_dist.keyed_random import make_key, normal, permutation, uniform
-from lzn_dist.models.layers import GroupNorm
+from lzn_dist.models.layers import GroupNorm, KeyedDropout
 from lzn_dist.zones import align, alignment_loss, compute_latents, trajectory
 from tests.helpers.zone_cases import Batch, assert_equal, error, make, run
 from tests.zones.test_weights_and_groups import CASES, options
@@ -22,6 +23,18 @@ def test_random_numbers_are_the_cpus(gpu: torch.device) -> None:
     assert torch.equal(uniform(here, (7, 5)), uniform(there, (7, 5)).cpu())
     assert torch.equal(permutation(here[0], 1000), permutation(there[0], 1000).cpu())
     assert float((normal(here, (501,)) - normal(there, (501,)).cpu()).abs().max()) <= 4e-6
+
+
+def test_dropout_masks_are_the_cpus(gpu: torch.device) -> None:
+    """By a kernel of their own, in training, eager and compiled."""
+    layer, x = KeyedDropout(0.3, index=7), torch.randn(5, 33, 31)
+    key = make_key(3, "dropout", torch.arange(5))
+    expected = layer(x, key)
+    assert importlib.import_module("lzn_dist.models.layers")._kernel() is not None
+    for function in (layer, torch.compile(layer)):
+        found = function(x.to(gpu), key.to(gpu)).cpu()
+        assert torch.equal(found != 0, expected != 0)
+        torch.testing.assert_close(found, expected)
 
 
 BACKENDS = ["tiled", "triton"]

@@ -114,6 +114,16 @@ def test_dropout_masks_differ_by_layer_step_and_sample() -> None:
         assert (first == other).double().mean().item() == pytest.approx(0.5, abs=0.03), name
 
 
+def test_dropout_keeps_a_byte_an_element_for_the_backward() -> None:
+    kept: list[torch.Tensor] = []
+    x = torch.randn(3, 40, requires_grad=True)
+    with torch.autograd.graph.saved_tensors_hooks(lambda saved: kept.append(saved) or saved, lambda saved: saved):
+        output = KeyedDropout(0.25, index=1)(x, keys(torch.arange(3)))
+    assert [saved.dtype for saved in kept] == [torch.bool]
+    output.sum().backward()
+    torch.testing.assert_close(x.grad, (output != 0) / 0.75)
+
+
 def test_dropout_is_the_identity_in_evaluation_and_at_rate_0() -> None:
     x = torch.randn(3, 4)
     assert KeyedDropout(0.5).eval()(x) is x

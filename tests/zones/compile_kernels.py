@@ -1,7 +1,7 @@
 """Compiles the kernels for an NVIDIA GPU that need not be there: compile_kernels.py DIMENSION [COMPUTE_CAPABILITY].
 
-Prints for each its name, the bytes of shared memory and those that a GPU of this kind has, the bytes of registers
-that a thread spills to memory, and how many float64 products are on tensor cores.
+Prints for each of the flow its name, the bytes of shared memory and those that a GPU of this kind has, the bytes of
+registers that a thread spills to memory, and how many float64 products are on tensor cores; then dropout's masks.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ import triton.language as tl
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
+from lzn_dist.models import dropout_kernel
 from lzn_dist.zones import kernels
 
 SHARED = {80: 163, 86: 99, 89: 99, 90: 227, 100: 227, 120: 99}  # KiB a program may have (CUDA programming guide)
@@ -60,12 +61,26 @@ def spilled(binary: bytes) -> int:
     return int(found[1])
 
 
+def compiled_masks(capability: int) -> Any:
+    signature = {
+        "keys": "*i64",
+        "made": "*i1",
+        "mixed": "i64",
+        "count": "i32",
+        "threshold": "i32",
+        "BLOCK": "constexpr",
+    }
+    source = ASTSource(fn=dropout_kernel._masks, signature=signature, constexprs={"BLOCK": 1024})
+    return triton.compile(source, target=GPUTarget("cuda", capability, 32))
+
+
 def main() -> None:
     dim, capability = int(sys.argv[1]), int(sys.argv[2]) if len(sys.argv) > 2 else 90
     for name in ("_forward", "_moments", "_backward_rows", "_backward_anchors"):
         found = compiled(getattr(kernels, name), dim, capability)
         products = found.asm["ptx"].count("f64.f64.f64.f64")
         print(name, found.metadata.shared, SHARED[capability] * 1024, spilled(found.asm["cubin"]), products, flush=True)
+    print("_masks", spilled(compiled_masks(capability).asm["cubin"]))
 
 
 if __name__ == "__main__":

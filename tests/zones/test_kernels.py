@@ -202,7 +202,8 @@ def test_they_compile_for_a_gpu() -> None:
     worker = Path(__file__).with_name("compile_kernels.py")
     done = subprocess.run([sys.executable, worker, "256", "90"], capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-3000:]
-    lines = done.stdout.splitlines()
+    *lines, masks = done.stdout.splitlines()
+    assert masks == "_masks 0"
     assert [line.split()[0] for line in lines] == ["_forward", "_moments", "_backward_rows", "_backward_anchors"]
     for line in lines:
         _, shared, limit, spilled, products = line.split()
