@@ -34,5 +34,15 @@ def test_the_same_masks_as_by_torch(kernel: Any, shape: tuple[int, ...], rate: f
         assert torch.equal(found, uniform(fold(key, index), shape) >= rate)
 
 
+@pytest.mark.parametrize("off", [0.0, 2.0**-26, -(2.0**-26)])
+def test_a_number_that_is_the_rate_is_kept(kernel: Any, off: float) -> None:
+    """As by torch, to which a rate is a float32."""
+    key = make_key(3, "dropout", torch.arange(2))
+    numbers = uniform(fold(key, 5), (50,))
+    rate = float(numbers.flatten()[numbers.flatten() < 0.2][0])  # here float32 has more digits than the numbers
+    assert torch.equal(kernel.kept(key, 5, rate + off, (50,)), numbers >= rate + off)
+    assert int((numbers >= rate + 2.0**-26).sum()) == int((numbers >= rate).sum()) - 1
+
+
 def test_no_samples(kernel: Any) -> None:
     assert kernel.kept(torch.empty(0, dtype=torch.int64), 1, 0.1, (4, 2)).shape == (0, 4, 2)
