@@ -62,6 +62,12 @@ class Launch:
             offload = zero.get("offload_optimizer", {}).get("device", "none") != "none"
             if offload and stage != 3:
                 raise ConfigError(f"offload_optimizer is for ZeRO stage 3 (launch/zero3_offload.json), not {stage}")
+            if stage == 1 and zero.get("overlap_comm"):
+                # seen with 0.19.8: of several backwards in a step (gradient caching) the last one's are reduced
+                raise ConfigError(
+                    "overlap_comm with ZeRO stage 1: DeepSpeed loses gradients where a step has several backwards; "
+                    "set it to false, or take stage 2 (launch/zero2.yaml)"
+                )
             engine: EngineName = "zero3_offload" if offload else ("zero1", "zero2", "zero3")[stage - 1]
             return Launch(engine, world_size, deepspeed)
         if _flag("ACCELERATE_USE_FSDP"):
@@ -97,10 +103,11 @@ def build_accelerator(config: Config, launch: Launch) -> Accelerator:
     if launch.deepspeed is not None and config.precision == "float64":
         raise ConfigError("precision=float64 is for DDP and FSDP (launch/ddp.yaml, launch/fsdp.yaml), not DeepSpeed")
     on_cpu = not torch.cuda.is_available()
+    # a key of ours: launchers set OMP_NUM_THREADS to one unasked, so that it does not say what the user wants; with GPUs
+    # an optimiser whose state is offloaded steps on the CPU
+    local = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    torch.set_num_threads(max(1, (config.cpu_threads or cores()) // local))
     if on_cpu:
-        # a key of ours: launchers set OMP_NUM_THREADS to one unasked, so that it does not say what the user wants
-        local = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-        torch.set_num_threads(max(1, (config.cpu_threads or cores()) // local))
         keep_freed_memory()
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
         if (why := idle_gpu()) and os.environ.get("RANK", "0") == "0":

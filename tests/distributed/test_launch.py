@@ -75,6 +75,9 @@ def test_deepspeed_configurations_that_cannot_be_used(monkeypatch: pytest.Monkey
     path.write_text(json.dumps({"zero_optimization": {"stage": 2, "offload_optimizer": {"device": "cpu"}}}))
     with pytest.raises(ConfigError, match="offload_optimizer is for ZeRO stage 3"):
         Launch.asked()
+    path.write_text(json.dumps({"zero_optimization": {"stage": 1, "overlap_comm": True}}))
+    with pytest.raises(ConfigError, match="overlap_comm with ZeRO stage 1"):
+        Launch.asked()
 
 
 def test_the_cores_are_shared_among_the_processes_of_the_machine(monkeypatch: pytest.MonkeyPatch) -> None:
