@@ -2,15 +2,24 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
+from datetime import timedelta
 from typing import Any, TypeVar
 
 import torch.distributed as dist
 
-from lzn_dist.distributed.collectives import all_gather_object
 from lzn_dist.distributed.topology import Topology
 
 T = TypeVar("T")
+PATIENCE = timedelta(days=1)
+
+
+@functools.lru_cache(maxsize=1)
+def _patient(_: Any) -> Any:
+    """A group for what may take long on one rank, as no collective of training may (collective_timeout): the others
+    wait on the host. Made once a world; collective."""
+    return dist.new_group(backend="gloo", timeout=PATIENCE)
 
 
 def spread(count: int, work: Callable[[int], T]) -> list[T]:
@@ -19,7 +28,12 @@ def spread(count: int, work: Callable[[int], T]) -> list[T]:
     Results travel pickled: keep tensors on the CPU. An error of any rank is raised on all of them.
     """
     topology = Topology.current()
-    parts = all_gather_object(_caught(lambda: {i: work(i) for i in range(topology.rank, count, topology.world_size)}))
+    if topology.world_size == 1:
+        return [work(i) for i in range(count)]
+    group = _patient(dist.group.WORLD)
+    parts: list[Any] = [None] * topology.world_size
+    own = _caught(lambda: {i: work(i) for i in range(topology.rank, count, topology.world_size)})
+    dist.all_gather_object(parts, own, group=group)
     joined: dict[int, T] = {}
     for part in parts:
         joined |= _result(part)
@@ -30,8 +44,9 @@ def once(work: Callable[[], T]) -> T:
     """work() of the main process, on every rank; an error of it too. Collective."""
     if Topology.current().world_size == 1:
         return work()
+    group = _patient(dist.group.WORLD)
     shared: list[Any] = [_caught(work) if Topology.current().is_main else None]
-    dist.broadcast_object_list(shared)
+    dist.broadcast_object_list(shared, group=group)
     found: T = _result(shared[0])
     return found
 

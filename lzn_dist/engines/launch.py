@@ -103,8 +103,8 @@ def build_accelerator(config: Config, launch: Launch) -> Accelerator:
     if launch.deepspeed is not None and config.precision == "float64":
         raise ConfigError("precision=float64 is for DDP and FSDP (launch/ddp.yaml, launch/fsdp.yaml), not DeepSpeed")
     on_cpu = not torch.cuda.is_available()
-    # a key of ours: launchers set OMP_NUM_THREADS to one unasked, so that it does not say what the user wants; with GPUs
-    # an optimiser whose state is offloaded steps on the CPU
+    # a key of ours: launchers set OMP_NUM_THREADS to one unasked, so that it does not say what the user wants; beside
+    # GPUs an optimiser whose state is offloaded steps on the CPU
     local = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     torch.set_num_threads(max(1, (config.cpu_threads or cores()) // local))
     if on_cpu:

@@ -482,7 +482,8 @@ class CheckpointWriter:
     def _write(self, pieces: dict[str, Piece], record: RunRecord, step: int) -> None:
         final = self.folder / _name(step)
         temporary = self.folder / f".{final.name}.{self.incarnation}.tmp"
-        writer = dcp.FileSystemWriter(temporary, sync_files=True)
+        # the pieces are on the host; to copy ahead would make each rank's thread a context on the first GPU
+        writer = dcp.FileSystemWriter(temporary, sync_files=True, per_thread_copy_ahead=0)
         dcp.save(
             dict(pieces), storage_writer=writer, planner=PieceSaver(), process_group=self.group,
             no_dist=not self.several,

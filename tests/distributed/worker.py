@@ -1,14 +1,18 @@
-"""One rank, started by the tests: gradients of the gather, then a few training steps, written to a folder."""
+"""One rank, started by the tests: gradients of the gather, written to a folder; then what it takes long over alone."""
 
 from __future__ import annotations
 
 import sys
+import time
+from datetime import timedelta
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
+from torch.distributed.distributed_c10d import _set_pg_timeout
 
 from lzn_dist.distributed import Topology, gather_anchors
+from lzn_dist.distributed.spread import once, spread
 from lzn_dist.terminal import command
 from lzn_dist.zones import align, alignment_loss, compute_latents
 
@@ -41,6 +45,10 @@ def main() -> int:
     dist.all_reduce(loss := loss.detach())
     if rank == 0:
         torch.save({"grad": weight.grad / world, "loss": loss / world}, folder / "gather.pt")
+    # what one rank does alone may take longer than a collective may
+    _set_pg_timeout(timedelta(seconds=1), dist.group.WORLD)
+    assert once(lambda: time.sleep(2) or "found") == "found"
+    assert spread(3, lambda i: time.sleep(1.5 * i) or i) == [0, 1, 2]
     dist.destroy_process_group()
     return 0
 
