@@ -74,8 +74,11 @@ class Place:
         number = int("".join(c for c in self.job if c.isdigit()) or "0")
         port = 20_000 + (16 * number + 3 * self.restart + phase) % 12_000
         host = self.hosts[0] if self.world_size > self.local_world_size else "127.0.0.1"
+        # where the cluster binds a GPU to each task (--gpus-per-task, --gpu-bind=single) it is the only one to be seen
+        visible = os.environ.get("CUDA_VISIBLE_DEVICES", "")
+        device = 0 if visible and "," not in visible else self.local_rank
         return {
-            "RANK": str(self.rank), "WORLD_SIZE": str(self.world_size), "LOCAL_RANK": str(self.local_rank),
+            "RANK": str(self.rank), "WORLD_SIZE": str(self.world_size), "LOCAL_RANK": str(device),
             "LOCAL_WORLD_SIZE": str(self.local_world_size), "MASTER_ADDR": host, "MASTER_PORT": str(port),
         }  # fmt: skip
 

@@ -17,7 +17,7 @@ from lzn_dist.cluster.job import Job, attempts, failures_at_once, note, wall_sec
 from lzn_dist.cluster.preflight import pairs, problems, slow_nodes
 from lzn_dist.cluster.profile import Profile, ProfileError, load_profile
 from lzn_dist.cluster.submission import SubmissionError, parse_minutes
-from lzn_dist.cluster.task import has_trained, launch_environment
+from lzn_dist.cluster.task import Place, has_trained, launch_environment
 from lzn_dist.cluster.watch import MARKER, last_error
 from tests.helpers.launching import python
 from tests.helpers.settings import decoder_with, encoder_with
@@ -92,6 +92,18 @@ def test_profiles(tmp_path: Path) -> None:
 
 
 @pytest.mark.process
+@pytest.mark.parametrize("visible,expected", [(None, "3"), ("", "3"), ("0,1,2,3", "3"), ("0", "0"), ("3", "0")])
+def test_a_gpu_that_is_bound_to_a_task_is_its_first(
+    visible: str | None, expected: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    if visible is not None:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    place = Place(7, 8, 3, 4, 1, "12", ("a", "b"), 0)
+    found = place.environment(0)
+    assert (found["RANK"], found["LOCAL_RANK"], found["LOCAL_WORLD_SIZE"]) == ("7", expected, "4")
+
+
 def test_launch_environments_are_those_of_accelerate(tmp_path: Path) -> None:
     """What `accelerate launch` sets for the same file, as far as training reads it."""
     names = ("ACCELERATE_USE_DEEPSPEED", "ACCELERATE_DEEPSPEED_CONFIG_FILE", "ACCELERATE_USE_FSDP", "FSDP_VERSION")
