@@ -91,7 +91,6 @@ def test_profiles(tmp_path: Path) -> None:
         load_profile(str(tmp_path / "b.yaml"))
 
 
-@pytest.mark.process
 @pytest.mark.parametrize("visible,expected", [(None, "3"), ("", "3"), ("0,1,2,3", "3"), ("0", "0"), ("3", "0")])
 def test_a_gpu_that_is_bound_to_a_task_is_its_first(
     visible: str | None, expected: str, monkeypatch: pytest.MonkeyPatch
@@ -104,6 +103,7 @@ def test_a_gpu_that_is_bound_to_a_task_is_its_first(
     assert (found["RANK"], found["LOCAL_RANK"], found["LOCAL_WORLD_SIZE"]) == ("7", expected, "4")
 
 
+@pytest.mark.process
 def test_launch_environments_are_those_of_accelerate(tmp_path: Path) -> None:
     """What `accelerate launch` sets for the same file, as far as training reads it."""
     names = ("ACCELERATE_USE_DEEPSPEED", "ACCELERATE_DEEPSPEED_CONFIG_FILE", "ACCELERATE_USE_FSDP", "FSDP_VERSION")
