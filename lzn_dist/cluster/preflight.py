@@ -25,7 +25,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 from lzn_dist import __version__
-from lzn_dist.config import ConfigError, load_config
+from lzn_dist.config import Config, ConfigError, load_config
+from lzn_dist.data.shards import PREFETCH
 from lzn_dist.machine import cores
 from lzn_dist.paths import path_argument
 from lzn_dist.terminal import command
@@ -45,6 +46,8 @@ def facts(config_cache: str) -> dict[str, Any]:
         "cpus": cores(),
         "versions": f"lzn_dist {__version__}, torch {torch.__version__}, python {sys.version.split()[0]}",
         "free_disk_gb": round(shutil.disk_usage(config_cache or tempfile.gettempdir()).free / 1e9, 1),
+        # where loader processes hand their batches over
+        "free_shm_gb": round(shutil.disk_usage("/dev/shm").free / 1e9, 1) if os.path.isdir("/dev/shm") else None,
     }
 
 
@@ -131,6 +134,26 @@ def problems(nodes: list[dict[str, Any]]) -> list[str]:
     return found
 
 
+def tight(nodes: list[dict[str, Any]], config: Config, ranks_per_node: int) -> list[str]:
+    """What the loader processes may find too little of on these nodes, a line each."""
+    data, found = config.data, []
+    side = max(data.resize, data.image_size)
+    batch = data.global_batch // (len(nodes) * ranks_per_node) * data.image_channels * side * side
+    needed = ranks_per_node * data.workers * PREFETCH * batch / 1e9
+    for node in nodes:
+        if node["cpus"] <= data.workers:
+            found.append(
+                f"{node['host']}: a rank has {node['cpus']} CPUs for {data.workers} loader processes and itself: set "
+                "cpus_per_rank in the cluster's profile, or data.workers"
+            )
+        if node["free_shm_gb"] is not None and node["free_shm_gb"] < needed:
+            found.append(
+                f"{node['host']}: /dev/shm has {node['free_shm_gb']} GB left, and batches on their way may take "
+                f"{needed:.1f} GB: take fewer data.workers, or a larger /dev/shm (a container's --shm-size)"
+            )
+    return found
+
+
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("config", type=path_argument)
@@ -155,6 +178,8 @@ def main(arguments: list[str] | None = None) -> int:
     slow = slow_nodes(measured, len(nodes)) if measured else {}
     wrong = problems(nodes)
     if dist.get_rank() == 0:
+        for line in tight(nodes, config, ranks_per_node):
+            print(f"warning: {line}", file=sys.stderr)
         report(nodes, overall, measured, slow, wrong, given.config.parent / "preflight.json")
     dist.barrier()
     dist.destroy_process_group()

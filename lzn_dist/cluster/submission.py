@@ -125,6 +125,8 @@ def parameters(request: Request, job: Job) -> dict[str, Any]:
     exports = [f"export {name}={shlex.quote(value)}" for name, value in profile.environment.items()]
     path = _code_first(job)
     container = [f"--container-image={profile.container}"] if profile.container else []
+    # srun has not taken it from the job since SLURM 22.05
+    cores = [f"--cpus-per-task={profile.cpus_per_rank}"] if profile.cpus_per_rank else []
     wanted = {
         "job_name": Path(job.run).name,
         "time": request.minutes,
@@ -141,7 +143,7 @@ def parameters(request: Request, job: Job) -> dict[str, Any]:
         "signal_delay_s": profile.signal_seconds,
         "setup": [*profile.setup, *exports, path],
         # one rank that dies ends all, at once; then the epilogue decides
-        "srun_args": ["--kill-on-bad-exit=1", *container, *profile.srun],
+        "srun_args": ["--kill-on-bad-exit=1", *cores, *container, *profile.srun],
         "teardown": [f'{python} -m lzn_dist.cluster.epilogue {shlex.quote(job.run)} "$?"'],
         "additional_parameters": {"requeue" if job.requeue else "no-requeue": True, **profile.sbatch},
     }

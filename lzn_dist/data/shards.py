@@ -36,7 +36,7 @@ from lzn_dist.data.pixels import Reading, WrongSizeError
 from lzn_dist.keyed_random import make_key
 
 NO_LABEL = -1
-_PREFETCH = 2  # batches decoded ahead
+PREFETCH = 2  # batches decoded ahead
 _CHUNK = 32  # files in memory at once
 _NUMBER = re.compile(rb"(?:\xef\xbb\xbf)?\s*(\d{1,18})\s*")  # a label; editors on Windows put a mark before it
 _ATTEMPTS = 16  # replacements of a sample that is not there, each by another one
@@ -463,13 +463,13 @@ class BatchStream:
                 batch_size=None,
                 sampler=numbers,
                 num_workers=min(self.workers, len(numbers)),
-                prefetch_factor=_PREFETCH,
+                prefetch_factor=PREFETCH,
                 pin_memory=torch.cuda.is_available(),
                 generator=torch.Generator(),  # the loader would otherwise draw from torch's global one
             )
             ahead = _Ahead(_loaded(loader), 1)
         else:
-            ahead = _Ahead(map(self.batch, numbers), _PREFETCH - 1)
+            ahead = _Ahead(map(self.batch, numbers), PREFETCH - 1)
         try:
             for number in numbers:
                 yield ahead.get(interrupted, f"global batch {number} of split {self.dataset.split!r}")

@@ -14,11 +14,12 @@ import pytest
 from lzn_dist.cluster import submission
 from lzn_dist.cluster.epilogue import decide
 from lzn_dist.cluster.job import Job, attempts, failures_at_once, note, wall_seconds
-from lzn_dist.cluster.preflight import pairs, problems, slow_nodes
+from lzn_dist.cluster.preflight import pairs, problems, slow_nodes, tight
 from lzn_dist.cluster.profile import Profile, ProfileError, load_profile
 from lzn_dist.cluster.submission import SubmissionError, parse_minutes
 from lzn_dist.cluster.task import Place, has_trained, launch_environment
 from lzn_dist.cluster.watch import MARKER, last_error
+from lzn_dist.config import load_config
 from tests.helpers.launching import python
 from tests.helpers.settings import decoder_with, encoder_with
 
@@ -58,6 +59,7 @@ def test_dry_run_prints_the_script_and_needs_no_slurm(tmp_path: Path) -> None:
         assert f"#SBATCH {line}" in lines, line
     text = done.stdout
     assert text.index("module load cuda") < text.index("export NCCL_SOCKET_IFNAME=ib0") < text.index("srun ")
+    assert "--cpus-per-task=12" in text[text.index("srun ") :]
     assert "--kill-on-bad-exit=1" in text and "--container-image=image.sqsh" in text
     assert f"lzn_dist.cluster.epilogue {tmp_path}/runs/big" in text
     assert "each of the 32 ranks runs: verify then train with engine zero2" in text
@@ -218,6 +220,19 @@ def test_the_slow_node_is_named_and_not_its_partners() -> None:
     nodes[1] |= {"gpus": "7 x H100", "free_disk_gb": 0.2}
     found = problems(nodes)
     assert "n1 has 7 x H100" in found[0] and found[1].startswith("n1 has 0.2 GB")
+
+
+def test_what_loader_processes_may_lack_is_told() -> None:
+    """8 ranks on a node, each 2 batches ahead in 8 processes of 128 images at 256²: 3.2 GB."""
+    config = load_config(
+        ROOT / "configs" / "imagenet_representation.yaml", ["data.global_batch=2048", "data.resize=256"]
+    )
+    nodes = [{"host": f"n{i}", "cpus": 12, "free_shm_gb": 3.3} for i in range(2)]
+    assert tight(nodes, config, 8) == []
+    nodes[0]["cpus"], nodes[1]["free_shm_gb"] = 8, 3.1
+    cpus, room = tight(nodes, config, 8)
+    assert cpus.startswith("n0: a rank has 8 CPUs for 8 loader processes") and "cpus_per_rank" in cpus
+    assert room.startswith("n1: /dev/shm has 3.1 GB left") and "3.2 GB" in room
 
 
 def test_packages_of_ones_own_go_with_the_job(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
