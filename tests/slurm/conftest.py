@@ -26,7 +26,10 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
 def reference(cluster: Cluster, tmp_path_factory: pytest.TempPathFactory) -> Run:
     """The undisturbed run on two nodes, after the checks that can be asked for; its name is one that shells and YAML
     would cut."""
-    run = Run(cluster, tmp_path_factory.mktemp("runs") / "reference #1")
-    run.submit("--preflight", "--verify")
+    folder = tmp_path_factory.mktemp("runs")
+    profile = folder / "cores.yaml"
+    profile.write_text("cpus_per_rank: 1\n")  # the job's and, since 22.05, srun's
+    run = Run(cluster, folder / "reference #1")
+    run.submit("--preflight", "--verify", "--profile", str(profile))
     assert run.until_ended() == "COMPLETED", run.logs()[-4000:]
     return run
