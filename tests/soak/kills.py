@@ -223,8 +223,11 @@ class Disturbance:
             self._check_newest()
 
     def _check_newest(self) -> None:
-        """Whatever was going on when the run was killed: what counts as complete is the reference's, bit for bit."""
-        for name in complete(self.folder)[-1:]:
+        """Whatever was going on when the run was killed: what counts as complete is the reference's, bit for bit. (Ranks
+        whose launcher was killed may have checkpointed at a step where it has none: what goes on from there will tell.)
+        """
+        shared = set(complete(self.folder)) & set(complete(self.reference))
+        for name in sorted(shared)[-1:]:
             self.outcome.problems += [f"{name}: {found}" for found in differences(self.folder, self.reference, name)]
 
     def _watch(self, process: subprocess.Popen[bytes], plan: Plan | None) -> tuple[bool, bool]:
