@@ -223,8 +223,9 @@ class Disturbance:
             self._check_newest()
 
     def _check_newest(self) -> None:
-        """Whatever was going on when the run was killed: what counts as complete is the reference's, bit for bit. (Ranks
-        whose launcher was killed may have checkpointed at a step where it has none: what goes on from there will tell.)
+        """Whatever was going on when the run was killed: what counts as complete is the reference's, bit for bit.
+
+        Ranks whose launcher was killed may have checkpointed where it has none: what goes on from there will tell.
         """
         shared = set(complete(self.folder)) & set(complete(self.reference))
         for name in sorted(shared)[-1:]:
