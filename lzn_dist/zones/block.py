@@ -97,7 +97,7 @@ class Block:
         self, raw: Tensor, centre: Tensor, start: int = 0, log_weights: Tensor | None = None,
         groups: Tensor | None = None, *, whole: bool = True,
     ) -> None:  # fmt: skip
-        self.raw, self.centre, self.start, self.whole, self.groups = raw, centre, start, whole, groups
+        self.raw, self.centre, self.start, self.whole, self.groups = raw.contiguous(), centre, start, whole, groups
         self.log_weights = None if log_weights is None else log_weights.double()
 
     def __len__(self) -> int:

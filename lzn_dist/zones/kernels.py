@@ -332,11 +332,11 @@ class FusedBlock(Block):
         """Tensors and numbers that all kernels are given, the references' scores [b], and the programs, of rows and of
         chunks of anchors."""
         queries, biases, offset = self._queries(rows, r)
-        dtype = rows.e.dtype
+        queries, dtype = queries.contiguous(), rows.e.dtype
+        groups, own_groups = (rows.index if one is None else one for one in (self.groups, rows.groups))
         tensors = [
             queries, queries.to(dtype), self.anchors, biases,
-            rows.index, rows.index if self.groups is None else self.groups,
-            rows.index if rows.groups is None else rows.groups,
+            *(which.contiguous() for which in (rows.index, groups, own_groups)),
             # as a tensor, filled on the device: a kernel's own numbers are float32
             torch.full((1,), r, dtype=torch.float64, device=rows.e.device), self.widest_here,
         ]  # fmt: skip

@@ -50,6 +50,25 @@ def test_equal_the_definition(dim: int, n: int, b: int, solver: str) -> None:
     assert_equal(run(batch, backend="triton", solver=solver, steps=4, dense=dense, store_every=2), expected, 1e-10)
 
 
+@pytest.mark.parametrize("case", ["groups and weights", "targets weighted"])
+def test_points_in_any_layout(case: str) -> None:
+    """As they are, each a column of a wider matrix, transposed."""
+
+    def turned(value: Any) -> Any:
+        if not isinstance(value, torch.Tensor):
+            return value
+        found = torch.stack((value, value), -1)[..., 0] if value.dim() == 1 else value.t().contiguous().t()
+        assert not found.is_contiguous()
+        return found
+
+    batch = make(16, 40, 20, 1.0, spread=None)
+    given = options(batch, **CASES[case])
+    expected = run(batch, backend="triton", steps=3, dense=True, **given)
+    moved = Batch(*(turned(value) for value in vars(batch).values()))
+    given = {name: turned(value) for name, value in given.items()}
+    assert_equal(run(moved, backend="triton", steps=3, dense=True, **given), expected, 1e-12)
+
+
 @pytest.mark.parametrize("blocks", [(), (1, 24, 0, 15)], ids=["one", "several"])
 @pytest.mark.parametrize("case", CASES)
 def test_weights_groups_and_blocks(case: str, blocks: tuple[int, ...]) -> None:
