@@ -30,6 +30,6 @@ def reference(cluster: Cluster, tmp_path_factory: pytest.TempPathFactory) -> Run
     profile = folder / "cores.yaml"
     profile.write_text("cpus_per_rank: 1\n")  # the job's and, since 22.05, srun's
     run = Run(cluster, folder / "reference #1")
-    run.submit("--preflight", "--verify", "--profile", str(profile))
+    run.submit("--profile", str(profile), "--preflight", "--verify")
     assert run.until_ended() == "COMPLETED", run.logs()[-4000:]
     return run
