@@ -216,7 +216,7 @@ def test_what_no_row_of_a_tile_feels_is_skipped(monkeypatch: pytest.MonkeyPatch,
 def test_they_compile_for_a_gpu() -> None:
     """To PTX and through ptxas, without a GPU: with all that they can be asked for, at the paper's width.
 
-    Where a program's numbers do not fit into its registers, each tile goes through memory (24 KB a thread, once).
+    Where a program's numbers do not fit into its registers, each tile goes through memory (3 KB a thread, once).
     """
     worker = Path(__file__).with_name("compile_kernels.py")
     done = subprocess.run([sys.executable, worker, "256", "90"], capture_output=True, text=True, timeout=300)
