@@ -16,7 +16,7 @@ from accelerate.utils import DeepSpeedPlugin
 from lzn_dist.config import Config, ConfigError, load_config
 from lzn_dist.engines import start
 from lzn_dist.engines.flags import obey
-from lzn_dist.engines.launch import Launch, build_accelerator
+from lzn_dist.engines.launch import Launch, _filled, build_accelerator
 from lzn_dist.engines.start import check_world
 from lzn_dist.machine import has_float64
 
@@ -78,6 +78,17 @@ def test_deepspeed_configurations_that_cannot_be_used(monkeypatch: pytest.Monkey
     path.write_text(json.dumps({"zero_optimization": {"stage": 1, "overlap_comm": True}}))
     with pytest.raises(ConfigError, match="overlap_comm with ZeRO stage 1"):
         Launch.asked()
+
+
+def test_reductions_overlap_on_gpus_alone() -> None:
+    config = load_config(ROOT / "configs" / "digits_joint.yaml")
+    for name, overlaps in (("zero1", False), ("zero2", True), ("zero3", True), ("zero3_offload", True)):
+        given = json.loads((ROOT / "launch" / f"{name}.json").read_text())
+        for on_cpu in (False, True):
+            found = _filled(given, config, 2, on_cpu)["zero_optimization"]
+            assert found["overlap_comm"] is (overlaps and not on_cpu)
+            assert found["contiguous_gradients"] is not on_cpu
+            assert found["stage"] == given["zero_optimization"]["stage"] and found["reduce_bucket_size"] == 10**7
 
 
 def test_the_cores_are_shared_among_the_processes_of_the_machine(monkeypatch: pytest.MonkeyPatch) -> None:
