@@ -20,11 +20,11 @@ from itertools import takewhile
 import torch
 from torch import Tensor
 
-_GOLDEN = 0x9E3779B97F4A7C15
-_MIX_1 = 0xBF58476D1CE4E5B9
-_MIX_2 = 0x94D049BB133111EB
+GOLDEN = 0x9E3779B97F4A7C15
+MIX_1 = 0xBF58476D1CE4E5B9
+MIX_2 = 0x94D049BB133111EB
 _ALL = (1 << 64) - 1
-_BITS_24 = (1 << 24) - 1
+BITS_24 = (1 << 24) - 1
 
 
 def _signed(value: int) -> int:
@@ -40,25 +40,25 @@ def _xor_shift(x: Tensor, bits: int) -> Tensor:
 
 def _mix(x: Tensor) -> Tensor:
     """SplitMix64's finaliser on int64 [...]: a bijection in which every input bit flips half of the output bits."""
-    x = _xor_shift(x, 30) * _signed(_MIX_1)
-    x = _xor_shift(x, 27) * _signed(_MIX_2)
+    x = _xor_shift(x, 30) * _signed(MIX_1)
+    x = _xor_shift(x, 27) * _signed(MIX_2)
     return _xor_shift(x, 31)
 
 
 def _mix_number(x: int) -> int:
     """`_mix` of a Python number, 0 ≤ x < 2⁶⁴, and the result too."""
-    x = ((x ^ (x >> 30)) * _MIX_1) & _ALL
-    x = ((x ^ (x >> 27)) * _MIX_2) & _ALL
+    x = ((x ^ (x >> 30)) * MIX_1) & _ALL
+    x = ((x ^ (x >> 27)) * MIX_2) & _ALL
     return x ^ (x >> 31)
 
 
 def mixed_counter(counter: int) -> int:
     """What `fold` takes of a number: an int64."""
-    return _signed(_mix_number((int(counter) + _MIX_1) & _ALL))
+    return _signed(_mix_number((int(counter) + MIX_1) & _ALL))
 
 
 def _fold_number(key: int, counter: int) -> int:
-    return _mix_number(_mix_number((key + _GOLDEN) & _ALL) ^ (mixed_counter(counter) & _ALL))
+    return _mix_number(_mix_number((key + GOLDEN) & _ALL) ^ (mixed_counter(counter) & _ALL))
 
 
 def fold(key: Tensor, *counters: int | Tensor) -> Tensor:
@@ -68,10 +68,10 @@ def fold(key: Tensor, *counters: int | Tensor) -> Tensor:
     """
     for counter in counters:
         if isinstance(counter, Tensor):
-            mixed: int | Tensor = _mix(counter.to(key.device, torch.int64) + _signed(_MIX_1))
+            mixed: int | Tensor = _mix(counter.to(key.device, torch.int64) + _signed(MIX_1))
         else:
             mixed = mixed_counter(counter)
-        key = _mix(_mix(key + _signed(_GOLDEN)) ^ mixed)
+        key = _mix(_mix(key + _signed(GOLDEN)) ^ mixed)
     return key
 
 
@@ -91,7 +91,7 @@ def make_key(seed: int, stream: str, *counters: int | Tensor, device: torch.devi
 
 def _bits(keys: Tensor, count: int) -> Tensor:
     """64 random bits for each of ``count`` elements under each key: int64 [*keys.shape, count]."""
-    elements = torch.arange(1, count + 1, dtype=torch.int64, device=keys.device) * _signed(_GOLDEN)
+    elements = torch.arange(1, count + 1, dtype=torch.int64, device=keys.device) * _signed(GOLDEN)
     return _mix(keys.unsqueeze(-1) + elements)
 
 
@@ -100,7 +100,7 @@ def uniform(keys: Tensor, shape: Sequence[int] = (), dtype: torch.dtype = torch.
 
     keys: int64 [...]; returns [..., *shape].
     """
-    bits = _bits(keys, math.prod(shape)) & _BITS_24
+    bits = _bits(keys, math.prod(shape)) & BITS_24
     return (bits.to(dtype) * 2.0**-24).reshape(*keys.shape, *shape)
 
 
@@ -112,8 +112,8 @@ def normal(keys: Tensor, shape: Sequence[int] = (), dtype: torch.dtype = torch.f
     count = math.prod(shape)
     bits = _bits(keys, (count + 1) // 2)
     # the half step keeps the logarithm's argument off 0; with it, 23 bits are what float32 holds exactly
-    radius = torch.sqrt(-2.0 * torch.log(((bits & (_BITS_24 >> 1)).to(dtype) + 0.5) * 2.0**-23))
-    angle = ((bits >> 24) & _BITS_24).to(dtype) * (2.0 * math.pi * 2.0**-24)
+    radius = torch.sqrt(-2.0 * torch.log(((bits & (BITS_24 >> 1)).to(dtype) + 0.5) * 2.0**-23))
+    angle = ((bits >> 24) & BITS_24).to(dtype) * (2.0 * math.pi * 2.0**-24)
     pair = torch.stack((radius * torch.cos(angle), radius * torch.sin(angle)), dim=-1)
     return pair.flatten(-2)[..., :count].reshape(*keys.shape, *shape)
 

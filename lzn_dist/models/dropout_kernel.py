@@ -14,12 +14,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from lzn_dist.keyed_random import mixed_counter
+from lzn_dist import keyed_random
 
-_GOLDEN = tl.constexpr(0x9E3779B97F4A7C15)
-_MIX_1 = tl.constexpr(0xBF58476D1CE4E5B9)
-_MIX_2 = tl.constexpr(0x94D049BB133111EB)
-_BITS_24 = tl.constexpr((1 << 24) - 1)
+_GOLDEN, _BITS_24 = tl.constexpr(keyed_random.GOLDEN), tl.constexpr(keyed_random.BITS_24)
+_MIX_1, _MIX_2 = tl.constexpr(keyed_random.MIX_1), tl.constexpr(keyed_random.MIX_2)
 _BLOCK = 1024
 
 # pyright: reportInvalidTypeForm=false
@@ -53,5 +51,5 @@ def kept(key: Tensor, index: int, rate: float, shape: Sequence[int]) -> Tensor:
         # uniform numbers are multiples of 2⁻²⁴, and float32 holds them all
         threshold = math.ceil(torch.tensor(rate, dtype=torch.float32).double().item() * 2**24)
         programs = key.numel() * triton.cdiv(count, _BLOCK)
-        _masks[(programs,)](key.contiguous(), made, mixed_counter(index), count, threshold, BLOCK=_BLOCK)
+        _masks[(programs,)](key.contiguous(), made, keyed_random.mixed_counter(index), count, threshold, BLOCK=_BLOCK)
     return made

@@ -78,26 +78,28 @@ def _aligned(bias: Tensor) -> Tensor:
     return room[..., :others]
 
 
-@torch.library.custom_op(
-    "lzn_dist::kept", mutates_args=(), schema="(Tensor key, int index, float rate, SymInt[] shape) -> Tensor"
-)
-def _kept(key: Tensor, index: int, rate: float, shape: Sequence[int]) -> Tensor:
-    """Bool [b, *shape]. An operator of its own: inductor has no code for the generator's 64-bit constants."""
+def _mask(key: Tensor, index: int, rate: float, shape: Sequence[int]) -> Tensor:
+    """Bool [b, *shape]: what is kept."""
     return uniform(fold(key, index), shape) >= rate
 
 
+# An operator of its own: inductor has no code for the generator's 64-bit constants.
+_kept = torch.library.custom_op(
+    "lzn_dist::kept", _mask, mutates_args=(), schema="(Tensor key, int index, float rate, SymInt[] shape) -> Tensor"
+)
+
+
 @functools.cache
-def _kernel() -> Callable[[Tensor, int, float, Sequence[int]], Tensor] | None:
-    """A GPU's own kernel for masks, where Triton is installed; not where this file stands alone, exported."""
+def _gpus_mask() -> Callable[[Tensor, int, float, Sequence[int]], Tensor]:
+    """A kernel of its own, where Triton is installed; not where this file stands alone, exported."""
     with suppress(ImportError):
         return import_module("lzn_dist.models.dropout_kernel").kept
-    return None
+    return _mask
 
 
 @_kept.register_kernel("cuda")
 def _(key: Tensor, index: int, rate: float, shape: Sequence[int]) -> Tensor:
-    kernel = _kernel()
-    return uniform(fold(key, index), shape) >= rate if kernel is None else kernel(key, index, rate, shape)
+    return _gpus_mask()(key, index, rate, shape)
 
 
 @_kept.register_fake

@@ -30,7 +30,8 @@ def test_dropout_masks_are_the_cpus(gpu: torch.device) -> None:
     layer, x = KeyedDropout(0.3, index=7), torch.randn(5, 33, 31)
     key = make_key(3, "dropout", torch.arange(5))
     expected = layer(x, key)
-    assert importlib.import_module("lzn_dist.models.layers")._kernel() is not None
+    kernel = importlib.import_module("lzn_dist.models.dropout_kernel").kept
+    assert importlib.import_module("lzn_dist.models.layers")._gpus_mask() is kernel
     for function in (layer, torch.compile(layer)):
         found = function(x.to(gpu), key.to(gpu)).cpu()
         assert torch.equal(found != 0, expected != 0)
