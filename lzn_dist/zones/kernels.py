@@ -155,7 +155,7 @@ def _forward(  # type: ignore[no-untyped-def]
             group_peak = best
         weight = weight * scale + tl.sum(weights, 1)
         peak = highest
-        if _felt(logarithms, floor):
+        if _felt(logarithms, floor):  # else no maximum has moved, and scale is 1
             values = _points(anchors, columns, column_mask, 0, DIM, FULL)
             moment = moment * scale[:, None] + tl.dot(weights, values, out_dtype=DTYPE, input_precision=PRECISION)
     width = tl.arange(0, FULL)
@@ -206,10 +206,13 @@ def _moments(  # type: ignore[no-untyped-def]
 
 @triton.jit
 def _cotangents(  # type: ignore[no-untyped-def]
-    logarithms, weights, products, shift, grad_target, target, groups, own_groups,
-    rows, row_mask, columns, column_mask, GROUPED: tl.constexpr, DTYPE: tl.constexpr,
+    logarithms, weights, anchors, groups, own_groups, alongs, g, target, grad_target, shifts,
+    rows, row_mask, columns, column_mask, GROUPED: tl.constexpr, DTYPE: tl.constexpr, PRECISION: tl.constexpr,
+    DIM: tl.constexpr, STEP: tl.constexpr, M: tl.constexpr, N: tl.constexpr,
 ):  # fmt: skip
     """[M, N]: dS of scores less the rows' log-sum-exps. GROUPED: groups have a part of their own in it."""
+    products = _projections(g, alongs, anchors, rows, row_mask, columns, column_mask, DIM, STEP, M, N, DTYPE, PRECISION)
+    shift = tl.load(shifts + rows, mask=row_mask, other=0.0)
     found = weights * (products - shift[:, None])
     if GROUPED:
         of_target = tl.load(grad_target + rows, mask=row_mask, other=0.0).to(DTYPE)
@@ -235,7 +238,6 @@ def _backward_rows(  # type: ignore[no-untyped-def]
     single = _single(radius, widest, limit, DTYPE)
     reference = tl.load(index + rows, mask=row_mask, other=-1) - start
     base = tl.load(bases + rows, mask=row_mask, other=float("inf"))
-    shift = tl.load(shifts + rows, mask=row_mask, other=0.0)
     weight, sum_d, spread = tl.zeros((M,), DTYPE), tl.zeros((M,), DTYPE), tl.zeros((M, FULL), DTYPE)
     behind = tl.minimum((tl.program_id(1) + 1) * chunk, total)
     for first in range(tl.program_id(1) * chunk, behind, N):
@@ -248,12 +250,9 @@ def _backward_rows(  # type: ignore[no-untyped-def]
         weights = tl.exp(logarithms.to(DTYPE))
         weight += tl.sum(weights, 1)
         if GROUPED or _felt(logarithms, floor):
-            products = _projections(
-                g, alongs, anchors, rows, row_mask, columns, column_mask, DIM, STEP, M, N, DTYPE, PRECISION
-            )
             d_scores = _cotangents(
-                logarithms, weights, products, shift, grad_target, target, groups, own_groups,
-                rows, row_mask, columns, column_mask, GROUPED, DTYPE,
+                logarithms, weights, anchors, groups, own_groups, alongs, g, target, grad_target, shifts,
+                rows, row_mask, columns, column_mask, GROUPED, DTYPE, PRECISION, DIM, STEP, M, N,
             )  # fmt: skip
             sum_d += tl.sum(d_scores, 1)
             values = _points(anchors, columns, column_mask, 0, DIM, FULL)
@@ -289,13 +288,9 @@ def _backward_anchors(  # type: ignore[no-untyped-def]
         logarithms = scores - base[:, None]
         if GROUPED or _felt(logarithms, floor):
             weights = tl.exp(logarithms.to(DTYPE))
-            products = _projections(
-                g, alongs, anchors, rows, row_mask, columns, column_mask, DIM, STEP, M, N, DTYPE, PRECISION
-            )
-            shift = tl.load(shifts + rows, mask=row_mask, other=0.0)
             d_scores = _cotangents(
-                logarithms, weights, products, shift, grad_target, target, groups, own_groups,
-                rows, row_mask, columns, column_mask, GROUPED, DTYPE,
+                logarithms, weights, anchors, groups, own_groups, alongs, g, target, grad_target, shifts,
+                rows, row_mask, columns, column_mask, GROUPED, DTYPE, PRECISION, DIM, STEP, M, N,
             )  # fmt: skip
             radial += tl.sum(d_scores, 0)
             cotangent = _points(g, rows, row_mask, 0, DIM, FULL)

@@ -28,16 +28,15 @@ WIDE = {"queries", "biases", "radius", "widest", "offsets", "peaks", "group_peak
 TOOLS = Path(triton.__file__).parent / "backends/nvidia/bin"
 
 
-def compiled(kernel: Any, dim: int, capability: int, dtype: torch.dtype = torch.float32, grouped: bool = True) -> Any:
+def compiled(kernel: Any, dim: int, capability: int) -> Any:
     values = {
-        **kernels.shapes(dim, dtype, SHARED[capability] * 1024), "limit": 100.0, "floor": -60.0, "GROUPED": grouped,
-        "DTYPE": tl.float64 if dtype == torch.float64 else tl.float32, "PRECISION": kernels.PRECISION,
+        **kernels.shapes(dim, torch.float32, SHARED[capability] * 1024), "limit": 100.0, "floor": -60.0,
+        "GROUPED": True, "DTYPE": tl.float32, "PRECISION": kernels.PRECISION,
     }  # fmt: skip
-    single = "*fp64" if dtype == torch.float64 else "*fp32"
     kinds = dict.fromkeys(WIDE, "*fp64") | dict.fromkeys(("index", "groups", "own_groups"), "*i64")
     kinds |= dict.fromkeys(("count", "total", "start", "chunk"), "i32")
     names = kernel.arg_names
-    signature = {name: "constexpr" if name in values else kinds.get(name, single) for name in names}
+    signature = {name: "constexpr" if name in values else kinds.get(name, "*fp32") for name in names}
     odd = {name for name, parameter in zip(names, kernel.params, strict=True)
            if parameter.do_not_specialize or parameter.do_not_specialize_on_alignment}  # fmt: skip
     aligned = {(place,): [["tt.divisibility", 16]] for place, name in enumerate(names)
